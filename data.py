@@ -1,0 +1,913 @@
+"""From files to batches: tokenizers, prompts, media, data sets. Knows no model; sizes are passed in.
+
+In order: tokenizers, systems and templates, images, video, audio, samples (render, collate), data sets.
+Letters: B batch, T tokens, M media, S clips, F frames, H W height width; waveforms are (channels, samples) in -1..1.
+Text that a user typed or a file holds never becomes a special token: prompts are lists of pieces that know their origin.
+"""
+import gzip
+import html
+import json
+import math
+import random
+import re
+import unicodedata
+import wave
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageSequence
+
+IGNORE = -100                           # label of a token that is not trained
+
+
+# ---- Tokenizers
+
+class Piece(NamedTuple):
+    """A stretch of a prompt. Only `special` pieces become special tokens; `learn` marks what training predicts."""
+    text: str
+    special: bool = False
+    learn: bool = False
+    count: int = 1                      # of a special token
+    medium: object = None               # whose features replace these tokens
+
+
+class Tokenizer:
+    """Sentencepiece LLaMA tokenizer with added tokens, cutting and stripping as the slow LLaMA tokenizer does.
+
+    path: tokenizer.model; added: {token: id}. legacy: every stretch between special tokens is encoded on its own, so it
+    starts with the dummy prefix; False is the later rule (NExT-Chat), which takes that prefix off again and thereby
+    turns some words into <unk>. Raises ValueError naming the file if it is not a sentencepiece model.
+    """
+    CONTROL = {"<unk>": 0, "<s>": 1, "</s>": 2}
+
+    def __init__(self, path, added=None, legacy=True):
+        try:
+            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{path}: not a sentencepiece model ({str(error).splitlines()[0]})") from None
+        self.path, self.added, self.legacy = path, dict(added or {}), legacy
+        self.special = {**self.CONTROL, **self.added}
+        self.names = {id: name for name, id in self.special.items()}
+        longest = sorted(self.special, key=len, reverse=True)
+        self.cut = re.compile("(" + "|".join(map(re.escape, longest)) + ")")
+
+    def parse(self, text, learn=False):
+        """Pieces of a trusted string, in which the names of special tokens count."""
+        return [Piece(t, t in self.special, learn) for t in self.cut.split(text) if t]
+
+    def encode(self, text, bos=True, parse_special=False):
+        """Ids of a string or of pieces. A plain string never yields a special id unless parse_special is set."""
+        if isinstance(text, str):
+            text = self.parse(text) if parse_special else [Piece(text)]
+        return self.encode_pieces(text, bos)[0]
+
+    def encode_pieces(self, pieces, bos=True):
+        """-> ids, learn flags, slots [(medium, position of its first token)]."""
+        ids, learn, slots = ([1], [False], []) if bos else ([], [], [])
+        left = ""                                               # the special token on the left of the coming text
+        for special, run in self.runs(pieces):
+            if special:
+                piece = run[0]
+                if piece.medium is not None:
+                    slots.append((piece.medium, len(ids)))
+                ids += [self.special[piece.text]] * piece.count
+                learn += [piece.learn] * piece.count
+                left = piece.text
+            else:
+                new, flags = self.encode_run(run, left, first=not ids or ids == [1] and bos)
+                ids, learn = ids + new, learn + flags
+        return ids, learn, slots
+
+    def runs(self, pieces):
+        """Neighbouring texts joined: yields (True, [special piece]) and (False, [text pieces]), white space at added tokens cut."""
+        pieces = [p for p in pieces if p.text]
+        start = 0
+        for i, piece in enumerate([*pieces, Piece("", special=True)]):
+            if piece.special:
+                if run := pieces[start:i]:
+                    if start and pieces[start - 1].text in self.added:
+                        run = strip_run(run, str.lstrip, 1)
+                    if piece.text in self.added:
+                        run = strip_run(run, str.rstrip, -1)
+                    if run:
+                        yield False, run
+                if piece.text:
+                    yield True, [piece]
+                start = i + 1
+
+    def encode_run(self, run, left, first):
+        """Ids and learn flags of joined texts. A token is learned if its last byte is."""
+        text = "".join(p.text for p in run)
+        flags = [p.learn for p in run for _ in p.text.encode()]
+        tokens = self.sp.encode(text, out_type=str)
+        end, ids, learn = -1, [], []                            # -1: the dummy prefix is no byte of the text
+        for i, token in enumerate(tokens):
+            id = self.sp.piece_to_id(token)
+            end += 1 if self.sp.is_byte(id) else len(token.replace("▁", " ").encode())
+            if i == 0 and not (self.legacy or first or text[0] == " "):
+                token = token.removeprefix("▁")                 # parity: slow tokenizer with legacy=False
+                if not token:
+                    continue
+                id = self.sp.piece_to_id(token)
+            ids.append(id)
+            learn.append(flags[max(end - 1, 0)])
+        return ids, learn
+
+    def decode(self, ids, skip_special=True):
+        """Text of ids: ordinary runs by sentencepiece, added tokens by name, joined with single spaces; 0, 1, 2 are left out."""
+        parts, run = [], []
+        for id in [*ids, None]:
+            if id is not None and id not in self.names:
+                run.append(id)
+                continue
+            if run:
+                parts.append(self.sp.decode(run))
+                run = []
+            if id is not None and not (skip_special and id in self.CONTROL.values()):
+                parts.append(self.names[id])
+        return " ".join(parts)
+
+
+def strip_run(run, strip, end):
+    """Take white space off one end (1 left, -1 right) of joined texts; pieces that become empty go."""
+    run = list(run)[::end]
+    while run and not strip(run[0].text):
+        run.pop(0)
+    if run:
+        run[0] = run[0]._replace(text=strip(run[0].text))
+    return run[::end]
+
+
+class TextStream:
+    """Ids in, printable text out: holds back bytes of unfinished characters and text that may begin a stop string."""
+
+    def __init__(self, tok, stop=()):
+        self.tok, self.stop = tok, [s for s in stop if s]
+        self.ids, self.shown, self.text, self.done = [], 0, "", False
+
+    def push(self, id):
+        """New text that is now certain. Sets `done` once a stop string came; the stop string is never shown."""
+        self.ids.append(id)
+        self.text = self.tok.decode(self.ids)
+        for stop in self.stop:
+            if stop in self.text:
+                self.text, self.done = self.text[:self.text.index(stop)], True
+        return self.show(len(self.text) if self.done else self.safe())
+
+    def safe(self):
+        """How much of the text can no longer change."""
+        end = len(self.text.rstrip("\ufffd"))
+        held = (n for stop in self.stop for n in range(1, len(stop)) if self.text[:end].endswith(stop[:n]))
+        return end - max(held, default=0)
+
+    def flush(self):
+        return self.show(len(self.text))
+
+    def show(self, end):
+        new, self.shown = self.text[self.shown:end], max(self.shown, end)
+        return new
+
+
+@lru_cache
+def byte_symbols():
+    """CLIP's printable stand-in for each byte, in vocabulary order."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in plain)}
+
+
+class CLIPTokenizer:
+    """CLIP's lower-case byte-pair tokenizer. path: bpe_simple_vocab_16e6.txt.gz. ftfy's clean-up is left out."""
+    START, END = 49406, 49407
+    WORDS = re.compile(r"L+|N|O+")
+
+    def __init__(self, path):
+        lines = gzip.open(path, "rt", encoding="utf-8").read().split("\n")[1:48895]
+        merges = [tuple(line.split()) for line in lines]
+        symbols = list(byte_symbols().values())
+        vocab = symbols + [s + "</w>" for s in symbols] + ["".join(m) for m in merges]
+        self.ids = {symbol: i for i, symbol in enumerate(vocab)}
+        self.rank = {merge: i for i, merge in enumerate(merges)}
+
+    def words(self, text):
+        """Specials, English endings, runs of letters, single digits, runs of anything else."""
+        text = re.sub(r"\s+", " ", html.unescape(html.unescape(text)).strip()).lower()
+        kinds = "".join(" " if c.isspace() else {"L": "L", "N": "N"}.get(unicodedata.category(c)[0], "O") for c in text)
+        at = 0
+        while at < len(text):
+            match = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d").match(text, at) \
+                or self.WORDS.match(kinds, at)
+            if match:
+                yield text[at:match.end()]
+            at = match.end() if match else at + 1
+
+    def bpe(self, word):
+        """Merge the symbols of one word, best ranked pair first."""
+        parts = [byte_symbols()[b] for b in word.encode()]
+        parts[-1] += "</w>"
+        while len(parts) > 1:
+            best = min(zip(parts, parts[1:]), key=lambda pair: self.rank.get(pair, math.inf))
+            if best not in self.rank:
+                break
+            merged, i = [], 0
+            while i < len(parts):
+                pair = tuple(parts[i:i + 2]) == best
+                merged.append(parts[i] + parts[i + 1] if pair else parts[i])
+                i += 2 if pair else 1
+            parts = merged
+        return parts
+
+    def encode(self, text):
+        specials = {"<|startoftext|>": self.START, "<|endoftext|>": self.END}
+        return [i for w in self.words(text) for i in ([specials[w]] if w in specials else [self.ids[p] for p in self.bpe(w)])]
+
+    def __call__(self, text, length=77, keep_end=True):
+        """(length,) int64: start, text, end, zeros. parity: the copies in ChatBind and NExT-GPT lose the end of long texts
+        (keep_end=False)."""
+        ids = self.encode(text)
+        ids = [self.START, *(ids[:length - 2] if keep_end else ids), self.END][:length]
+        return torch.tensor(ids + [0] * (length - len(ids)))
+
+
+# ---- Systems and templates
+
+@dataclass(frozen=True)
+class System:
+    """What a system adds to the vocabulary, how it frames a medium, and which templates it uses."""
+    template: str                       # for chat
+    train_template: str
+    added: tuple[str, ...] = ()         # tokens, in the order the original appends them; ids come from config.json
+    frame: tuple[str, str, str] = ("<im_start>", "<im_patch>", "<im_end>")  # before, one per feature, after
+    media_last: bool = False            # in chat, media follow the question on a line of their own
+    legacy: bool = True                 # tokenizer rule
+
+
+IM = ("<im_patch>", "<im_start>", "<im_end>")
+SIGNALS = tuple(f"[{kind}{i}]" for kind, n in (("IMG", 4), ("VID", 24), ("AUD", 8)) for i in range(n))
+SYSTEMS = {
+    "plain": System("vicuna_v1_1", "vicuna_v1_1"),
+    "tiny": System("tiny", "tiny", IM, media_last=True),
+    "chatbind": System("multimodal", "llava_v0", ("[PAD]", *IM), media_last=True),
+    "nextchat": System("vicuna_v1_1", "vicuna_v1_1", (*IM, "<at>", "<boxes>"), legacy=False),
+    "chatterbox": System("vicuna_v1_1", "vicuna_v1_1", ("[VG]", *IM, "<bbox>")),
+    "nextgpt": System("nextgpt", "nextgpt", ("<Img>", "</Img>", *SIGNALS), ("<Img>", "", "</Img>")),
+}
+
+
+@dataclass(frozen=True)
+class Template:
+    """Strings around the turns of a conversation. Special tokens may be named in them; the open turn drops trailing blanks."""
+    system: str
+    user: tuple[str, str]               # before and after what the user says
+    bot: tuple[str, str]                # before and after an answer
+    stop: str                           # text that ends an answer
+    end: str = ""                       # after the last turn (training)
+    first: tuple[tuple[str, str], ...] = ()                     # a built-in opening exchange
+    front: str = ""                     # between a medium moved to the front and its message
+    drift: bool = False                 # parity: mask labels by separately counted lengths, see drift_labels
+
+
+POLITE = ("A chat between a curious {0} and an artificial intelligence assistant. "
+          "The assistant gives helpful, detailed, and polite answers to the {0}'s questions.")
+LLAVA = ("You are LLaVA, a large language and {0} assistant trained by UW Madison WAIV Lab."
+         "You are able to understand the {1} content that the user provides, and assist the user with a variety of tasks "
+         "using natural language.Follow the instructions carefully and explain your answers in detail.")
+SIMPLE = ("You are LLaVA, a large language model trained by UW Madison WAIV Lab{}."
+          "You are designed to assist human with a variety of tasks using natural language.Follow the instructions carefully.")
+HI = "Hi there!  How can I help you today?\n"
+
+
+def single(system, *first):
+    """`###` between turns (the first Vicuna)."""
+    return Template(system + "###", ("Human: ", "###"), ("Assistant: ", "###"), "###", first=first)
+
+
+def two(system, user="USER", bot="ASSISTANT"):
+    """A blank after the user, an end token after the assistant (Vicuna v1.1)."""
+    return Template(system + " ", (user + ": ", " "), (bot + ": ", "</s>"), "</s>", front=f" {user}: ")
+
+
+TEMPLATES = {
+    "tiny": Template("", ("USER: ", " "), ("ASSISTANT: ", "</s>"), "</s>"),
+    "vicuna_v1_1": two(POLITE.format("user")),
+    "bair_v1": two("BEGINNING OF CONVERSATION:", bot="GPT"),
+    "llava_v0": Template(POLITE.format("human") + "\n\n", ("### Human: ", "\n"), ("### Assistant: ", "\n"), "###", end="### ",
+                         front="###Human: ", drift=True),
+    "simple": single(SIMPLE.format(", based on LLaMA architecture"), ("Hi!", HI)),
+    "simple_legacy": single(SIMPLE.format(""), ("Hi!\n\n### Response:", HI)),
+    "nextgpt": Template("### ", ("Human: ", "\n"), ("### Assistant: ", "\n###"), "###"),
+} | {name + tail: make(LLAVA.format(seen, shown), *first)
+     for tail, seen, shown in (("", "vision", "visual"), ("_audio", "audio", "audio"), ("_video", "video", "video"))
+     for name, make, first in (("multimodal", single, (("Hi!", HI),)), ("llava_v1", two, ()))}
+
+
+def load_templates(path):
+    """Templates from a JSON file in the layout of the originals: {name: {system, roles, style, sep, sep2, messages}}."""
+    out = {}
+    for name, row in json.loads(Path(path).read_text())["templates"].items():
+        user, bot = row["roles"]
+        seps = {"single": (row["sep"], row["sep"]), "two": (row["sep"], row["sep2"])}.get(row["style"])
+        if seps is None:
+            continue                                            # mpt: for a model none of the four systems ships
+        texts = [text for _, text in row["messages"]]
+        out[name] = Template(row["system"] + row["sep"], (user + ": ", seps[0]), (bot + ": ", seps[1]), seps[1],
+                             first=tuple(zip(texts[::2], texts[1::2])))
+    return out
+
+
+# ---- Images
+
+class MediaError(ValueError):
+    """A file that is missing, not the kind of medium expected, or too large. The message names it."""
+
+
+MAX_BYTES, MAX_PIXELS, MAX_SECONDS, MAX_SIDE = 100 << 20, 50_000_000, 600, 4096
+STILLS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class MediaSpec:
+    """Sizes and sampling that an encoder wants; defaults: ImageBind-Huge as ChatBind and NExT-GPT feed it."""
+    image_size: int = 224
+    crop_round: bool = False            # False: CLIP processor's crop offset (floor); True: ImageBind's (half to even)
+    clip_seconds: float = 2.0
+    span_end: bool = False              # True: clips reach the end of the file (ImageBind); False: released pytorchvideo
+    video_clips: int = 5
+    video_crops: int = 3
+    frames: int = 2                     # per clip
+    audio_clips: int = 3
+    mel_bins: int = 128
+    mel_frames: int = 204
+    sample_rate: int = 16000
+
+
+def check_file(path):
+    """Path of an existing file of bearable size. Raises MediaError."""
+    path = Path(path)
+    if re.match(r"[a-z]+://", str(path), re.I):
+        raise MediaError(f"{path}: addresses are not fetched; download the file and give its path")
+    if not path.is_file():
+        raise MediaError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
+    if path.stat().st_size > MAX_BYTES:
+        raise MediaError(f"{path}: larger than {MAX_BYTES >> 20} MB")
+    return path
+
+
+def open_image(path):
+    """PIL image of a still or of an animation. Raises MediaError before any pixel of a too large one is decoded."""
+    try:
+        image = Image.open(check_file(path), formats=STILLS)
+    except MediaError:
+        raise
+    except Exception:
+        raise MediaError(f"{path}: not a picture ({', '.join(STILLS)} are read)") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise MediaError(f"{path}: {image.width}x{image.height} is more than {MAX_PIXELS // 10 ** 6} million pixels")
+    return image
+
+
+def read_image(path):
+    """RGB picture (the first frame of an animation). EXIF rotation is ignored, as the originals do."""
+    try:
+        return open_image(path).convert("RGB")
+    except MediaError:
+        raise
+    except Exception as error:
+        raise MediaError(f"{path}: damaged picture ({error})") from None
+
+
+def resize_crop(image, size, crop_round):
+    """PIL bicubic resize of the short side, then a centre crop of size x size."""
+    w, h = image.size
+    short = min(w, h)
+    image = image.resize((int(size * w / short), int(size * h / short)), Image.BICUBIC)
+    left, top = (int(round((n - size) / 2)) if crop_round else (n - size) // 2 for n in image.size)
+    return image.crop((left, top, left + size, top + size))
+
+
+def normalise(x):
+    """(..., 3, H, W) or, with frames, (..., 3, F, H, W) in 0..1 -> CLIP's mean and deviation taken off; channel axis 0."""
+    shape = (3,) + (1,) * (x.ndim - 1)
+    return (x - torch.tensor(CLIP_MEAN).view(shape)) / torch.tensor(CLIP_STD).view(shape)
+
+
+def image_tensor(image, spec=MediaSpec()):
+    """PIL picture -> (3, size, size) float32."""
+    pixels = np.array(resize_crop(image.convert("RGB"), spec.image_size, spec.crop_round))  # (H, W, 3)
+    return normalise(torch.from_numpy(pixels).permute(2, 0, 1).float() / 255)
+
+
+def thermal_tensor(image, spec=MediaSpec()):
+    """PIL picture -> (1, size, size) grey in 0..1, not normalised."""
+    pixels = np.array(resize_crop(image.convert("L"), spec.image_size, crop_round=True))
+    return torch.from_numpy(pixels)[None].float() / 255
+
+
+def depth_tensor(metres, focal_baseline=None, spec=MediaSpec()):
+    """Depth map (H, W) in metres -> (1, size, size) normalised disparity; focal length in pixels times baseline in metres.
+
+    The recipe is not in ImageBind's code: it follows its issue threads and Omnivore's demo (specs/imagebind 6, open).
+    """
+    disparity = (focal_baseline or 1.0) / torch.as_tensor(metres, dtype=torch.float32).clamp(0.01, 50)
+    image = Image.fromarray((disparity.clamp(max=75) / 75).numpy())
+    return (torch.from_numpy(np.array(resize_crop(image, spec.image_size, True)))[None] - 0.0418) / 0.0295
+
+
+def imu_tensor(samples, steps=2000):
+    """Accelerometer and gyroscope (6, n) -> (6, steps) by linear interpolation."""
+    return F.interpolate(torch.as_tensor(samples, dtype=torch.float32)[None], steps, mode="linear", align_corners=True)[0]
+
+
+# ---- Video
+
+def clip_starts(duration, n, spec):
+    """Start times of n clips: whole fractions, so that frame numbers round as in the originals."""
+    spare = max(Fraction(duration) - Fraction(spec.clip_seconds), Fraction(0))
+    return [i * spare / (max(n - 1, 1) if spec.span_end else n) for i in range(n)]
+
+
+def clip_frames(n_frames, fps, spec):
+    """Numbers of the frames used, a list per clip: evenly spaced from the first to the last of each clip."""
+    out = []
+    for start in clip_starts(n_frames / fps, spec.video_clips, spec):
+        first = math.ceil(fps * start)
+        last = max(min(math.ceil(fps * (start + Fraction(spec.clip_seconds))), n_frames) - 1, first)
+        out.append(torch.linspace(first, last, spec.frames).long().tolist())
+    return out
+
+
+def spatial_crops(x, size, n):
+    """n crops of (3, F, H, W) along its longer side (3: both ends and the middle; 1: the middle)."""
+    H, W = x.shape[-2:]
+    middle = [math.ceil((s - size) / 2) for s in (H, W)]
+    for place in ([0, 1, 2] if n == 3 else [1]):
+        top = (0, middle[0], H - size)[place] if H > W else middle[0]
+        left = (0, middle[1], W - size)[place] if H <= W else middle[1]
+        yield x[..., top:top + size, left:left + size]
+
+
+def video_tensor(frames, n_frames, fps, spec=MediaSpec()):
+    """Frames -> (clips * crops, 3, F, size, size), clip-major. frames: callable, [numbers] -> uint8 arrays (H, W, 3)."""
+    clips, size = clip_frames(n_frames, fps, spec), spec.image_size
+    wanted = sorted({i for clip in clips for i in clip})
+    decoded = dict(zip(wanted, frames(wanted)))
+    out = []
+    for clip in clips:
+        x = torch.from_numpy(np.stack([decoded[i] for i in clip])).permute(3, 0, 1, 2).float() / 255    # (3, F, H, W)
+        H, W = x.shape[-2:]
+        target = (math.floor(H / W * size), size) if W < H else (size, math.floor(W / H * size))
+        x = normalise(F.interpolate(x, target, mode="bilinear", align_corners=False))
+        out += spatial_crops(x, size, spec.video_crops)
+    return torch.stack(out)
+
+
+def read_animation(path):
+    """GIF, PNG or WebP -> (frames callable, number of frames, frames per second)."""
+    image = open_image(path)
+    n, ms = getattr(image, "n_frames", 1), image.info.get("duration", 100) or 100
+
+    def frames(numbers):
+        wanted = set(numbers)
+        return [np.array(frame.convert("RGB")) for i, frame in enumerate(ImageSequence.Iterator(image)) if i in wanted]
+    return frames, n, 1000 / ms
+
+
+DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,wav,mp3,flac,ogg,aac,gif"    # none that opens other files
+
+
+def open_media(path, kind):
+    """PyAV container and its first stream of a kind. Raises MediaError; so do its users through `guarded`."""
+    try:
+        import av                                               # extra [media], needed for compressed files only
+    except ImportError:
+        raise MediaError(f"{path}: reading it needs PyAV; install it with: pip install av") from None
+    container = av.open(open(check_file(path), "rb"), options={"format_whitelist": DEMUXERS})
+    stream = next((s for s in container.streams if s.type == kind), None)
+    if stream is None:
+        raise MediaError(f"{path}: has no {kind}")
+    if container.duration and container.duration / 1e6 > MAX_SECONDS:
+        raise MediaError(f"{path}: longer than {MAX_SECONDS // 60} minutes")
+    return container, stream
+
+
+def guarded(read):
+    """Whatever a decoder raises becomes a MediaError with the path (PyAV raises many kinds on damaged files)."""
+    def wrapped(path, *args):
+        try:
+            return read(path, *args)
+        except MediaError:
+            raise
+        except Exception as error:
+            raise MediaError(f"{path}: cannot be decoded ({type(error).__name__}: {error})") from None
+    return wrapped
+
+
+@guarded
+def read_video(path, spec=MediaSpec()):
+    """Clip of any format -> video_tensor of it. Frames are picked by seeking, never all decoded."""
+    if sniff(path) == "image":
+        return video_tensor(*read_animation(path), spec)
+    container, stream = open_media(path, "video")
+    if max(stream.width, stream.height) > MAX_SIDE:
+        raise MediaError(f"{path}: {stream.width}x{stream.height}, more than {MAX_SIDE} on a side")
+    fps = float(stream.average_rate)
+    n = stream.frames or int(fps * container.duration / 1e6)
+    start = stream.start_time or 0
+
+    def frames(numbers):
+        out, last, decoder = [], None, None
+        for number in numbers:
+            time = start + int(number / fps / stream.time_base)
+            if decoder is None or number - last > 100:
+                container.seek(time, stream=stream)
+                decoder = container.decode(stream)
+            for frame in decoder:
+                if frame.pts is None or frame.pts + 1 >= time:
+                    out.append(frame.to_ndarray(format="rgb24"))
+                    break
+            else:
+                out.append(out[-1])                             # the header promised more frames than there are
+            last = number
+        return out
+    return video_tensor(frames, n, fps, spec)
+
+
+# ---- Audio
+
+@guarded
+def read_audio(path):
+    """-> waveform (channels, samples) float32 in -1..1, sample rate. Wav by the standard library, the rest by PyAV."""
+    with open(check_file(path), "rb") as f:
+        riff = f.read(4) == b"RIFF"
+    if riff:
+        try:
+            with wave.open(str(path)) as f:
+                width, channels, rate = f.getsampwidth(), f.getnchannels(), f.getframerate()
+                return pcm(f.readframes(min(f.getnframes(), MAX_SECONDS * rate)), width, channels), rate
+        except wave.Error:
+            pass                                                # compressed or float wav
+    container, stream = open_media(path, "audio")
+    blocks = [frame.to_ndarray() for frame in container.decode(stream)]
+    planar = stream.format.is_planar
+    samples = np.concatenate(blocks, 1) if planar else np.concatenate(blocks, 1).reshape(-1, stream.channels).T
+    if samples.dtype.kind in "iu":
+        samples = samples / float(np.iinfo(samples.dtype).max + 1)
+    return torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32)), stream.rate
+
+
+def pcm(data, width, channels):
+    """Little-endian PCM of 1 to 4 bytes -> (channels, samples)."""
+    if width == 1:
+        x = (np.frombuffer(data, np.uint8).astype(np.float32) - 128) / 128
+    elif width == 3:
+        b = np.frombuffer(data, np.uint8).reshape(-1, 3)
+        x = (np.pad(b, ((0, 0), (1, 0))).view("<i4")[:, 0] >> 8).astype(np.float32) / (1 << 23)
+    else:
+        x = np.frombuffer(data, f"<i{width}").astype(np.float32) / (1 << (8 * width - 1))
+    return torch.from_numpy(np.ascontiguousarray(x.reshape(-1, channels).T))
+
+
+def resample(x, rate, new):
+    """Windowed-sinc (Hann, width 6, roll-off 0.99) resampling of (channels, samples), as torchaudio computes it."""
+    if rate == new:
+        return x
+    g = math.gcd(rate, new)
+    o, n = rate // g, new // g
+    base = 0.99 * min(o, n)
+    width = math.ceil(6 * o / base)
+    index = torch.arange(-width, width + o, dtype=torch.float32)[None] / o
+    t = ((torch.arange(0, -n, -1, dtype=torch.float32)[:, None] / n + index) * base).clamp(-6, 6)   # (n, 2 width + o)
+    window = torch.cos(t * math.pi / 6 / 2) ** 2
+    t = t * math.pi
+    kernel = torch.where(t == 0, torch.ones_like(t), t.sin() / t) * window * (base / o)
+    y = F.conv1d(F.pad(x, (width, width + o))[:, None], kernel[:, None], stride=o)          # (channels, n, blocks)
+    return y.transpose(1, 2).flatten(1)[:, :math.ceil(n * x.shape[1] / o)]
+
+
+@lru_cache
+def mel_banks(bins, rate, n_fft=512, low=20.0):
+    """Kaldi's triangular filters (bins, n_fft / 2), the Nyquist bin left out."""
+    def mel(f):
+        return 1127.0 * math.log(1.0 + f / 700.0)
+    step = (mel(rate / 2) - mel(low)) / (bins + 1)
+    b = torch.arange(bins)[:, None]
+    left, centre, right = (mel(low) + (b + i) * step for i in range(3))
+    freqs = 1127.0 * (1.0 + rate / n_fft * torch.arange(n_fft // 2) / 700.0).log()[None]
+    return torch.minimum((freqs - left) / (centre - left), (right - freqs) / (right - centre)).clamp(min=0)
+
+
+def fbank(x, bins, rate):
+    """Kaldi log-mel energies (frames, bins) of a mono signal: 25 ms frames every 10 ms, Hann window, no dither."""
+    size, shift = rate // 40, rate // 100
+    if len(x) < size:
+        x = F.pad(x, (0, size - len(x)))                        # the original fails on clips under 25 ms
+    frames = x.unfold(0, size, shift)                                                       # (frames, size)
+    frames = frames - frames.mean(1, keepdim=True)
+    frames = frames - 0.97 * torch.cat([frames[:, :1], frames[:, :-1]], dim=1)              # pre-emphasis
+    frames = F.pad(frames * torch.hann_window(size, periodic=False), (0, 512 - size))
+    power = torch.fft.rfft(frames).abs().pow(2)[:, :256]                                    # (frames, 256)
+    return (power @ mel_banks(bins, rate).T).clamp(min=torch.finfo(torch.float32).eps).log()
+
+
+def audio_tensor(x, rate, spec=MediaSpec()):
+    """Waveform -> (clips, 1, mel bins, mel frames), ImageBind's scaling. Only the first channel is heard."""
+    x = resample(x, rate, spec.sample_rate).clone()
+    rate, length, out = spec.sample_rate, Fraction(spec.clip_seconds), []
+    for start in clip_starts(x.shape[1] / rate, spec.audio_clips, spec):
+        clip = x[:, int(start * rate):int((start + length) * rate)]
+        clip -= clip.mean()             # parity: in place, so a later clip that overlaps sees the shift
+        mel = fbank(clip[0], spec.mel_bins, rate).T[:, :spec.mel_frames]                    # (bins, frames)
+        mel = F.pad(mel, (0, spec.mel_frames - mel.shape[1]))   # parity: zeros before scaling, which is not silence
+        out.append((mel + 4.268) / 9.138)
+    return torch.stack(out)[:, None]
+
+
+def sniff(path):
+    """'image', 'audio', 'video' or '' by the first bytes, never by the name. An animation counts as an image."""
+    with open(check_file(path), "rb") as f:
+        head = f.read(16)
+    if head.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM")) or head[8:12] == b"WEBP":
+        return "image"
+    if head[8:12] == b"WAVE" or head.startswith((b"ID3", b"fLaC", b"OggS", b"\xff\xfb", b"\xff\xf3", b"\xff\xf1")):
+        return "audio"
+    return "video" if head[4:8] == b"ftyp" or head.startswith(b"\x1aE\xdf\xa3") or head[8:12] == b"AVI " else ""
+
+
+def read_media(kind, path, spec=MediaSpec()):
+    """The tensor an encoder reads for one medium. Raises MediaError naming the file."""
+    if kind == "image":
+        return image_tensor(read_image(path), spec)
+    if kind == "thermal":
+        return thermal_tensor(read_image(path), spec)
+    if kind == "video":
+        return read_video(path, spec)
+    if kind == "audio":
+        return audio_tensor(*read_audio(path), spec)
+    values = np.load(check_file(path), allow_pickle=False)      # depth in metres (H, W), IMU (6, n)
+    return depth_tensor(values, spec=spec) if kind == "depth" else imu_tensor(values)
+
+
+# ---- Samples
+
+@dataclass
+class Medium:
+    kind: str                           # image, video, audio, depth, thermal, imu
+    path: str = ""
+    tensor: torch.Tensor | None = None
+
+
+@dataclass
+class Sample:
+    """A conversation: turns of user and assistant in turn, each a list of strings and Media."""
+    turns: list[list]
+    id: str = ""
+    meta: dict = field(default_factory=dict)
+
+
+class Rendered(NamedTuple):
+    ids: list[int]
+    labels: list[int]
+    slots: list                         # (Medium, position of its first placeholder)
+
+
+class Batch(NamedTuple):
+    ids: torch.Tensor                   # (B, T)
+    labels: torch.Tensor                # (B, T), IGNORE where nothing is learned
+    media: dict                         # kind -> stacked payloads of M media
+    slots: dict                         # kind -> (2, M * n) rows and columns of their placeholders
+
+
+def pieces_of(content, tok, system, n_token, learn=False):
+    """Pieces of one turn: strings stay plain text, media become framed placeholders."""
+    before, place, after = system.frame
+    out = []
+    for part in content:
+        if isinstance(part, str):
+            out.append(Piece(part, learn=learn))
+        else:
+            framed = before in tok.special
+            out += [Piece(before, True)] * framed
+            out.append(Piece(place, True, count=n_token(part.kind), medium=part))
+            out += [Piece(after, True)] * framed
+    return out
+
+
+def media_in_front(content, template):
+    """A turn with its media moved to its front (ChatBind's sep_image_conv_front)."""
+    media = [part for part in content if not isinstance(part, str)]
+    text = "".join(part for part in content if isinstance(part, str)).strip()
+    return [*media, template.front, text] if media else content
+
+
+def conversation_pieces(turns, tok, system, template, n_token):
+    """Pieces of a conversation, one list per turn, the system text first. An answer that is None is left open."""
+    out = [tok.parse(template.system)]
+    opening = [[text] for pair in template.first for text in pair]
+    for i, content in enumerate(opening + turns):
+        before, after = template.bot if i % 2 else template.user
+        if content is None:
+            out.append(tok.parse(before.rstrip(" ")))
+        elif i % 2 == 0:
+            out.append(tok.parse(before) + pieces_of(content, tok, system, n_token) + tok.parse(after))
+        else:
+            role = before.rstrip(" ")
+            answer = [Piece(before[len(role):], learn=True), *pieces_of(content, tok, system, n_token, learn=True)]
+            out.append(tok.parse(role) + answer + tok.parse(after, learn=True))
+    return out
+
+
+def drift_labels(ids, turns, end, tok):
+    """parity: ChatBind v0. Spans are counted on turns encoded alone, each with its own start token and word prefix, so
+    they drift by about one token a turn, and two tokens of every user turn are learned."""
+    labels, at = list(ids), 0
+    for i, pieces in enumerate(turns):
+        n = len(tok.encode(pieces))
+        if i == 0:
+            labels[:n] = [IGNORE] * n
+        elif i % 2:
+            labels[at + 2:at + n] = [IGNORE] * len(labels[at + 2:at + n])
+        at += n
+    return labels
+
+
+def render(turns, tok, system, template, n_token, train=False):
+    """Conversation -> Rendered. turns alternate user, assistant; a last assistant turn of None asks for an answer.
+
+    n_token: kind -> placeholders per medium. Labels are the answers and what ends them; all IGNORE unless train.
+    """
+    pieces = conversation_pieces(turns, tok, system, template, n_token)
+    end = tok.parse(template.end if train else "", learn=True)
+    ids, learn, slots = tok.encode_pieces([p for turn in pieces for p in turn] + end)
+    if train and template.drift:
+        labels = drift_labels(ids, pieces, end, tok)
+    else:
+        labels = [id if flag and train else IGNORE for id, flag in zip(ids, learn)]
+    return Rendered(ids, labels, slots)
+
+
+def collate(rendered, n_token, pad=0, max_len=2048):
+    """Rendered samples -> Batch: cut at max_len (never inside media), pad on the right, stack media by kind.
+
+    Raises ValueError if a sample has nothing to learn or its media do not fit.
+    """
+    width = min(max(len(r.ids) for r in rendered), max_len)
+    ids, labels = torch.full((len(rendered), width), pad), torch.full((len(rendered), width), IGNORE)
+    media, slots = {}, {}
+    for row, r in enumerate(rendered):
+        n = min(len(r.ids), width)
+        ids[row, :n], labels[row, :n] = torch.tensor(r.ids[:n]), torch.tensor(r.labels[:n])
+        if (labels[row] == IGNORE).all():
+            raise ValueError(f"a sample of {len(r.ids)} tokens has no answer within max_len = {max_len}")
+        for medium, start in r.slots:
+            columns = torch.arange(start, start + n_token(medium.kind))
+            if columns[-1] >= width:
+                raise ValueError(f"{medium.path}: its tokens end at {columns[-1] + 1}, beyond max_len = {max_len}")
+            media.setdefault(medium.kind, []).append(medium.tensor)
+            slots.setdefault(medium.kind, []).append(torch.stack([torch.full_like(columns, row), columns]))
+    return Batch(ids, labels, {k: torch.stack(v) for k, v in media.items()}, {k: torch.cat(v, 1) for k, v in slots.items()})
+
+
+# ---- Data sets
+
+class DataError(ValueError):
+    """A record that cannot be used. The message names the file and the record."""
+
+
+def safe_join(root, name):
+    """root / name for a relative name that stays inside. Links inside the root are followed (people link COCO)."""
+    parts = re.split(r"/", name) if isinstance(name, str) else [".."]
+    if not name or name[0] in "/~" or ".." in parts or "\\" in name or "\0" in name or re.match(r"[A-Za-z]:", name):
+        raise DataError(f"{name!r}: media are named by relative paths inside their folder")
+    return Path(root) / name
+
+
+def read_records(path):
+    """The list in a .json file, or the lines of a .jsonl file. Raises DataError naming file and line."""
+    path, rows = Path(path), []
+    try:
+        if path.suffix != ".jsonl":
+            rows = json.loads(path.read_text())
+        else:
+            for number, line in enumerate(path.open(), 1):
+                rows.append(json.loads(line))
+    except (ValueError, RecursionError) as error:
+        where = f"line {len(rows) + 1}: " if path.suffix == ".jsonl" else ""
+        raise DataError(f"{path}: {where}{error}") from None
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: a list of records is expected, not {type(rows).__name__}")
+    return rows
+
+
+KINDS = ("image", "video", "audio")
+TAGS = re.compile("(" + "|".join(f"<{kind}>" for kind in KINDS) + ")")
+
+
+def llava_sample(record, root):
+    """LLaVA record {id, image|video|audio: name or names, conversations: [{from, value}]} -> Sample.
+
+    `<image>` (or <video>, <audio>) in a user's text marks the place of the next medium of that kind. Raises DataError
+    if tags and media do not match one to one; a tag in an answer is plain text.
+    """
+    names = {kind: record.get(kind) or record.get(f"input_{kind}") or [] for kind in KINDS}
+    queue = {kind: [v] if isinstance(v, str) else list(v) for kind, v in names.items()}
+    turns, rows = [], record["conversations"]
+    if rows and rows[0]["from"].lower() not in ("human", "user"):
+        rows = rows[1:]                                         # parity: a leading answer is dropped
+    for i, row in enumerate(rows):
+        if (row["from"].lower() in ("human", "user")) != (i % 2 == 0):
+            raise DataError(f"turn {i + 1}: user and assistant must alternate")
+        content = TAGS.split(row["value"]) if i % 2 == 0 else [row["value"]]
+        for j in range(1, len(content), 2):
+            kind = content[j][1:-1]
+            if not queue[kind]:
+                raise DataError(f"turn {i + 1}: more {content[j]} tags than media")
+            content[j] = Medium(kind, str(safe_join(root, queue[kind].pop(0))))
+        turns.append([part for part in content if part != ""])
+    if left := [kind for kind in KINDS if queue[kind]]:
+        raise DataError(f"more {left[0]} files than <{left[0]}> tags")
+    if len(turns) < 2:
+        raise DataError("no question with an answer")
+    return Sample(turns[:len(turns) // 2 * 2], str(record.get("id", "")), record)
+
+
+def caption_sample(record, root, ask="generate a caption"):
+    """Caption record {image_name|video_name|audio_name, caption} -> Sample that asks for the caption."""
+    kind = next((kind for kind in KINDS if f"{kind}_name" in record), None)
+    if kind is None:
+        raise DataError("neither image_name, video_name nor audio_name")
+    medium = Medium(kind, str(safe_join(root, record[f"{kind}_name"])))
+    return Sample([[f"{ask}\n", medium], [record["caption"]]], str(record.get("id", "")), record)
+
+
+class Conversations:
+    """A data set file as Samples. Records of the LLaVA and of the caption format may stand in one file.
+
+    Raises DataError naming file and record for one that is malformed.
+    """
+
+    def __init__(self, path, root=None):
+        self.path, self.root = Path(path), Path(root or Path(path).parent)
+        self.records = read_records(path)
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, i):
+        record = self.records[i]
+        try:
+            return (llava_sample if "conversations" in record else caption_sample)(record, self.root)
+        except (DataError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{self.path}: record {i} ({record.get('id', '') if isinstance(record, dict) else record!r:.40}): {error}") \
+                from None
+
+
+class Prepared(torch.utils.data.Dataset):
+    """Data sets -> Rendered samples with their media loaded. An unusable record is replaced by the next one and counted.
+
+    max_bad: how many may be replaced before DataError or MediaError ends the run. media_front: see media_in_front.
+    """
+
+    def __init__(self, sets, tok, system, template, n_token, spec, max_bad=0, media_front=False):
+        self.sets, self.tok, self.system, self.template = sets, tok, system, template
+        self.n_token, self.spec, self.max_bad, self.media_front = n_token, spec, max_bad, media_front
+        self.where = [(s, i) for s in range(len(sets)) for i in range(len(sets[s]))]
+        self.bad = {}
+
+    def __len__(self):
+        return len(self.where)
+
+    def __getitem__(self, i):
+        for j in range(i, i + self.max_bad + 1):
+            number = j % len(self)
+            try:
+                return self.prepare(number)
+            except (DataError, MediaError) as error:
+                self.bad[number] = str(error)
+                if len(self.bad) > self.max_bad:
+                    raise
+        raise DataError(f"no usable record at {i} or within {self.max_bad} after it: {self.bad[i]}")
+
+    def prepare(self, number):
+        s, i = self.where[number]
+        turns = self.sets[s][i].turns
+        for turn in turns:
+            for medium in turn:
+                if isinstance(medium, Medium):
+                    medium.tensor = read_media(medium.kind, medium.path, self.spec)
+        if self.media_front:
+            turns = [media_in_front(turn, self.template) for turn in turns]
+        return render(turns, self.tok, self.system, self.template, self.n_token, train=True)
+
+
+def epoch_order(n, seed, epoch):
+    """A permutation of n samples that depends on nothing but seed and epoch."""
+    order = list(range(n))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order

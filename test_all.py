@@ -1,0 +1,283 @@
+"""Every test, in the order of the code: attention, vision, model, data, convert, train, shapes, chat, docs.
+
+Golden tests compare with what the original code computed (folder GOLDEN_DIR, default golden/): every size, seed and case
+comes from the fixtures. Vocabularies of others are found through LLAMA_TOKENIZER and CLIP_BPE.
+"""
+import json
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import attention
+import convert_weights as cw
+import data
+import model as M
+from vision import CLIPConfig, CLIPVision, ImageBind, ImageBindConfig, TowerConfig, HUGE
+
+HERE = Path(__file__).parent
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", HERE / "golden"))
+SHARED = HERE.parent / "shared"
+LLAMA_TOKENIZER = Path(os.environ.get("LLAMA_TOKENIZER", SHARED / "golden/tokenizer.model"))
+CLIP_BPE = Path(os.environ.get("CLIP_BPE", SHARED / "golden/imagebind/bpe_simple_vocab_16e6.txt.gz"))
+PARITY = 1e-4                           # of the output's scale: float32 sums in another order
+
+
+# ---- Helpers
+
+def rs(name, seed):
+    return np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2 ** 32)
+
+
+def wave(rate, seconds, seed, channels):
+    r, n, out = np.random.RandomState(seed), int(rate * seconds), []
+    t = np.arange(n) / rate
+    for c in range(channels):
+        f = 180 + 70 * c + 20 * r.rand()
+        x = 0.35 * np.sin(2 * np.pi * (f * t + (900 + 300 * c) * t * t / (2 * seconds)))
+        x = x + 0.15 * np.sin(2 * np.pi * 3100 * t) * (np.sin(2 * np.pi * 3 * t) > 0)
+        x = x + 0.05 * r.randn(n) * (0.2 + 0.8 * (t > seconds / 2)) + 0.02
+        x[int(0.55 * n):int(0.62 * n)] = 0.0
+        out.append(np.clip(x, -0.99, 0.99))
+    return (np.stack(out) * 32767).astype(np.int16)
+
+
+def image(h, w, seed):
+    r, (y, x) = np.random.RandomState(seed), np.mgrid[0:h, 0:w]
+    a = np.stack([127 + 100 * np.sin(x / 7.0 + seed) + 20 * np.cos(y / 3.0), 255 * ((x // 13 + y // 11) % 2),
+                  (x * 3 + y * 5 + seed * 17) % 256], -1)
+    return np.clip(a + r.randint(-12, 13, a.shape), 0, 255).astype(np.uint8)
+
+
+def video(frames, h, w, seed):
+    a = image(h, w, seed)
+    return np.stack([np.roll(a, 2 * k, axis=1) // 2 + (k * 5) % 120 for k in range(frames)]).astype(np.uint8)
+
+
+MAKERS = {"wave": wave, "image": image, "video": video}
+
+
+def rebuild(name, spec, seed):
+    """One tensor from its entry in a fixture: the formula of the fixtures' README."""
+    if isinstance(spec, dict):
+        (kind, args), = spec.items()
+        return torch.from_numpy(MAKERS[kind](*args))
+    if spec[1] == "uint8":
+        return torch.from_numpy(np.floor(rs(name, seed).random_sample(tuple(spec[0])) * 256).astype(np.uint8))
+    values = spec[1] + spec[2] * rs(name, seed).standard_normal(tuple(spec[0]))
+    return torch.from_numpy(np.asarray(values).astype(np.float32))
+
+
+def read_golden(name):
+    """-> meta, weights (per group where there are groups), tensors (inputs and outputs). Skips where the fixture is absent."""
+    if not (GOLDEN / f"{name}.json").exists():
+        pytest.skip(f"{GOLDEN}/{name}.json is absent")
+    meta = json.loads((GOLDEN / f"{name}.json").read_text())
+
+    def build(entries):
+        return {k: build(v) if isinstance(v, dict) and not MAKERS.keys() & v.keys() else rebuild(k, v, meta.get("seed", 0))
+                for k, v in entries.items()}
+    path = GOLDEN / f"{name}.safetensors"
+    return meta, build(meta.get("weights", {})), (load_file(path) if path.exists() else {}) | build(meta.get("inputs", {}))
+
+
+def close(meta, tensors, name, got, tol=PARITY):
+    """A computed tensor equals the stored (strided) one within tol of its scale."""
+    want = tensors[name].flatten().double()
+    got = got.detach().flatten()[::meta.get("stride", {}).get(name, 1)].double()
+    assert got.shape == want.shape, f"{name}: {got.shape} against {want.shape}"
+    diff, scale = (got - want).abs().max().item(), max(want.abs().max().item(), 1e-30)
+    assert diff <= tol * scale, f"{name}: off by {diff:.3g} at scale {scale:.3g}"
+
+
+# ---- Vision
+
+def golden_imagebind(config, weights, **more):
+    """An ImageBind of a fixture's sizes, filled from original keys."""
+    towers = {}
+    for kind, huge in HUGE.items():
+        if f"{kind}_embed_dim" not in config:
+            continue
+        towers[kind] = M.replace(huge, dim=config[f"{kind}_embed_dim"], n_layer=config[f"{kind}_num_blocks"],
+                                 n_head=config[f"{kind}_num_heads"])
+    bind = ImageBind(ImageBindConfig(towers, config["out_embed_dim"]))
+    prefix = "readers.imagebind.tower."
+    bind.load_state_dict({k.removeprefix(prefix): v for k, v in cw.rename(weights, cw.IMAGEBIND).items()})
+    return bind.eval()
+
+
+def test_golden_imagebind_model():
+    meta, weights, t = read_golden("imagebind/model")
+    bind = golden_imagebind(meta["config"], weights)
+    for name in meta["inputs"] | {"in.text": 0}:
+        case = name.removeprefix("in.")
+        kind, x = case.split("_")[0], t[name]
+        tower, clips = bind.towers[kind], x.flatten(0, 1) if x.ndim >= 5 else x
+        tokens = tower.tokens(clips)
+        trunk = tower.trunk(tokens)
+        close(meta, t, f"mid.{case}.tokens", tokens[:1] if case == "vision_video" else tokens)
+        close(meta, t, f"mid.{case}.trunk", trunk[:1])
+        ends = clips.argmax(-1) if kind == "text" else torch.zeros(len(clips), dtype=torch.long)
+        close(meta, t, f"mid.{case}.head", tower.head(tower.norm(trunk[torch.arange(len(clips)), ends])))
+        close(meta, t, f"out.{case}", bind(kind, x))
+        if f"out.chatbind_tokens.{case}" in t:
+            assert bind(kind, x).shape == t[f"out.chatbind_tokens.{case}"].shape
+            close(meta, t, f"out.chatbind_tokens.{case}", bind(kind, x))
+    bind.towers["audio"].log_scale = None                       # NExT-GPT's copy
+    close(meta, t, "out.nextgpt.audio", bind("audio", t["in.audio"]))
+
+
+# ---- Model
+
+def golden_llm(c, **more):
+    return M.LLMConfig(dim=c["hidden_size"], n_layer=c["num_hidden_layers"], n_head=c["num_attention_heads"],
+                       n_kv_head=c.get("num_key_value_heads", c["num_attention_heads"]), mlp_dim=c["intermediate_size"],
+                       vocab_size=c["vocab_size"], norm_eps=c["rms_norm_eps"], max_len=c["max_position_embeddings"], **more)
+
+
+def golden_chatbind(meta, weights):
+    """The chat model of a ChatBind fixture, tower included."""
+    c, ids = meta["config"], meta["config"]["special_token_ids"]
+    small = c.get("imagebind") or c["imagebind_vision"]
+    towers = {kind: M.replace(HUGE[kind], dim=small[f"{kind}_embed_dim"], n_layer=small[f"{kind}_num_blocks"],
+                              n_head=small[f"{kind}_num_heads"]) for kind in HUGE if f"{kind}_embed_dim" in small}
+    cfg = M.ModelConfig(llm=golden_llm(c["llama"]), imagebind=ImageBindConfig(towers, small["out_embed_dim"]),
+                        reads=M.IMAGEBIND_READS, system="chatbind", eos=(ids.get("eos", 2),))
+    model = M.Model(cfg)
+    model.load_state_dict(cw.rename(weights["state_dict"], cw.CHATBIND) | cw.rename(weights["tower"], cw.IMAGEBIND))
+    return model.eval()
+
+
+def golden_embeds(model, c, ids, features):
+    """Embeddings with features (M, n, C) of one medium per row written over that row's placeholders, as model.embed does."""
+    x = model.llm.embed(ids)
+    for row in range(len(ids)):
+        where = (ids[row] == c["special_token_ids"]["im_patch"]).nonzero()[:, 0]
+        if len(where):
+            x = x.index_put((torch.full_like(where, row), where), features[row].expand(len(where), -1))
+    return x
+
+
+def test_golden_chatbind_forward():
+    meta, weights, t = read_golden("chatbind/forward")
+    model, c = golden_chatbind(meta, weights), meta["config"]
+    for case, row in meta["cases"].items():
+        ids, mask, labels = (t[f"in.{case}.{name}"] for name in ("input_ids", "attention_mask", "labels"))
+        x = t[f"in.{case}.{row['modality']}"]
+        repeat = max(row["repeat_feature_dim"], 1)
+        close(meta, t, f"out.{case}.tower_tokens", model.readers.imagebind.tower(row["modality"], x).repeat(1, repeat, 1))
+        features = model.read(row["modality"].replace("vision", "image"), x)
+        close(meta, t, f"out.{case}.projected", features.repeat(1, repeat, 1))
+        embeds = golden_embeds(model, c, ids, features)
+        close(meta, t, f"out.{case}.inputs_embeds", embeds)
+        h = model.llm(embeds)
+        close(meta, t, f"out.{case}.logits", model.llm.lm_head(h) * mask[..., None])
+        close(meta, t, f"out.{case}.loss", M.lm_loss(model.llm.lm_head, h, labels))
+    ids = t["in.generate.input_ids"]
+    embeds = golden_embeds(model, c, ids, model.read("image", t["in.image.vision"][:1]))
+    new = list(M.generate(model, embeds, max_new_tokens=t["out.generate.ids"].shape[1] - ids.shape[1]))
+    assert ids[0].tolist() + new == t["out.generate.ids"][0].tolist()
+
+
+# ---- Data
+
+def need(path, what):
+    if not path.exists():
+        pytest.skip(f"{what} is absent ({path})")
+    return path
+
+
+def test_golden_imagebind_audio_fbank():
+    meta, _, t = read_golden("imagebind/audio_fbank")
+    close(meta, t, "const.mel_banks", data.mel_banks(128, 16000))
+    for w in meta["waves"]:
+        x, name = t[f"in.{w['name']}"].float() / 32768, w["name"]
+        if f"mid.{name}.resampled" in t:
+            close(meta, t, f"mid.{name}.resampled", data.resample(x, w["sample_rate"], 16000))
+        y = data.resample(x, w["sample_rate"], 16000)[:, :32000]
+        close(meta, t, f"mid.{name}.fbank_first_clip", data.fbank((y - y.mean())[0], 128, 16000))
+        for variant in ("span_end", "release_0_1_5"):
+            spec = data.MediaSpec(span_end=variant == "span_end")
+            close(meta, t, f"out.{name}.{variant}", data.audio_tensor(x, w["sample_rate"], spec))
+
+
+def test_golden_imagebind_image_preproc():
+    meta, _, t = read_golden("imagebind/image_preproc")
+    for i in range(len(meta["images"])):
+        picture = data.Image.fromarray(t[f"in.img{i}"].numpy())
+        close(meta, t, f"out.clip_processor.img{i}", data.image_tensor(picture))
+        close(meta, t, f"out.imagebind.img{i}", data.image_tensor(picture, data.MediaSpec(crop_round=True)))
+        close(meta, t, f"out.thermal.img{i}", data.thermal_tensor(picture))
+
+
+def test_golden_imagebind_video_preproc():
+    meta, _, t = read_golden("imagebind/video_preproc")
+    for v in meta["videos"]:
+        frames = t[f"in.{v['name']}"].numpy()
+        for variant in ("span_end", "release_0_1_5"):
+            spec = data.MediaSpec(span_end=variant == "span_end")
+            assert data.clip_frames(len(frames), v["fps"], spec) == v[f"{variant}_frames_used"]
+            got = data.video_tensor(lambda numbers: frames[numbers], len(frames), v["fps"], spec)
+            close(meta, t, f"out.{v['name']}.{variant}", got)
+            close(meta, t, f"out.{v['name']}.{variant}.mean", got.mean((-2, -1)))
+
+
+def test_golden_imagebind_text_tokens():
+    meta, _, _ = read_golden("imagebind/text_tokens")
+    clip = data.CLIPTokenizer(need(CLIP_BPE, "CLIP_BPE"))
+    rows = [row for row in meta["rows"] if clip.encode(row["text"]) == row["bpe"] or not row["ftfy_changes_it"]]
+    assert len(rows) > len(meta["rows"]) / 2
+    for row in rows:
+        assert clip(row["text"]).tolist() == row["ids"], row["text"]
+        assert clip(row["text"], keep_end=False).tolist() == row["ids_old_truncation"], row["text"]
+
+
+CHATBIND_ADDED = {"v0": {"[PAD]": 32000, "<im_patch>": 32001, "<im_start>": 32002, "<im_end>": 32003},
+                  "v1": {"<im_patch>": 32000, "<im_start>": 32001, "<im_end>": 32002}}
+
+
+def chatbind_tokenizer(version):
+    return data.Tokenizer(need(LLAMA_TOKENIZER, "LLAMA_TOKENIZER"), CHATBIND_ADDED[version])
+
+
+def test_golden_chatbind_tokens_conversations():
+    meta, _, _ = read_golden("chatbind/tokens")
+    for c in meta["conversations"]:
+        tok = chatbind_tokenizer(c["version"])
+        system, template = data.SYSTEMS["chatbind"], data.TEMPLATES[{"v0": "llava_v0", "v1": "vicuna_v1_1"}[c["version"]]]
+        if not c["use_im_start_end"]:
+            system = M.replace(system, frame=("", "<im_patch>", ""))
+        turns = []
+        for row in c["source"]:
+            texts = row["value"].split("<image>")
+            turns.append([p for text in texts for p in (data.Medium("image"), text) if p != ""][1:])
+        if c["sep_image_conv_front"]:
+            turns = [data.media_in_front(turn, template) for turn in turns]
+        got = data.render(turns, tok, system, template, lambda kind: max(c["repeat"], 1), train=True)
+        assert got.ids == c["ids"]
+        assert got.labels == c["labels"]
+
+
+def test_golden_chatbind_tokens_prompts():
+    meta, _, _ = read_golden("chatbind/tokens")
+    templates, skipped = dict(data.TEMPLATES), []
+    for path in (GOLDEN / "chatbind/templates.json", SHARED / "golden/chatbind/templates.json"):
+        if path.exists():
+            templates = data.load_templates(path) | templates
+    for p in meta["prompts"]:
+        if p["template"] not in templates:
+            skipped.append(p["template"])
+            continue
+        tok, system = chatbind_tokenizer(p["tokenizer"]), data.SYSTEMS["chatbind"]
+        if not p["use_im_start_end"]:
+            system = M.replace(system, frame=("", "<im_patch>", ""))
+        media = [data.Medium("image")] if p["patches"] else []
+        turn = [p["query"] + "\n" * bool(media), *media]
+        got = data.render([turn, None], tok, system, templates[p["template"]], lambda kind: p["patches"])
+        assert got.ids == p["ids"], p["template"]
+        assert templates[p["template"]].stop == p["stop"]
+    assert len(skipped) <= 2, skipped

@@ -85,10 +85,11 @@ def read_golden(name):
     return meta, build(meta.get("weights", {})), (load_file(path) if path.exists() else {}) | build(meta.get("inputs", {}))
 
 
-def close(meta, tensors, name, got, tol=PARITY):
-    """A computed tensor equals the stored (strided) one within tol of its scale."""
-    want = tensors[name].flatten().double()
-    got = got.detach().flatten()[::meta.get("stride", {}).get(name, 1)].double()
+def close(meta, tensors, name, got, tol=PARITY, where=None):
+    """A computed tensor equals the stored (strided) one within tol of its scale (where the bool mask says so)."""
+    stride, want = meta.get("stride", {}).get(name, 1), tensors[name].flatten().double()
+    keep = torch.ones_like(want, dtype=torch.bool) if where is None else where.expand_as(got).flatten()[::stride]
+    want, got = want[keep], got.detach().flatten()[::stride].double()[keep]
     assert got.shape == want.shape, f"{name}: {got.shape} against {want.shape}"
     diff, scale = (got - want).abs().max().item(), max(want.abs().max().item(), 1e-30)
     assert diff <= tol * scale, f"{name}: off by {diff:.3g} at scale {scale:.3g}"
@@ -175,7 +176,7 @@ def test_golden_chatbind_forward():
         embeds = golden_embeds(model, c, ids, features)
         close(meta, t, f"out.{case}.inputs_embeds", embeds)
         h = model.llm(embeds)
-        close(meta, t, f"out.{case}.logits", model.llm.lm_head(h) * mask[..., None])
+        close(meta, t, f"out.{case}.logits", model.llm.lm_head(h), where=mask[..., None].bool())
         close(meta, t, f"out.{case}.loss", M.lm_loss(model.llm.lm_head, h, labels))
     ids = t["in.generate.input_ids"]
     embeds = golden_embeds(model, c, ids, model.read("image", t["in.image.vision"][:1]))

@@ -656,7 +656,7 @@ def read_media(kind, path, spec=MediaSpec()):
 
 # ---- Samples
 
-@dataclass
+@dataclass(eq=False)                    # a Medium is itself: two of the same file differ, and each can be a key
 class Medium:
     kind: str                           # image, video, audio, depth, thermal, imu
     path: str = ""
@@ -878,6 +878,7 @@ class Prepared(torch.utils.data.Dataset):
         self.sets, self.tok, self.system, self.template = sets, tok, system, template
         self.n_token, self.spec, self.max_bad, self.media_front = n_token, spec, max_bad, media_front
         self.where = [(s, i) for s in range(len(sets)) for i in range(len(sets[s]))]
+        self.sizes = [len(str(sets[s].records[i])) for s, i in self.where]     # rough length of each sample
         self.bad = {}
 
     def __len__(self):
@@ -906,8 +907,17 @@ class Prepared(torch.utils.data.Dataset):
         return render(turns, self.tok, self.system, self.template, self.n_token, train=True)
 
 
-def epoch_order(n, seed, epoch):
-    """A permutation of n samples that depends on nothing but seed and epoch."""
-    order = list(range(n))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order
+def epoch_batches(sizes, batch, seed, epoch, pool=50):
+    """Batches of sample numbers for one epoch, in an order that depends on nothing but the arguments.
+
+    Samples of like size go together, so that little is padded: every `pool` batches of the shuffled samples are sorted
+    by size, cut, and shuffled again. The rest that fills no batch is left out (unless it is all there is).
+    """
+    rng, order = random.Random(f"{seed}/{epoch}"), list(range(len(sizes)))
+    rng.shuffle(order)
+    order, out = order[:max(len(order) - len(order) % batch, batch)], []
+    for i in range(0, len(order), pool * batch):
+        near = sorted(order[i:i + pool * batch], key=lambda j: (sizes[j], j))
+        out += [near[j:j + batch] for j in range(0, len(near), batch)]
+    rng.shuffle(out)
+    return out

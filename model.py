@@ -71,15 +71,15 @@ class ModelConfig:
 IMAGEBIND_READS = {kind: "imagebind" for kind in ("image", "video", "audio", "depth", "thermal", "imu")}
 VICUNA_V0 = LLMConfig(norm_eps=1e-6, max_len=2048, vocab_size=32001)
 CHATBIND_TOKENS = {"[PAD]": 32000, "<im_patch>": 32001, "<im_start>": 32002, "<im_end>": 32003}
-TINY_TOKENS = {"<im_patch>": 600, "<im_start>": 601, "<im_end>": 602}
 TINY = ModelConfig(
-    llm=LLMConfig(dim=192, n_layer=4, n_head=6, n_kv_head=6, mlp_dim=512, vocab_size=603, max_len=1024, tied=True),
+    llm=LLMConfig(dim=192, n_layer=4, n_head=3, n_kv_head=3, mlp_dim=512, vocab_size=603, max_len=1024, tied=True),
     imagebind=ImageBindConfig(
         towers={"vision": TowerConfig(128, 5, 4, 3, (2, 64, 64), (2, 8, 8), stem_norm=False, pre_norm=True, bias_kv=False,
                                       scale=False),
                 "audio": TowerConfig(96, 4, 4, 1, (64, 204), (16, 12))},
         out_dim=192, n_out=8),
-    reads={kind: "imagebind" for kind in ("image", "video", "audio")}, system="tiny", added_tokens=TINY_TOKENS,
+    reads={kind: "imagebind" for kind in ("image", "video", "audio")}, system="tiny",
+    added_tokens={"<im_patch>": 600, "<im_start>": 601, "<im_end>": 602},
     media=dict(image_size=64, video_clips=2, video_crops=1, mel_bins=64, audio_clips=1))
 
 PRESETS = {

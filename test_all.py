@@ -17,6 +17,7 @@ import attention
 import convert_weights as cw
 import data
 import model as M
+import train
 from vision import CLIPConfig, CLIPVision, ImageBind, ImageBindConfig, TowerConfig, HUGE
 
 HERE = Path(__file__).parent
@@ -282,3 +283,39 @@ def test_golden_chatbind_tokens_prompts():
         assert got.ids == p["ids"], p["template"]
         assert templates[p["template"]].stop == p["stop"]
     assert len(skipped) <= 2, skipped
+
+
+# ---- Train
+
+def golden_batch(c, t):
+    """The Batch of a ChatBind training fixture: one image per row that has a placeholder."""
+    ids, labels = t["in.input_ids"], t["in.labels"]
+    rows, columns = (ids == c["special_token_ids"]["im_patch"]).nonzero(as_tuple=True)
+    return data.Batch(ids, labels, {"image": t["in.images"][rows]}, {"image": torch.stack([rows, columns])})
+
+
+@pytest.mark.parametrize("stage", (1, 2))
+def test_golden_chatbind_train(stage):
+    meta, weights, t = read_golden("chatbind/train")
+    model, ids = golden_chatbind(meta, weights), meta["config"]["special_token_ids"]
+    model.cfg = M.replace(model.cfg, added_tokens={"<im_start>": ids["im_start"], "<im_end>": ids["im_end"]})
+    row, batch, total = train.STAGES["chatbind", stage], golden_batch(meta["config"], t), meta["schedule"]["total_steps"]
+    learned = train.learn(model, row)
+    opt = torch.optim.AdamW(learned.values(), weight_decay=0.0)
+    ours = {"embed_start_end": "llm.embed.weight"} | {k: cw.translate(k, cw.CHATBIND) for k in weights["state_dict"]}
+
+    def check(kind, get):
+        for name in [n for n in t if n.startswith(f"out.stage{stage}.{kind}.")]:
+            key = name.split(f".{kind}.")[1]
+            got = get(dict(model.named_parameters())[ours[key]])
+            close(meta, t, name, got[[ids["im_start"], ids["im_end"]]] if key == "embed_start_end" else got)
+    model(batch)["lm"].backward()
+    check("grad", lambda p: p.grad)
+    opt.zero_grad()
+    for step, want in enumerate(meta[f"stage{stage}_steps"]):
+        lr = row.lr * train.schedule(step, total, 1 / total)
+        losses, norm = train.update(model, learned, opt, [batch], lr, clip=1.0)
+        assert lr == pytest.approx(want["lr"], rel=1e-6)
+        assert losses["lm"] == pytest.approx(want["loss"], rel=PARITY)
+        assert norm == pytest.approx(want["grad_norm_before_clip"], rel=PARITY)
+    check("after", lambda p: p.data)

@@ -1,0 +1,468 @@
+"""Talk with a model about pictures, sounds and clips.
+
+In order: command line, Session (the conversation), terminal (text, pictures, lines), Chat (commands), start.
+A Session knows no terminal, so any front end can use it. It keeps the keys and values of all that was said: a new
+message costs only its own tokens, and each medium is read and encoded once.
+Text typed by a user never becomes a special token. Text that is not ours loses its control characters before printing.
+"""
+import argparse
+import atexit
+import base64
+import difflib
+import glob
+import io
+import json
+import math
+import mimetypes
+import os
+import re
+import shlex
+import sys
+import time
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+# ---- Command line
+
+TINY = Path(__file__).with_name("weights") / "tiny"
+KINDS = ("image", "audio", "video", "depth", "thermal", "imu")
+SETTINGS = {                            # name: default, least, most, meaning
+    "temperature": (0.0, 0, 100, "spread of sampling; 0 takes the likeliest token"),
+    "top_k": (50, 0, 1 << 24, "sample among the k likeliest tokens; 0 = all"),
+    "top_p": (1.0, 0, 1, "sample among the likeliest tokens that share this probability"),
+    "repetition_penalty": (1.0, 0.1, 10, "above 1 discourages what the answer said already"),
+    "max_new_tokens": (256, 1, 1 << 24, "longest answer"),
+    "seed": (0, 0, (1 << 63) - 1, "where sampling starts"),
+}
+EXAMPLES = """examples:
+  python chat.py                                          chat with the small model that comes along
+  python chat.py weights/chatbind-7b --temperature 0.2    chat with converted weights
+  python chat.py -p "What is this?" --image dog.jpg       one question; stdout gets the answer, nothing else
+  python chat.py -p "What do you hear?" --audio a.wav --json
+  python chat.py < questions.txt                          a turn per line
+
+In the chat, /help lists the commands, and a file dragged into the terminal is attached."""
+
+
+def setting(name, value):
+    """The value of a setting, from a number or its text. Raises ValueError saying what is allowed."""
+    if name not in SETTINGS:
+        raise ValueError(f"no setting {name!r:.40}; there are {', '.join(SETTINGS)}")
+    default, least, most, _ = SETTINGS[name]
+    try:
+        number = round(type(default)(value), 4)
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not least <= number <= most:
+        raise ValueError(f"{name} is a number from {least} to {most}, not {value!r:.40}")
+    return number
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Talk with a model about pictures, sounds and clips.", epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("weights", nargs="?", default=TINY, help="weights folder (weights/tiny)")
+    add("-p", "--prompt", metavar="TEXT", help="ask this one question and end")
+    for kind in KINDS:
+        add(f"--{kind}", dest="media", metavar="FILE", action="append", default=[],
+            type=lambda path, kind=kind: (path, kind), help=f"attach {kind} to the first message; repeatable")
+    add("--json", action="store_true", help="print each answer as a JSON object")
+    add = parser.add_argument_group("sampling").add_argument
+    for name, (default, _, _, meaning) in SETTINGS.items():
+        add(f"--{name.replace('_', '-')}", metavar="N", default=default, help=f"{meaning} ({default})")
+    add = parser.add_argument_group("model").add_argument
+    add("--device", help="cuda, mps, cpu ... (the best there is)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (bfloat16 on cuda, else float32)")
+    add("--template", default="", help="prompt template (that of the weights)")
+    add("--context", type=int, default=0, help="tokens to remember (as many as the model was trained for)")
+    add("--parse-special", action="store_true", help="typed names of special tokens count, as in the originals")
+    add = parser.add_argument_group("terminal").add_argument
+    add("--pictures", choices=("auto", "kitty", "iterm", "blocks", "off"), default="auto", help="show pictures (auto)")
+    add("--no-history", action="store_true", help="do not keep typed lines for the next time")
+    args = parser.parse_args()
+    try:
+        args.settings = {name: setting(name, vars(args)[name]) for name in SETTINGS}
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()                 # before the imports that take seconds, so that --help answers at once
+
+import torch
+from safetensors import SafetensorError
+
+import data
+from model import KVCache, generate, load
+
+# ---- Session
+
+FITS = {"image": ("image", "animation"), "thermal": ("image",), "video": ("video", "animation"), "audio": ("audio", "video"),
+        "depth": ("",), "imu": ("",)}   # what the file of a medium may hold
+
+
+@dataclass(eq=False)
+class Turn:
+    """A message with its media, the answer, and what it took to make."""
+    text: str
+    media: list
+    answer: str = ""
+    prompt: list = field(default_factory=list)          # ids that asked for the answer
+    ids: list = field(default_factory=list)             # generated
+    reused: int = 0                                     # prompt tokens whose keys and values were there already
+    dropped: int = 0                                    # oldest turns that went to make room
+    clock: list = field(default_factory=list)           # at the start, with media encoded, at the first and last new id
+
+
+class Session:
+    """A conversation. `say` and `retry` yield the answer in pieces; at their end the turn stands in `turns`.
+
+    What fails raises (ValueError or OSError where the user can mend it, or MemoryError) and changes nothing.
+    """
+
+    def __init__(self, model, tok, system, template, spec=data.MediaSpec(), context=0, parse_special=False, **settings):
+        self.model, self.tok, self.system, self.template, self.spec = model, tok, system, template, spec
+        self.weight, self.parse_special = model.llm.embed.weight, parse_special
+        self.max_len = min(context or model.cfg.llm.max_len, model.cfg.llm.max_len)
+        self.generator, self.settings = torch.Generator(self.weight.device), {}
+        for name, row in SETTINGS.items():
+            self.set(name, settings.get(name, row[0]))
+        self.system_text = ""                           # in place of the template's
+        self.turns, self.pending = [], []               # pending: media that go with the next message
+        self.cache, self.held = None, []                # held: for each place of the cache, its id or the Medium there
+        self.features = WeakKeyDictionary()             # Medium -> (n, C)
+
+    def set(self, name, value):
+        self.settings[name] = setting(name, value)
+        if name == "seed":
+            self.generator.manual_seed(self.settings[name])
+
+    @property
+    def media(self):
+        """All media; users count them from 1."""
+        return [medium for turn in self.turns for medium in turn.media] + self.pending
+
+    def read(self, path, kind=""):
+        """The Medium of a file, of the kind that its content suggests or of a given one. Raises MediaError."""
+        path, reads = os.path.expanduser(path), self.model.cfg.reads
+        found = data.sniff(path)
+        if found == "image" and getattr(data.open_image(path), "n_frames", 1) > 1:
+            found = "animation"
+        kind = kind or {"animation": "video" if "video" in reads else "image"}.get(found, found)
+        if found not in FITS.get(kind, ()):
+            found = found or mimetypes.guess_type(path)[0] or "unknown"
+            raise data.MediaError(f"{path}: not readable as {kind or 'a medium'}, its type is {found}")
+        if kind not in reads:
+            raise data.MediaError(f"{path}: this model reads {', '.join(reads) or 'only text'}, not {kind}")
+        return data.Medium(kind, path, data.guarded(lambda path: data.read_media(kind, path, self.spec))(path))
+
+    def find(self, number):
+        """Medium by number; 0 is the last."""
+        if number > len(self.media) or not self.media:
+            raise ValueError(f"no medium #{number or 1}; there are {len(self.media)}")
+        return self.media[number - 1]
+
+    def drop(self, medium):
+        """Take a medium out of the conversation."""
+        for media in (self.pending, *(turn.media for turn in self.turns)):
+            if medium in media:
+                media.remove(medium)
+
+    def clear(self):
+        self.turns, self.pending = [], []
+
+    def last(self):
+        if not self.turns:
+            raise ValueError("nothing has been said yet")
+        return self.turns[-1]
+
+    def undo(self):
+        """Forget the last turn; returns it."""
+        return self.turns.pop(self.turns.index(self.last()))
+
+    def say(self, text, media=()):
+        """Answer a message that comes with the pending and the given media. Closing the iterator early keeps the part said."""
+        return self.answer([*self.turns, Turn(text, [*self.pending, *media])])
+
+    def retry(self):
+        """Answer the last message anew."""
+        return self.answer([*self.turns[:-1], Turn(self.last().text, self.last().media)])
+
+    def save(self, path):
+        """Write the conversation as JSON, media by their paths. Never replaces a file."""
+        turns = [{"text": turn.text, "media": [(os.path.abspath(m.path), m.kind) for m in turn.media], "answer": turn.answer}
+                 for turn in self.turns]
+        with open(os.path.expanduser(path), "x", encoding="utf-8") as file:
+            json.dump({"system": self.system_text, "turns": turns}, file, indent=1)
+
+    def load(self, path):
+        """Go on with a saved conversation; its media are read again."""
+        try:
+            saved = json.loads(data.check_file(os.path.expanduser(path)).read_text(encoding="utf-8"))
+            turns = [Turn(row["text"] + "", [(str(file), str(kind)) for file, kind in row["media"]], row["answer"] + "")
+                     for row in saved["turns"]]
+            system = saved["system"] + ""
+        except (LookupError, TypeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not a saved conversation ({type(error).__name__}: {error})") from None
+        for turn in turns:
+            turn.media = [self.read(*names) for names in turn.media]
+        self.turns, self.pending, self.system_text = turns, [], system
+
+    def prompt(self, turns):
+        """-> ids that ask for the last turn's answer, [(Medium, its first place)]."""
+        rows = []
+        for turn in turns:
+            below = [part for medium in turn.media for part in ("\n", medium)]
+            rows += [[turn.text, *below] if self.system.media_last else [*turn.media, turn.text], [turn.answer]]
+        parts = data.conversation_pieces([*rows[:-1], None], self.tok, self.system, self.template, self.model.cfg.n_token)
+        if self.system_text:                            # a plain piece, since users type it
+            parts[0] = [data.Piece(self.system_text + (re.search(r"[#\s]*$", self.template.system)[0] or " "))]
+        pieces = [piece for part in parts for piece in part]
+        if self.parse_special:
+            pieces = [p for piece in pieces for p in ([piece] if piece.special else self.tok.parse(piece.text))]
+        ids, _, slots = self.tok.encode_pieces(pieces)
+        return ids, slots
+
+    def fit(self, turns):
+        """-> the newest turns that leave room for an answer, their prompt. Raises ValueError if the last alone is too long."""
+        while True:
+            ids, slots = self.prompt(turns)
+            room = self.max_len - len(ids)
+            if room >= self.settings["max_new_tokens"] or len(turns) == 1:
+                break
+            turns = turns[1:]
+        if room < 1:
+            raise ValueError(f"the message takes {len(ids)} of the context's {self.max_len} tokens: shorten it")
+        return turns, ids, slots
+
+    def answer(self, turns):
+        """Generate the last turn's answer, running only what the cache does not hold yet; then keep the turns."""
+        kept, ids, slots = self.fit(turns)
+        places, turn = list(ids), kept[-1]
+        for medium, at in slots:
+            n = self.model.cfg.n_token(medium.kind)
+            places[at:at + n] = [medium] * n
+        same = next((i for i, (a, b) in enumerate(zip(places, self.held)) if a != b), min(len(places), len(self.held)))
+        turn.prompt, turn.dropped, turn.reused = ids, len(turns) - len(kept), min(same, len(ids) - 1)  # one token must run
+        if self.cache:
+            self.cache.pos = turn.reused
+        try:
+            self.cache = self.cache or KVCache(self.model.llm, 1, self.max_len)
+            yield from self.decode(turn, slots)
+        except (KeyboardInterrupt, GeneratorExit):
+            if turn.answer:
+                self.keep(kept)
+            raise
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+                raise
+            self.cache = None
+            raise MemoryError("out of memory: lower max_new_tokens or --context, attach less, or try --dtype bfloat16") from None
+        finally:
+            self.held = (places + turn.ids)[:self.cache.pos if self.cache else 0]
+        self.keep(kept)
+
+    def keep(self, turns):
+        """Make turns the history; media that went with the last one are no longer pending."""
+        self.turns, self.pending = turns, [medium for medium in self.pending if medium not in turns[-1].media]
+
+    def decode(self, turn, slots):
+        """Run the rest of the prompt, then yield the answer as its text becomes certain, without blanks around it."""
+        turn.clock = [time.perf_counter()]
+        embeds = self.embed(turn.prompt, slots, turn.reused)
+        turn.clock.append(time.perf_counter())
+        options = {name: value for name, value in self.settings.items() if name != "seed"}
+        options["max_new_tokens"] = min(options["max_new_tokens"], self.max_len - len(turn.prompt))
+        stream = data.TextStream(self.tok, [self.template.stop])
+        for id in generate(self.model, embeds, cache=self.cache, generator=self.generator, **options):
+            turn.clock[2 + bool(turn.ids):] = [time.perf_counter()]
+            turn.ids.append(id)
+            stream.push(id)
+            yield from self.grow(turn, stream)
+            if stream.done:
+                break
+        stream.flush()
+        yield from self.grow(turn, stream)
+
+    def grow(self, turn, stream):
+        """Let the answer follow the text that is certain; yields what is new."""
+        text = stream.text[:stream.shown].strip()
+        new, turn.answer = text[len(turn.answer):], text
+        if new:
+            yield new
+
+    @torch.inference_mode()
+    def embed(self, ids, slots, start):
+        """Embeddings (1, T - start, C) of the places from `start` on, with media written over their placeholders."""
+        x = self.model.llm.embed(torch.tensor([ids[start:]], device=self.weight.device))
+        for medium, at in slots:
+            if at + self.model.cfg.n_token(medium.kind) > start:
+                new = self.encode(medium)[max(start - at, 0):]                              # (n, C)
+                x[0, max(at - start, 0):][:len(new)] = new
+        return x
+
+    def encode(self, medium):
+        """Features (n, C) of a medium, computed once."""
+        if medium not in self.features:
+            x = medium.tensor[None].to(self.weight.device, self.weight.dtype)
+            self.features[medium] = self.model.read(medium.kind, x)[0]
+        return self.features[medium]
+
+
+def open_session(folder=TINY, device=None, dtype=None, template="", **options):
+    """The Session of a weights folder, on the best device there is. Raises FileNotFoundError or ValueError saying what is wrong."""
+    device = torch.device(device) if device else torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    model = load(folder, device, getattr(torch, dtype))
+    cfg = model.cfg
+    if cfg.llm is None:
+        raise ValueError(f"{folder}: holds an encoder, no language model to talk to")
+    system = data.SYSTEMS[cfg.system]
+    tok = data.Tokenizer(Path(folder) / "tokenizer.model", cfg.added_tokens, system.legacy)
+    if max(tok.sp.get_piece_size() - 1, *tok.special.values()) >= cfg.llm.vocab_size:
+        raise ValueError(f"{folder}: tokenizer.model has more tokens than the model's {cfg.llm.vocab_size}")
+    template = template or cfg.template or system.template
+    if template not in data.TEMPLATES:
+        raise ValueError(f"no template {template!r}; there are {', '.join(data.TEMPLATES)}")
+    return Session(model, tok, system, data.TEMPLATES[template], data.MediaSpec(**cfg.media), **options)
+
+
+# ---- Terminal
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+INLINE = re.compile(r"""(?<!\S)@("[^"]+"|'[^']+'|(?:\\.|\S)+)""")
+
+
+def clean(text):
+    """Text without what could steer a terminal: C0 but newline and tab, DEL, C1."""
+    return CONTROL.sub("", str(text))
+
+
+def log(text, colour=2):
+    """A line on stderr, dim (2) or red (31) if that is a terminal."""
+    coloured = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    print(f"\033[{colour}m{clean(text)}\033[0m" if coloured else clean(text), file=sys.stderr, flush=True)
+
+
+def preview(path, kind):
+    """What people want to know of a medium: its size or length; and its first picture, or None."""
+    if kind == "audio":
+        x, rate = data.read_audio(path)
+        return f"{x.shape[1] / rate:.1f} s", None
+    if kind in ("depth", "imu"):
+        return "", None
+    if data.sniff(path) == "image":
+        picture = data.read_image(path)
+    else:
+        container, stream = data.open_media(path, "video")
+        picture = next(container.decode(stream)).to_image()
+    return "{}x{}".format(*picture.size), picture
+
+
+def protocol(env):
+    """How the terminal of this environment shows pictures."""
+    term, program = env.get("TERM", ""), env.get("TERM_PROGRAM", "")
+    if "TMUX" in env or term.startswith(("tmux", "screen")):
+        return "off"
+    if "KITTY_WINDOW_ID" in env or term in ("xterm-kitty", "xterm-ghostty") or program in ("ghostty", "WezTerm"):
+        return "kitty"
+    if program == "iTerm.app" or env.get("LC_TERMINAL") == "iTerm2":
+        return "iterm"
+    return "blocks" if env.get("COLORTERM") in ("truecolor", "24bit") and not env.get("NO_COLOR") else "off"
+
+
+def draw(picture, how):
+    """The characters that show a picture: two pixels per half block, or a PNG in the escape codes of kitty or iTerm2."""
+    picture = picture.copy()
+    picture.thumbnail((60, 48) if how == "blocks" else (480, 320))
+    if how == "blocks":
+        w, h = picture.size
+        rows = [[picture.getpixel((x, min(y, h - 1))) for x in range(w)] for y in range(h + h % 2)]
+        cells = [["\033[38;2;%d;%d;%d;48;2;%d;%d;%dm▀" % (*a, *b) for a, b in zip(*rows[y:y + 2])] for y in range(0, h, 2)]
+        return "".join("".join(line) + "\033[0m\n" for line in cells)
+    png = io.BytesIO()
+    picture.save(png, "PNG")
+    text = base64.b64encode(png.getvalue()).decode()
+    if how == "iterm":
+        return f"\033]1337;File=inline=1;size={len(png.getvalue())};width={picture.width}px:{text}\a\n"
+    chunks = [text[i:i + 4096] for i in range(0, len(text), 4096)]
+    keys = ["f=100,a=T,q=2,"] + [""] * len(chunks)
+    return "".join(f"\033_G{key}m={int(i < len(chunks) - 1)};{chunk}\033\\" for i, (key, chunk) in enumerate(zip(keys, chunks))) + "\n"
+
+
+def file_names(text):
+    """Names in a line: all of it if that is a file, else its words as a shell reads them. Raises ValueError at open quotes."""
+    return [text] if os.path.isfile(os.path.expanduser(text)) else shlex.split(text)
+
+
+def complete(text, state):
+    """readline's completer: commands at the start of a line, else files."""
+    at = text.startswith("@")
+    names = [f"/{name}" for name in COMMANDS if f"/{name}".startswith(text)] if text.startswith("/") else []
+    start = re.sub(r"\\(.)", r"\1", os.path.expanduser(text[at:]))
+    for path in sorted(glob.glob(glob.escape(start) + "*")):
+        names.append("@" * at + re.sub(r"([\s'\"\\()&;])", r"\\\1", path) + "/" * os.path.isdir(path))
+    return names[state] if state < len(names) else None
+
+
+def use_readline(history):
+    """Line editing, completion and, unless history is off, the lines of the last time. Windows has no readline."""
+    with suppress(ImportError, OSError):
+        import readline
+        readline.set_completer(complete)
+        readline.set_completer_delims(" \t\n")
+        readline.parse_and_bind("bind ^I rl_complete" if "libedit" in str(readline.__doc__) else "tab: complete")
+        if history:
+            path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "nanomni/history"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)
+            readline.read_history_file(path)
+            readline.set_history_length(1000)
+            atexit.register(readline.write_history_file, path)
+
+
+# ---- Chat
+
+class Chat:
+    """A Session in a terminal. Answers and lists go to stdout; remarks and errors to stderr."""
+
+    def __init__(self, session, args):
+        self.session, self.args = session, args
+        self.interactive = args.prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
+        self.pictures = protocol(os.environ) if args.pictures == "auto" else args.pictures
+
+    def run(self):
+        """Take lines until they end. Whatever goes wrong with one of them, the conversation goes on."""
+        while True:
+            try:
+                self.line(*self.read())
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                if not self.interactive:
+                    raise
+                log("\nCtrl-C stops an answer; Ctrl-D or /quit ends the chat")
+            except Exception as error:                  # a mistake of ours, too, must not cost the conversation
+                log(f"{error if isinstance(error, (ValueError, OSError, MemoryError)) else repr(error)!s:.500}", 31)
+
+    def read(self):
+        """The next line, or all between two triple quotes -> text, whether it is to be said as it stands."""
+        text = input("> " * self.interactive).strip()
+        if not text.startswith('"""'):
+            return text, False
+        text = text[3:]
+        while '"""' not in text:
+            text += "\n" + input(". " * self.interactive)
+        return text.partition('"""')[0].strip("\n"), True
+
+    def line(self, text, literal=False):
+        """Do what a line asks: attach files, run a command, or say it."""
+        with suppress(ValueError):
+            paths = [] if literal else [os.path.expanduser(name) for name in file_names(text)]
+        ...

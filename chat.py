@@ -12,17 +12,15 @@ import difflib
 import glob
 import io
 import json
-import math
-import mimetypes
 import os
 import re
 import shlex
 import sys
 import time
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -56,7 +54,7 @@ def setting(name, value):
     try:
         number = round(type(default)(value), 4)
     except (ValueError, OverflowError):
-        number = math.nan
+        number = float("nan")
     if not least <= number <= most:
         raise ValueError(f"{name} is a number from {least} to {most}, not {value!r:.40}")
     return number
@@ -78,7 +76,6 @@ def parse_args():
     add = parser.add_argument_group("model").add_argument
     add("--device", help="cuda, mps, cpu ... (the best there is)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (bfloat16 on cuda, else float32)")
-    add("--template", default="", help="prompt template (that of the weights)")
     add("--context", type=int, default=0, help="tokens to remember (as many as the model was trained for)")
     add("--parse-special", action="store_true", help="typed names of special tokens count, as in the originals")
     add = parser.add_argument_group("terminal").add_argument
@@ -113,11 +110,11 @@ class Turn:
     text: str
     media: list
     answer: str = ""
-    prompt: list = field(default_factory=list)          # ids that asked for the answer
-    ids: list = field(default_factory=list)             # generated
+    prompt: list = ()                                   # ids that asked for the answer
+    ids: list = ()                                      # generated
     reused: int = 0                                     # prompt tokens whose keys and values were there already
     dropped: int = 0                                    # oldest turns that went to make room
-    clock: list = field(default_factory=list)           # at the start, with media encoded, at the first and last new id
+    clock: tuple = (0, 0, 0, 0)                         # at the start, with media encoded, at the first and last new id
 
 
 class Session:
@@ -156,17 +153,10 @@ class Session:
             found = "animation"
         kind = kind or {"animation": "video" if "video" in reads else "image"}.get(found, found)
         if found not in FITS.get(kind, ()):
-            found = found or mimetypes.guess_type(path)[0] or "unknown"
-            raise data.MediaError(f"{path}: not readable as {kind or 'a medium'}, its type is {found}")
+            raise data.MediaError(f"{path}: not readable as {kind or 'a medium'}, its type is {found or 'unknown'}")
         if kind not in reads:
             raise data.MediaError(f"{path}: this model reads {', '.join(reads) or 'only text'}, not {kind}")
         return data.Medium(kind, path, data.guarded(lambda path: data.read_media(kind, path, self.spec))(path))
-
-    def find(self, number):
-        """Medium by number; 0 is the last."""
-        if number > len(self.media) or not self.media:
-            raise ValueError(f"no medium #{number or 1}; there are {len(self.media)}")
-        return self.media[number - 1]
 
     def drop(self, medium):
         """Take a medium out of the conversation."""
@@ -230,16 +220,14 @@ class Session:
         return ids, slots
 
     def fit(self, turns):
-        """-> the newest turns that leave room for an answer, their prompt. Raises ValueError if the last alone is too long."""
-        while True:
-            ids, slots = self.prompt(turns)
-            room = self.max_len - len(ids)
-            if room >= self.settings["max_new_tokens"] or len(turns) == 1:
+        """-> the newest turns that leave room for an answer, ids, slots. Raises ValueError if the last alone is too long."""
+        for first in range(len(turns)):
+            ids, slots = self.prompt(turns[first:])
+            if len(ids) + self.settings["max_new_tokens"] <= self.max_len:
                 break
-            turns = turns[1:]
-        if room < 1:
-            raise ValueError(f"the message takes {len(ids)} of the context's {self.max_len} tokens: shorten it")
-        return turns, ids, slots
+        if len(ids) >= self.max_len:
+            raise ValueError(f"the message takes {len(ids)} tokens, the context has {self.max_len}: shorten it")
+        return turns[first:], ids, slots
 
     def answer(self, turns):
         """Generate the last turn's answer, running only what the cache does not hold yet; then keep the turns."""
@@ -265,7 +253,7 @@ class Session:
             self.cache = None
             raise MemoryError("out of memory: lower max_new_tokens or --context, attach less, or try --dtype bfloat16") from None
         finally:
-            self.held = (places + turn.ids)[:self.cache.pos if self.cache else 0]
+            self.held = (places + list(turn.ids))[:self.cache.pos if self.cache else 0]
         self.keep(kept)
 
     def keep(self, turns):
@@ -274,28 +262,27 @@ class Session:
 
     def decode(self, turn, slots):
         """Run the rest of the prompt, then yield the answer as its text becomes certain, without blanks around it."""
-        turn.clock = [time.perf_counter()]
+        start = time.perf_counter()
         embeds = self.embed(turn.prompt, slots, turn.reused)
-        turn.clock.append(time.perf_counter())
+        encoded = first = time.perf_counter()
         options = {name: value for name, value in self.settings.items() if name != "seed"}
         options["max_new_tokens"] = min(options["max_new_tokens"], self.max_len - len(turn.prompt))
-        stream = data.TextStream(self.tok, [self.template.stop])
-        for id in generate(self.model, embeds, cache=self.cache, generator=self.generator, **options):
-            turn.clock[2 + bool(turn.ids):] = [time.perf_counter()]
-            turn.ids.append(id)
-            stream.push(id)
-            yield from self.grow(turn, stream)
+        stream, turn.ids = data.TextStream(self.tok, [self.template.stop]), []
+        new_ids = generate(self.model, embeds, cache=self.cache, generator=self.generator, **options)
+        for id in chain(new_ids, [None]):               # None: what is held back at the end comes out, too
+            if id is None:
+                stream.flush()
+            else:
+                first = first if turn.ids else time.perf_counter()
+                turn.ids.append(id)
+                stream.push(id)
+                turn.clock = start, encoded, first, time.perf_counter()
+            text = stream.text[:stream.shown].strip()
+            new, turn.answer = text[len(turn.answer):], text
+            if new:
+                yield new
             if stream.done:
                 break
-        stream.flush()
-        yield from self.grow(turn, stream)
-
-    def grow(self, turn, stream):
-        """Let the answer follow the text that is certain; yields what is new."""
-        text = stream.text[:stream.shown].strip()
-        new, turn.answer = text[len(turn.answer):], text
-        if new:
-            yield new
 
     @torch.inference_mode()
     def embed(self, ids, slots, start):
@@ -315,9 +302,9 @@ class Session:
         return self.features[medium]
 
 
-def open_session(folder=TINY, device=None, dtype=None, template="", **options):
-    """The Session of a weights folder, on the best device there is. Raises FileNotFoundError or ValueError saying what is wrong."""
-    device = torch.device(device) if device else torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+def open_session(folder=TINY, device=None, dtype=None, **options):
+    """The Session of a weights folder, on the best device there is. Raises OSError or ValueError saying what is wrong."""
+    device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
     model = load(folder, device, getattr(torch, dtype))
     cfg = model.cfg
@@ -327,10 +314,8 @@ def open_session(folder=TINY, device=None, dtype=None, template="", **options):
     tok = data.Tokenizer(Path(folder) / "tokenizer.model", cfg.added_tokens, system.legacy)
     if max(tok.sp.get_piece_size() - 1, *tok.special.values()) >= cfg.llm.vocab_size:
         raise ValueError(f"{folder}: tokenizer.model has more tokens than the model's {cfg.llm.vocab_size}")
-    template = template or cfg.template or system.template
-    if template not in data.TEMPLATES:
-        raise ValueError(f"no template {template!r}; there are {', '.join(data.TEMPLATES)}")
-    return Session(model, tok, system, data.TEMPLATES[template], data.MediaSpec(**cfg.media), **options)
+    template = data.TEMPLATES[cfg.template or system.template]
+    return Session(model, tok, system, template, data.MediaSpec(**cfg.media), **options)
 
 
 # ---- Terminal
@@ -357,7 +342,7 @@ def preview(path, kind):
         return f"{x.shape[1] / rate:.1f} s", None
     if kind in ("depth", "imu"):
         return "", None
-    if data.sniff(path) == "image":
+    if data.sniff(path) == "image":                     # animations as well
         picture = data.read_image(path)
     else:
         container, stream = data.open_media(path, "video")
@@ -412,19 +397,18 @@ def complete(text, state):
 
 
 def use_readline(history):
-    """Line editing, completion and, unless history is off, the lines of the last time. Windows has no readline."""
+    """Line editing and completion, and a file of typed lines unless None. Does nothing where readline is absent (Windows)."""
     with suppress(ImportError, OSError):
         import readline
         readline.set_completer(complete)
         readline.set_completer_delims(" \t\n")
         readline.parse_and_bind("bind ^I rl_complete" if "libedit" in str(readline.__doc__) else "tab: complete")
         if history:
-            path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "nanomni/history"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(mode=0o600)
-            readline.read_history_file(path)
+            history.parent.mkdir(parents=True, exist_ok=True)
+            history.touch(mode=0o600)
+            readline.read_history_file(history)
             readline.set_history_length(1000)
-            atexit.register(readline.write_history_file, path)
+            atexit.register(readline.write_history_file, history)
 
 
 # ---- Chat
@@ -463,6 +447,58 @@ class Chat:
 
     def line(self, text, literal=False):
         """Do what a line asks: attach files, run a command, or say it."""
-        with suppress(ValueError):
-            paths = [] if literal else [os.path.expanduser(name) for name in file_names(text)]
-        ...
+        paths = [] if literal else existing(text)
+        if literal or not text:
+            self.say(text)
+        elif paths and (text.startswith("/") or all(map(data.sniff, paths))):
+            self.add(paths)
+        elif text.startswith("/") and not text.startswith("//"):
+            self.command(*text[1:].split(None, 1))
+        else:
+            self.say(self.inline(text.removeprefix("/")))
+
+    def command(self, name="", rest=""):
+        """Run a command by name and print what it returns. An unknown one is never said to the model."""
+        name = ALIASES.get(name, name)
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, 1) or ["help"]
+            raise ValueError(f"no command or file /{name:.80}; did you mean /{near[0]}?")
+        if reply := COMMANDS[name][0](self, rest.strip()):
+            print(clean(reply), flush=True)
+
+    def inline(self, text):
+        """Attach the files named by @path in a message; returns it without them. One that is missing is an error."""
+        paths = [name for match in INLINE.findall(text) for name in shlex.split(match)]
+        self.add([path if os.path.isfile(os.path.expanduser(path)) else path.rstrip(".,;:!?)") for path in paths])
+        return INLINE.sub("", text).strip() if paths else text
+
+    def add(self, paths, kind=""):
+        """Attach files to the next message: all, or none if one of them cannot be read."""
+        media = [self.session.read(path, kind) for path in paths]
+        self.session.pending += media
+        for medium in media:
+            self.show(medium)
+
+    def show(self, medium):
+        """Describe a medium, and show its picture where the terminal can."""
+        facts, picture = preview(medium.path, medium.kind)
+        log(f"#{self.session.media.index(medium) + 1} {medium.kind} {Path(medium.path).name} {facts}")
+        if picture and self.interactive and self.pictures != "off":
+            print(draw(picture, self.pictures), end="", flush=True)
+
+    def say(self, text):
+        if text:
+            self.stream(self.session.say(text))
+
+    def stream(self, pieces):
+        """Print an answer while it comes. Ctrl-C ends it and keeps what was said."""
+        try:
+            with closing(pieces):
+                for piece in pieces:
+                    print(end="" if self.args.json else clean(piece), flush=True)
+        except KeyboardInterrupt:
+            print(" [stopped]")
+            if not self.interactive:
+                raise
+            return
+        turn, seconds = self.session.turns[-1], ...

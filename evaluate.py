@@ -2,10 +2,12 @@
 
     python evaluate.py weights/tiny unseen/questions.json
 
-In order: the metric, the run. A question is right if the answer is the expected one but for case and blanks.
+In order: metrics (exact match, ScienceQA, reviews by a judge), the run. A question is right if the answer is the
+expected one but for case and blanks.
 """
 import argparse
 import json
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,7 +19,7 @@ import data
 import model as M
 
 
-# ---- Metric
+# ---- Metrics
 
 def normal(text):
     return " ".join(text.lower().split())
@@ -28,6 +30,30 @@ def accuracy(rows):
     right = Counter(row["kind"] for row in rows if normal(row["text"]) == normal(row["answer"]))
     asked = Counter(row["kind"] for row in rows)
     return {kind: (right[kind], asked[kind]) for kind in sorted(asked)} | {"all": (right.total(), asked.total())}
+
+
+def choices(text):
+    """ScienceQA: the letters an answer commits to; it counts if there is exactly one."""
+    return re.findall(r"The answer is ([A-Z]).", text)
+
+
+def review_scores(review):
+    """The two scores in the first line of a judge's review, [-1, -1] if it does not hold exactly two numbers."""
+    try:
+        first, second = (float(x) for x in review.split("\n")[0].replace(",", " ").split(" "))
+        return [first, second]
+    except ValueError:
+        return [-1, -1]
+
+
+def summarise_reviews(reviews):
+    """Rows with category and tuple -> {category: mean scores and second over first in percent}, `all` included."""
+    groups = {"all": []}
+    for review in reviews:
+        for name in ("all", review["category"]):
+            groups.setdefault(name, []).append(review["tuple"])
+    means = {name: [round(sum(column) / len(rows), 3) for column in zip(*rows)] for name, rows in groups.items()}
+    return {name: {"mean": mean, "ratio": round(100 * mean[1] / mean[0], 1)} for name, mean in means.items()}
 
 
 # ---- Run

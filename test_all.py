@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import attention
 import convert_weights as cw
 import data
+import evaluate
 import model as M
 import train
 from vision import CLIPConfig, CLIPVision, ImageBind, ImageBindConfig, TowerConfig, HUGE
@@ -185,6 +186,143 @@ def test_golden_chatbind_forward():
     assert ids[0].tolist() + new == t["out.generate.ids"][0].tolist()
 
 
+PEER_LLMS = {                                                   # transformers' LlamaConfig beyond the tiny sizes
+    "mha": {},
+    "gqa": dict(num_key_value_heads=2),
+    "llama3": dict(num_key_value_heads=2, rope_theta=500000.0, max_position_embeddings=512,
+                   rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                                     original_max_position_embeddings=64)),
+    "tied": dict(tie_word_embeddings=True, head_dim=24),
+}
+
+
+def peer_llm(case, seed, vocab=331):
+    """A random transformers LLaMA and ours with its weights."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    c = transformers.LlamaConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=112,
+                                 vocab_size=vocab, initializer_range=0.15, **PEER_LLMS[case])
+    theirs, rope = transformers.LlamaForCausalLM(c).eval(), PEER_LLMS[case].get("rope_scaling", {})
+    more = dict(rope_factor=rope.get("factor", 1.0), rope_train_len=rope.get("original_max_position_embeddings", 8192),
+                rope_theta=PEER_LLMS[case].get("rope_theta", 10000.0), tied=c.tie_word_embeddings, head_dim=c.head_dim or 0)
+    ours = M.Model(M.ModelConfig(llm=golden_llm(c.to_dict(), **more), eos=(2,)))
+    ours.load_state_dict(cw.rename(theirs.state_dict(), cw.LLAMA))
+    return theirs, ours.eval()
+
+
+@pytest.mark.parametrize("case", PEER_LLMS)
+def test_llm_logits_equal_transformers(case):
+    for seed in range(3):
+        theirs, ours = peer_llm(case, seed)
+        ids = torch.randint(3, 331, (2, 90))
+        mask = torch.ones_like(ids)
+        mask[1, :7] = 0                                         # padding on the left
+        with torch.no_grad():
+            want = theirs(ids, attention_mask=mask, position_ids=torch.arange(90).expand(2, -1)).logits
+            got = ours.llm.lm_head(ours.llm(ours.llm.embed(ids), attn_mask=mask.bool()))
+        assert ((got - want) * mask[..., None]).abs().max() <= PARITY * want.abs().max()
+
+
+@pytest.mark.parametrize("case", PEER_LLMS)
+def test_llm_greedy_and_beam_ids_equal_transformers(case):
+    for seed in range(3):
+        theirs, ours = peer_llm(case, seed)
+        ids = torch.randint(3, 331, (1, 12))
+        theirs.generation_config.eos_token_id, ours.cfg = None, M.replace(ours.cfg, eos=())
+        for n_beam in (1, 5):
+            want = theirs.generate(ids, max_new_tokens=64, num_beams=n_beam, do_sample=False, pad_token_id=0)[0, 12:].tolist()
+            embeds = ours.llm.embed(ids)
+            got = list(M.generate(ours, embeds, max_new_tokens=64)) if n_beam == 1 else M.beam_search(ours, embeds, max_new_tokens=64)
+            assert got == want, (seed, n_beam)
+
+
+def test_llm_beam_search_ends_like_transformers():
+    ended = 0
+    for seed in range(8):
+        theirs, ours = peer_llm("mha", seed, vocab=17)          # so few words that the end token comes up
+        ids = torch.randint(3, 17, (1, 5))
+        want = theirs.generate(ids, max_new_tokens=64, num_beams=5, do_sample=False, pad_token_id=0)[0, 5:].tolist()
+        got = M.beam_search(ours, ours.llm.embed(ids), max_new_tokens=64)
+        assert got == want, seed
+        ended += got[-1] == 2
+    assert ended
+
+
+def test_llm_sampling_filters_equal_transformers():
+    lp = pytest.importorskip("transformers.generation.logits_process")
+    for seed in range(20):
+        torch.manual_seed(seed)
+        logits, seen = 3 * torch.randn(1, 97), torch.randint(0, 97, (1, 11))
+        temperature, top_k, top_p, penalty = (0.2 + 2 * torch.rand(1)).item(), seed * 5, [1.0, 0.9, 0.5, 0.01][seed % 4], 1 + seed / 10
+        want = lp.RepetitionPenaltyLogitsProcessor(penalty)(seen, logits)
+        want = lp.TemperatureLogitsWarper(temperature)(seen, want)
+        want = lp.TopKLogitsWarper(top_k)(seen, want) if top_k else want
+        want = lp.TopPLogitsWarper(top_p)(seen, want) if top_p < 1 else want
+        got = M.filter_logits(M.penalise(logits, seen, penalty), temperature=temperature, top_k=top_k, top_p=top_p)
+        assert torch.equal(got.isinf(), want.isinf()) and torch.allclose(got.softmax(-1), want.softmax(-1))
+
+
+def test_llm_cached_steps_equal_one_pass():
+    torch.manual_seed(0)
+    for case in PEER_LLMS:
+        _, ours = peer_llm(case, 0)
+        x, cache = ours.llm.embed(torch.randint(0, 331, (2, 40))), M.KVCache(ours.llm, 2, 40)
+        with torch.no_grad():
+            parts = torch.cat([ours.llm(part, cache) for part in x.split([17, 1, 9, 1, 12], dim=1)], 1)
+            assert torch.allclose(parts, ours.llm(x), atol=1e-5)
+
+
+def test_llm_lora_starts_as_base_and_merges():
+    cfg = M.LLMConfig(dim=32, n_layer=2, n_head=2, n_kv_head=2, mlp_dim=48, vocab_size=50)
+    model = M.Model(M.ModelConfig(llm=M.replace(cfg, lora_rank=4, lora_targets="wq wv down")))
+    M.initialise(model)
+    plain = M.Model(M.ModelConfig(llm=cfg))
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "lora" not in k})
+    x = torch.randn(1, 9, 32)
+    assert torch.equal(model.llm(x), plain.llm(x))              # lora_B is 0
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, std=0.1) if "lora_B" in name else None
+    want = model.llm(x)
+    assert not torch.allclose(want, plain.llm(x))
+    M.merge_lora(model)
+    assert torch.allclose(model.llm(x), want, atol=1e-5) and model.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("backend", attention.BACKENDS)
+def test_attention_backends_equal_float64(backend, monkeypatch):
+    monkeypatch.setattr(attention, "backend", backend)
+    for seed in range(30):
+        g = torch.Generator().manual_seed(seed)
+        B, nkv, group, T, hd = (int(torch.randint(1, n, (), generator=g)) for n in (3, 3, 4, 20, 40))
+        S = T + int(torch.randint(0, 9, (), generator=g))
+        q, k, v = (torch.randn(B, n, t, hd, generator=g) for n, t in ((nkv * group, T), (nkv, S), (nkv, S)))
+        bias = torch.randn(1, nkv * group, T, S, generator=g) if seed % 3 == 0 else None
+        causal = seed % 2 == 0
+        scores = torch.einsum("bhtd,bhsd->bhts", q.double(), k.repeat_interleave(group, 1).double()) / hd ** 0.5
+        scores = scores + (0 if bias is None else bias)
+        if causal:
+            scores[..., torch.arange(S)[None] > torch.arange(T)[:, None] + S - T] = -torch.inf
+        want = scores.softmax(-1) @ v.repeat_interleave(group, 1).double()
+        assert (attention.attention(q, k, v, causal=causal, bias=bias) - want).abs().max() < 1e-5
+
+
+def test_clip_equals_transformers():
+    transformers = pytest.importorskip("transformers")
+    for seed in range(3):
+        torch.manual_seed(seed)
+        c = transformers.CLIPVisionConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+                                          image_size=42, patch_size=14, initializer_range=0.2)
+        theirs = transformers.CLIPVisionModel(c).eval()
+        ours = CLIPVision(CLIPConfig(image_size=42, dim=48, n_layer=3, n_head=4, mlp_dim=80)).eval()
+        state = {k if k.startswith("vision_model.") else f"vision_model.{k}": v for k, v in theirs.state_dict().items()}
+        ours.load_state_dict({k.removeprefix("readers.clip.tower."): v for k, v in cw.rename(state, cw.CLIP).items()})
+        x = torch.randn(2, 3, 42, 42)
+        with torch.no_grad():
+            for got, want in zip(ours.hidden_states(x), theirs(x, output_hidden_states=True).hidden_states, strict=True):
+                assert (got - want).abs().max() <= PARITY * want.abs().max()
+            assert torch.equal(ours(x), list(ours.hidden_states(x))[-2][:, 1:])
+
+
 # ---- Data
 
 def need(path, what):
@@ -319,3 +457,14 @@ def test_golden_chatbind_train(stage):
         assert losses["lm"] == pytest.approx(want["loss"], rel=PARITY)
         assert norm == pytest.approx(want["grad_norm_before_clip"], rel=PARITY)
     check("after", lambda p: p.data)
+
+
+# ---- Evaluate
+
+def test_golden_chatbind_eval():
+    meta, _, _ = read_golden("chatbind/eval")
+    for row in meta["parse_score"]:
+        assert evaluate.review_scores(row["review"]) == row["scores"], row
+    assert evaluate.summarise_reviews(meta["reviews"]) == meta["summary"]
+    for row in meta["sqa"]:
+        assert evaluate.choices(row["text"]) == row["matches"]

@@ -1,8 +1,8 @@
 """Talk with a model about pictures, sounds and clips.
 
-In order: command line, Session (the conversation), terminal (text, pictures, lines), Chat (commands), start.
+In order: command line, Session (the conversation), terminal (text, pictures, typing), Chat (commands), start.
 A Session knows no terminal, so any front end can use it. It keeps the keys and values of all that was said: a new
-message costs only its own tokens, and each medium is read and encoded once.
+message costs only its own tokens, and each medium is read and encoded once. Letters: T tokens, C width, n features.
 Text typed by a user never becomes a special token. Text that is not ours loses its control characters before printing.
 """
 import argparse
@@ -19,7 +19,6 @@ import sys
 import time
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -27,6 +26,7 @@ from weakref import WeakKeyDictionary
 # ---- Command line
 
 TINY = Path(__file__).with_name("weights") / "tiny"
+STATE = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "nanomni"
 KINDS = ("image", "audio", "video", "depth", "thermal", "imu")
 SETTINGS = {                            # name: default, least, most, meaning
     "temperature": (0.0, 0, 100, "spread of sampling; 0 takes the likeliest token"),
@@ -76,17 +76,12 @@ def parse_args():
     add = parser.add_argument_group("model").add_argument
     add("--device", help="cuda, mps, cpu ... (the best there is)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (bfloat16 on cuda, else float32)")
-    add("--context", type=int, default=0, help="tokens to remember (as many as the model was trained for)")
+    add("--context", type=int, default=0, metavar="N", help="tokens to remember (as many as the model was trained for)")
     add("--parse-special", action="store_true", help="typed names of special tokens count, as in the originals")
     add = parser.add_argument_group("terminal").add_argument
     add("--pictures", choices=("auto", "kitty", "iterm", "blocks", "off"), default="auto", help="show pictures (auto)")
     add("--no-history", action="store_true", help="do not keep typed lines for the next time")
-    args = parser.parse_args()
-    try:
-        args.settings = {name: setting(name, vars(args)[name]) for name in SETTINGS}
-    except ValueError as error:
-        parser.error(str(error))
-    return args
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
@@ -110,11 +105,11 @@ class Turn:
     text: str
     media: list
     answer: str = ""
-    prompt: list = ()                                   # ids that asked for the answer
-    ids: list = ()                                      # generated
-    reused: int = 0                                     # prompt tokens whose keys and values were there already
-    dropped: int = 0                                    # oldest turns that went to make room
-    clock: tuple = (0, 0, 0, 0)                         # at the start, with media encoded, at the first and last new id
+    prompt: list = ()                   # ids that asked for the answer
+    ids: list = ()                      # generated
+    reused: int = 0                     # prompt tokens whose keys and values were there already
+    dropped: int = 0                    # oldest turns that went to make room
+    clock: tuple = (0, 0, 0, 0)         # at the start, with media encoded, at the first and the last new id
 
 
 class Session:
@@ -158,6 +153,25 @@ class Session:
             raise data.MediaError(f"{path}: this model reads {', '.join(reads) or 'only text'}, not {kind}")
         return data.Medium(kind, path, data.guarded(lambda path: data.read_media(kind, path, self.spec))(path))
 
+    def last(self):
+        """The last turn. Raises ValueError if there is none."""
+        if not self.turns:
+            raise ValueError("nothing was said yet")
+        return self.turns[-1]
+
+    def say(self, text, media=()):
+        """Answer a message with the pending and the given media. Closing the iterator early keeps what was said so far."""
+        return self.answer([*self.turns, Turn(text, [*self.pending, *media])])
+
+    def retry(self):
+        """Answer the last message anew."""
+        return self.answer([*self.turns[:-1], Turn(self.last().text, self.last().media)])
+
+    def undo(self):
+        """Forget the last turn; returns it."""
+        last, self.turns = self.last(), self.turns[:-1]
+        return last
+
     def drop(self, medium):
         """Take a medium out of the conversation."""
         for media in (self.pending, *(turn.media for turn in self.turns)):
@@ -166,23 +180,6 @@ class Session:
 
     def clear(self):
         self.turns, self.pending = [], []
-
-    def last(self):
-        if not self.turns:
-            raise ValueError("nothing has been said yet")
-        return self.turns[-1]
-
-    def undo(self):
-        """Forget the last turn; returns it."""
-        return self.turns.pop(self.turns.index(self.last()))
-
-    def say(self, text, media=()):
-        """Answer a message that comes with the pending and the given media. Closing the iterator early keeps the part said."""
-        return self.answer([*self.turns, Turn(text, [*self.pending, *media])])
-
-    def retry(self):
-        """Answer the last message anew."""
-        return self.answer([*self.turns[:-1], Turn(self.last().text, self.last().media)])
 
     def save(self, path):
         """Write the conversation as JSON, media by their paths. Never replaces a file."""
@@ -195,10 +192,12 @@ class Session:
         """Go on with a saved conversation; its media are read again."""
         try:
             saved = json.loads(data.check_file(os.path.expanduser(path)).read_text(encoding="utf-8"))
-            turns = [Turn(row["text"] + "", [(str(file), str(kind)) for file, kind in row["media"]], row["answer"] + "")
+            turns = [Turn(row["text"] + "", [(file + "", kind + "") for file, kind in row["media"]], row["answer"] + "")
                      for row in saved["turns"]]
-            system = saved["system"] + ""
-        except (LookupError, TypeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            system = saved["system"] + ""               # + "": only text will do
+        except data.MediaError:
+            raise
+        except (LookupError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not a saved conversation ({type(error).__name__}: {error})") from None
         for turn in turns:
             turn.media = [self.read(*names) for names in turn.media]
@@ -253,7 +252,7 @@ class Session:
             self.cache = None
             raise MemoryError("out of memory: lower max_new_tokens or --context, attach less, or try --dtype bfloat16") from None
         finally:
-            self.held = (places + list(turn.ids))[:self.cache.pos if self.cache else 0]
+            self.held = [*places, *turn.ids][:self.cache.pos if self.cache else 0]
         self.keep(kept)
 
     def keep(self, turns):
@@ -268,8 +267,8 @@ class Session:
         options = {name: value for name, value in self.settings.items() if name != "seed"}
         options["max_new_tokens"] = min(options["max_new_tokens"], self.max_len - len(turn.prompt))
         stream, turn.ids = data.TextStream(self.tok, [self.template.stop]), []
-        new_ids = generate(self.model, embeds, cache=self.cache, generator=self.generator, **options)
-        for id in chain(new_ids, [None]):               # None: what is held back at the end comes out, too
+        ids = generate(self.model, embeds, cache=self.cache, generator=self.generator, **options)
+        for id in chain(ids, [None]):                   # None: the end, when all that was held back comes out
             if id is None:
                 stream.flush()
             else:
@@ -305,15 +304,14 @@ class Session:
 def open_session(folder=TINY, device=None, dtype=None, **options):
     """The Session of a weights folder, on the best device there is. Raises OSError or ValueError saying what is wrong."""
     device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    model = load(folder, device, getattr(torch, dtype))
+    model = load(folder, device, getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32")))
     cfg = model.cfg
-    if cfg.llm is None:
-        raise ValueError(f"{folder}: holds an encoder, no language model to talk to")
+    if cfg.llm is None or cfg.system not in data.SYSTEMS:
+        raise ValueError(f"{folder}: holds no model to talk with (system {cfg.system!r})")
     system = data.SYSTEMS[cfg.system]
     tok = data.Tokenizer(Path(folder) / "tokenizer.model", cfg.added_tokens, system.legacy)
     if max(tok.sp.get_piece_size() - 1, *tok.special.values()) >= cfg.llm.vocab_size:
-        raise ValueError(f"{folder}: tokenizer.model has more tokens than the model's {cfg.llm.vocab_size}")
+        raise ValueError(f"{tok.path}: has more tokens than the model, {cfg.llm.vocab_size}")
     template = data.TEMPLATES[cfg.template or system.template]
     return Session(model, tok, system, template, data.MediaSpec(**cfg.media), **options)
 
@@ -335,6 +333,7 @@ def log(text, colour=2):
     print(f"\033[{colour}m{clean(text)}\033[0m" if coloured else clean(text), file=sys.stderr, flush=True)
 
 
+@data.guarded
 def preview(path, kind):
     """What people want to know of a medium: its size or length; and its first picture, or None."""
     if kind == "audio":
@@ -342,7 +341,7 @@ def preview(path, kind):
         return f"{x.shape[1] / rate:.1f} s", None
     if kind in ("depth", "imu"):
         return "", None
-    if data.sniff(path) == "image":                     # animations as well
+    if data.sniff(path) == "image":
         picture = data.read_image(path)
     else:
         container, stream = data.open_media(path, "video")
@@ -363,41 +362,49 @@ def protocol(env):
 
 
 def draw(picture, how):
-    """The characters that show a picture: two pixels per half block, or a PNG in the escape codes of kitty or iTerm2."""
-    picture = picture.copy()
+    """The characters that show a picture: half blocks of two pixels each, or a PNG in escape codes of kitty or iTerm2."""
+    picture = picture.convert("RGB")
     picture.thumbnail((60, 48) if how == "blocks" else (480, 320))
     if how == "blocks":
-        w, h = picture.size
-        rows = [[picture.getpixel((x, min(y, h - 1))) for x in range(w)] for y in range(h + h % 2)]
-        cells = [["\033[38;2;%d;%d;%d;48;2;%d;%d;%dm▀" % (*a, *b) for a, b in zip(*rows[y:y + 2])] for y in range(0, h, 2)]
-        return "".join("".join(line) + "\033[0m\n" for line in cells)
+        pixels = [[picture.getpixel((x, y)) for x in range(picture.width)] for y in range(picture.height)]
+        pairs = zip(pixels[::2], pixels[1::2] + pixels[-1:])                    # an odd last row is doubled
+        lines = ["".join("\033[38;2;%d;%d;%d;48;2;%d;%d;%dm▀" % (*a, *b) for a, b in zip(*pair)) for pair in pairs]
+        return "".join(line + "\033[0m\n" for line in lines)
     png = io.BytesIO()
     picture.save(png, "PNG")
     text = base64.b64encode(png.getvalue()).decode()
     if how == "iterm":
         return f"\033]1337;File=inline=1;size={len(png.getvalue())};width={picture.width}px:{text}\a\n"
     chunks = [text[i:i + 4096] for i in range(0, len(text), 4096)]
-    keys = ["f=100,a=T,q=2,"] + [""] * len(chunks)
-    return "".join(f"\033_G{key}m={int(i < len(chunks) - 1)};{chunk}\033\\" for i, (key, chunk) in enumerate(zip(keys, chunks))) + "\n"
+    codes = [f"{'' if i else 'f=100,a=T,q=2,'}m={int(i < len(chunks) - 1)};{chunk}" for i, chunk in enumerate(chunks)]
+    return "".join(f"\033_G{code}\033\\" for code in codes) + "\n"
 
 
 def file_names(text):
     """Names in a line: all of it if that is a file, else its words as a shell reads them. Raises ValueError at open quotes."""
-    return [text] if os.path.isfile(os.path.expanduser(text)) else shlex.split(text)
+    whole = os.path.expanduser(text)
+    return [whole] if os.path.isfile(whole) else [os.path.expanduser(word) for word in shlex.split(text)]
+
+
+def dragged(text):
+    """The files that a line names and nothing else, as when they are dragged into the terminal; or []."""
+    with suppress(ValueError):
+        if all(map(os.path.isfile, names := file_names(text))):
+            return names
+    return []
 
 
 def complete(text, state):
-    """readline's completer: commands at the start of a line, else files."""
-    at = text.startswith("@")
-    names = [f"/{name}" for name in COMMANDS if f"/{name}".startswith(text)] if text.startswith("/") else []
-    start = re.sub(r"\\(.)", r"\1", os.path.expanduser(text[at:]))
-    for path in sorted(glob.glob(glob.escape(start) + "*")):
-        names.append("@" * at + re.sub(r"([\s'\"\\()&;])", r"\\\1", path) + "/" * os.path.isdir(path))
+    """readline's completer: commands at the start of a line, and files."""
+    mark, start = re.fullmatch(r"(@?)(.*)", re.sub(r"\\(.)", r"\1", text), re.S).groups()
+    files = sorted(glob.glob(glob.escape(os.path.expanduser(start)) + "*"))
+    names = [f"/{name}" for name in COMMANDS if f"/{name}".startswith(text) and text]
+    names += [mark + re.sub(r"""([\s'"\\()&;])""", r"\\\1", path) + "/" * os.path.isdir(path) for path in files]
     return names[state] if state < len(names) else None
 
 
 def use_readline(history):
-    """Line editing and completion, and a file of typed lines unless None. Does nothing where readline is absent (Windows)."""
+    """Line editing and completion, and typed lines kept in a file unless it is None. Windows has no readline."""
     with suppress(ImportError, OSError):
         import readline
         readline.set_completer(complete)
@@ -425,37 +432,33 @@ class Chat:
         """Take lines until they end. Whatever goes wrong with one of them, the conversation goes on."""
         while True:
             try:
-                self.line(*self.read())
+                self.line(input("> " * self.interactive).strip())
             except EOFError:
                 return
             except KeyboardInterrupt:
                 if not self.interactive:
                     raise
                 log("\nCtrl-C stops an answer; Ctrl-D or /quit ends the chat")
-            except Exception as error:                  # a mistake of ours, too, must not cost the conversation
+            except Exception as error:                  # even a mistake of ours must not cost the conversation
                 log(f"{error if isinstance(error, (ValueError, OSError, MemoryError)) else repr(error)!s:.500}", 31)
 
-    def read(self):
-        """The next line, or all between two triple quotes -> text, whether it is to be said as it stands."""
-        text = input("> " * self.interactive).strip()
-        if not text.startswith('"""'):
-            return text, False
-        text = text[3:]
-        while '"""' not in text:
-            text += "\n" + input(". " * self.interactive)
-        return text.partition('"""')[0].strip("\n"), True
-
-    def line(self, text, literal=False):
+    def line(self, text):
         """Do what a line asks: attach files, run a command, or say it."""
-        paths = [] if literal else existing(text)
-        if literal or not text:
-            self.say(text)
-        elif paths and (text.startswith("/") or all(map(data.sniff, paths))):
-            self.add(paths)
+        files = dragged(text)
+        if text.startswith('"""'):
+            self.say(self.block(text[3:]))
+        elif files and (text.startswith("/") or all(map(data.sniff, files))):
+            self.add(files)
         elif text.startswith("/") and not text.startswith("//"):
             self.command(*text[1:].split(None, 1))
         else:
             self.say(self.inline(text.removeprefix("/")))
+
+    def block(self, text):
+        """Text up to three closing quotes, taken as it stands."""
+        while '"""' not in text:
+            text += "\n" + input(". " * self.interactive)
+        return text.partition('"""')[0].strip("\n")
 
     def command(self, name="", rest=""):
         """Run a command by name and print what it returns. An unknown one is never said to the model."""
@@ -463,24 +466,24 @@ class Chat:
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, 1) or ["help"]
             raise ValueError(f"no command or file /{name:.80}; did you mean /{near[0]}?")
-        if reply := COMMANDS[name][0](self, rest.strip()):
+        if reply := COMMANDS[name][0](self, rest):
             print(clean(reply), flush=True)
 
     def inline(self, text):
-        """Attach the files named by @path in a message; returns it without them. One that is missing is an error."""
-        paths = [name for match in INLINE.findall(text) for name in shlex.split(match)]
-        self.add([path if os.path.isfile(os.path.expanduser(path)) else path.rstrip(".,;:!?)") for path in paths])
-        return INLINE.sub("", text).strip() if paths else text
+        """Attach the files that @path names in a message; returns it without them. A missing one is an error."""
+        paths = [word for match in INLINE.findall(text) for word in file_names(match)]
+        self.add([path if os.path.isfile(path) else path.rstrip(".,;:!?)") for path in paths])
+        return INLINE.sub("", text).strip()
 
     def add(self, paths, kind=""):
-        """Attach files to the next message: all, or none if one of them cannot be read."""
+        """Attach files to the next message: all of them, or none if one cannot be read."""
         media = [self.session.read(path, kind) for path in paths]
         self.session.pending += media
         for medium in media:
             self.show(medium)
 
     def show(self, medium):
-        """Describe a medium, and show its picture where the terminal can."""
+        """Describe a medium, with its picture where the terminal can show one."""
         facts, picture = preview(medium.path, medium.kind)
         log(f"#{self.session.media.index(medium) + 1} {medium.kind} {Path(medium.path).name} {facts}")
         if picture and self.interactive and self.pictures != "off":
@@ -495,10 +498,115 @@ class Chat:
         try:
             with closing(pieces):
                 for piece in pieces:
-                    print(end="" if self.args.json else clean(piece), flush=True)
+                    print("" if self.args.json else clean(piece), end="", flush=True)
         except KeyboardInterrupt:
-            print(" [stopped]")
             if not self.interactive:
                 raise
-            return
-        turn, seconds = self.session.turns[-1], ...
+            return print(" [stopped]")
+        turn = self.session.last()
+        report = {"prompt": turn.text, "text": turn.answer, "media": [medium.path for medium in turn.media],
+                  "tokens": len(turn.ids), "seconds": round(turn.clock[3] - turn.clock[0], 3),
+                  "seed": self.session.settings["seed"], "model": str(self.args.weights)}
+        print(clean(json.dumps(report)) if self.args.json else "", flush=True)
+        if turn.dropped:
+            log(f"the context is full: the oldest {turn.dropped} turns are forgotten")
+
+    def medium(self, text):
+        """The medium that `#2` means; `last` or nothing is the last."""
+        media, match = self.session.media, re.fullmatch(r"#?([1-9]\d{0,5})|last|", text)
+        if not match or int(match[1] or 1) > len(media):
+            raise ValueError(f"no such medium among {len(media)}; /media lists them")
+        return media[int(match[1] or 0) - 1]
+
+    def list_media(self, _):
+        return "\n".join(f"#{i} {medium.kind} {medium.path}" + " (not sent yet)" * (medium in self.session.pending)
+                         for i, medium in enumerate(self.session.media, 1)) or "no media"
+
+    def set(self, text):
+        if text:
+            self.session.set(*[*text.split(None, 1), ""][:2])
+        return "\n".join(f"{name} {value}" for name, value in self.session.settings.items())
+
+    def set_system(self, text):
+        self.session.system_text = text
+        return "" if text else "back to the system text of the template"
+
+    def raw(self, _):
+        """Ids and pieces of the last prompt and answer; repr keeps them harmless."""
+        turn, tok = self.session.last(), self.session.tok
+        rows = {"prompt": turn.prompt, "answer": turn.ids}
+        runs = {name: [(id, len(list(run))) for id, run in groupby(ids)] for name, ids in rows.items()}
+        return "\n".join(f"{name}: " + " ".join(f"{id}{tok.names.get(id) or tok.sp.id_to_piece(id)!r}" + f"*{n}" * (n > 1)
+                                                for id, n in run) for name, run in runs.items())
+
+    def stats(self, _):
+        turn = self.session.last()
+        encode, prefill, decode = (b - a for a, b in zip(turn.clock, turn.clock[1:]))
+        return (f"encode {encode:.2f} s, prefill {len(turn.prompt) - turn.reused} tokens in {prefill:.2f} s, {turn.reused} reused, "
+                f"{len(turn.ids)} new tokens at {max(len(turn.ids) - 1, 0) / (decode or 1):.1f} tok/s, "
+                f"context {len(turn.prompt) + len(turn.ids)} of {self.session.max_len}")
+
+    def info(self, _=""):
+        session, n = self.session, sum(p.numel() for p in self.session.model.parameters())
+        return (f"{self.args.weights}: {n / 1e6:,.1f} M parameters, {str(session.weight.dtype)[6:]} on {session.weight.device}, "
+                f"context {session.max_len}, reads {', '.join(['text', *session.model.cfg.reads])}")
+
+    def help(self, _):
+        absent = set(KINDS) - set(self.session.model.cfg.reads)
+        return "\n".join(f"/{name + ' ' + usage:22}{text}" for name, (_, usage, text) in COMMANDS.items() if name not in absent)
+
+    def quit(self, _):
+        raise EOFError
+
+
+COMMANDS = {                            # name: what runs, usage, help
+    **{kind: (lambda chat, text, kind=kind: chat.add(file_names(text), kind), "FILE ...", f"attach {kind} to the next message")
+       for kind in KINDS},
+    "media": (Chat.list_media, "", "list what is attached"),
+    "show": (lambda chat, text: chat.show(chat.medium(text)), "[#k|last]", "describe a medium and show its picture"),
+    "drop": (lambda chat, text: chat.session.drop(chat.medium(text)), "[#k|last]", "take a medium out of the conversation"),
+    "retry": (lambda chat, _: chat.stream(chat.session.retry()), "", "answer the last message anew"),
+    "undo": (lambda chat, _: f"taken back: {chat.session.undo().text}", "", "forget the last message and its answer"),
+    "clear": (lambda chat, _: chat.session.clear(), "", "forget everything"),
+    "save": (lambda chat, text: chat.session.save(text), "FILE.json", "write the conversation to a new file"),
+    "load": (lambda chat, text: chat.session.load(text), "FILE.json", "go on with a saved conversation"),
+    "set": (Chat.set, "[KEY VALUE]", f"show or change {', '.join(SETTINGS)}"),
+    "system": (Chat.set_system, "[TEXT]", "replace the system text; alone: back to the template's"),
+    "raw": (Chat.raw, "", "ids and pieces of the last prompt and answer"),
+    "stats": (Chat.stats, "", "time and tokens of the last answer"),
+    "info": (Chat.info, "", "what the model is and reads"),
+    "help": (Chat.help, "", "this list; /? does the same"),
+    "quit": (Chat.quit, "", "end, as /exit, /bye and Ctrl-D do"),
+}
+ALIASES = {"?": "help", "exit": "quit", "bye": "quit"}
+
+
+# ---- Start
+
+def main(args):
+    """One question or a chat; returns the exit code."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")            # odd bytes in names or input are no reason to end
+    try:
+        options = {name: vars(args)[name] for name in ("context", "parse_special", *SETTINGS)}
+        session = open_session(args.weights, args.device, args.dtype, **options)
+        chat = Chat(session, args)
+        for path, kind in args.media:
+            chat.add([path], kind)
+        if args.prompt is not None:
+            chat.say(args.prompt)
+            return 0
+        if chat.interactive:
+            use_readline(None if args.no_history else STATE / "history")
+            log(chat.info() + "\n/help lists the commands; Ctrl-D ends")
+        chat.run()
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, MemoryError, RuntimeError, AssertionError, SafetensorError) as error:
+        log(f"{error!s:.500}", 31)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(ARGS))

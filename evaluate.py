@@ -74,13 +74,13 @@ def answer(model, tok, system, template, spec, question):
     return stream.text.strip()
 
 
-def main():
+def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("weights", type=Path, help="weights folder")
     p.add_argument("questions", type=Path, help="LLaVA records of one exchange, each with a `kind`")
     p.add_argument("--media", type=Path, help="folder of the media, default: beside the questions")
     p.add_argument("--out", type=Path, help="write a jsonl file of every answer")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     model = M.load(args.weights, dtype=torch.float32)
     system, spec = data.SYSTEMS[model.cfg.system], data.MediaSpec(**model.cfg.media)
     tok = data.Tokenizer(args.weights / "tokenizer.model", model.cfg.added_tokens, system.legacy)

@@ -317,16 +317,17 @@ def initialise(model):
     class tokens, positions, extra key and value, lora_A  normal(0, 0.02)
     norms 1, biases 0, lora_B 0; log_scale log(1 / 0.07)
     """
+    stacks = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     for name, p in model.named_parameters():
-        depth = [m for m in model.modules() if isinstance(m, nn.ModuleList) and any(p is q for q in m.parameters())]
-        if "norm" in name.rsplit(".", 2)[-2] and name.endswith("weight"):
+        if name.endswith("weight") and "norm" in name.split(".")[-2]:
             nn.init.ones_(p)
         elif name.endswith(("bias", "lora_B")):
             nn.init.zeros_(p)
         else:
+            n_layer = next((n for stack, n in stacks.items() if name.startswith(stack + ".")), 0)
             writes = name.endswith(("wo.weight", "down.weight", "fc2.weight"))
-            nn.init.normal_(p, std=0.02 / math.sqrt(2 * len(depth[0])) if writes else 0.02)
-    for name, b in model.named_buffers():
+            nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layer) if writes else 0.02)
+    for b in model.buffers():
         b.fill_(math.log(1 / 0.07))
 
 

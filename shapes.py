@@ -332,7 +332,7 @@ def write_tokenizer(records, path, vocab_size):
     path.with_suffix(".vocab").unlink()
 
 
-def main():
+def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, required=True, help="folder to write")
     p.add_argument("--pictures", type=int, default=48000, help="default %(default)s")
@@ -341,7 +341,7 @@ def main():
     p.add_argument("--questions", type=int, default=0, help="write so many single questions instead of conversations")
     p.add_argument("--seed", type=int, help="default 0, with --questions 1")
     p.add_argument("--vocab-size", type=int, default=600, help="of the tokenizer, default %(default)s")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     counts = {"image": args.pictures, "video": args.clips, "audio": args.sounds}
     if args.questions:
         counts = {"image": args.questions // 2, "video": args.questions // 4, "audio": args.questions // 4}

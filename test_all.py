@@ -18,6 +18,7 @@ import convert_weights as cw
 import data
 import evaluate
 import model as M
+import shapes
 import train
 from vision import CLIPConfig, CLIPVision, ImageBind, ImageBindConfig, TowerConfig, HUGE
 
@@ -457,6 +458,99 @@ def test_golden_chatbind_train(stage):
         assert losses["lm"] == pytest.approx(want["loss"], rel=PARITY)
         assert norm == pytest.approx(want["grad_norm_before_clip"], rel=PARITY)
     check("after", lambda p: p.data)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with a small shapes world and its tokenizer."""
+    out = tmp_path_factory.mktemp("world")
+    shapes.main(["--out", str(out), "--pictures", "24", "--clips", "6", "--sounds", "6", "--vocab-size", "400"])
+    return out
+
+
+def run_train(world, out, *flags):
+    train.main(["system=tiny", f"data={world}/conversations.json", f"tokenizer={world}/tokenizer.model", f"out={out}", "batch=4",
+                "lr=0.001", "workers=0", "log_every=1", "save_every=1000", *flags])
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights_of(folder):
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut, workers", [(1, 0), (3, 2), (5, 0)])
+def test_resume_equals_straight_run(world, tmp_path, cut, workers):
+    more = ["steps=6", "micro=2", f"workers={workers}"]
+    straight = run_train(world, tmp_path / "a", *more)
+    run_train(world, tmp_path / "b", *more, f"stop_after={cut}")
+    assert not (tmp_path / "b/weights").exists()
+    resumed = run_train(world, tmp_path / "b", *more)
+    for one, two in zip(straight, resumed, strict=True):
+        assert {k: v for k, v in one.items() if k != "tokens_per_s"} == {k: v for k, v in two.items() if k != "tokens_per_s"}
+    for name in ("weights/model.safetensors", "step_000006/model.safetensors", "step_000006/optim.safetensors"):
+        one, two = load_file(tmp_path / "a" / name), load_file(tmp_path / "b" / name)
+        assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+@pytest.mark.slow
+def test_resume_passes_over_damaged_checkpoints(world, tmp_path, capsys):
+    run_train(world, tmp_path, "steps=4", "save_every=1", "keep=4", "stop_after=3")
+    for step, name in ((3, "model.safetensors"), (2, "state.json")):
+        path = tmp_path / f"step_00000{step}" / name
+        damaged = bytearray(path.read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        path.write_bytes(damaged)
+    assert train.find_checkpoint(tmp_path, "auto").name == "step_000001"
+    assert capsys.readouterr().err.count("damaged") == 2
+
+
+@pytest.mark.slow
+def test_resume_keeps_the_newest_k_and_drops_leftovers(world, tmp_path):
+    (tmp_path / "step_000009.tmp-123").mkdir(parents=True)
+    run_train(world, tmp_path, "steps=5", "save_every=1", "keep=2")
+    assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_000004", "step_000005"]
+
+
+def test_train_stops_before_a_nonfinite_update(world, tmp_path):
+    s, stage, model, prepared = train.prepare(train.parse_settings(
+        [f"data={world}/conversations.json", f"tokenizer={world}/tokenizer.model", "batch=2", "steps=1", "workers=0"]))
+    learned, batch = train.learn(model, stage), next(iter(train.batches(prepared, s, 0)))
+    for value in (float("nan"), float("inf")):
+        opt, before = torch.optim.AdamW(learned.values()), {k: p.detach().clone() for k, p in learned.items()}
+        hook = model.llm.blocks[0].register_forward_hook(lambda m, i, o: o * value)
+        with pytest.raises(FloatingPointError, match="step 7: loss lm"):
+            train.update(model, learned, opt, [batch], 1e-3, 1.0, step=7)
+        hook.remove()
+        assert all(torch.equal(before[k], p) for k, p in learned.items())
+
+
+def test_train_stage_rows_only_learn_what_they_name():
+    for (system, number), stage in train.STAGES.items():
+        cfg = M.replace(M.TINY, added_tokens={"<im_start>": 601, "<im_end>": 602})
+        model = M.Model(cfg)
+        learned = train.learn(model, stage)
+        assert learned and all(p.requires_grad == (name in learned) for name, p in model.named_parameters())
+        assert system == "tiny" or not any(".tower." in name for name in learned)
+    with pytest.raises(ValueError, match="no parameter"):
+        train.learn(model, train.Stage("nothing", 1.0, 1))
+
+
+def test_train_settings_reject_what_they_do_not_know(capsys):
+    assert train.parse_settings(["steps=3", "--lr=1e-3", "--save-every", "7"]).save_every == 7
+    for wrong in (["stepz=3"], ["steps=many"]):
+        with pytest.raises(SystemExit):
+            train.parse_settings(wrong)
+        assert wrong[0].split("=")[0] in capsys.readouterr().err
+
+
+def test_train_order_is_a_permutation_fixed_by_seed_and_epoch():
+    for n, batch in ((10, 3), (1000, 7), (2, 5)):
+        sizes = [i * 37 % 11 for i in range(n)]
+        order = data.epoch_batches(sizes, batch, 1, 2)
+        flat = [i for b in order for i in b]
+        assert order == data.epoch_batches(sizes, batch, 1, 2) and len(flat) == len(set(flat)) >= min(n, n - batch + 1)
+        assert n == 2 or order != data.epoch_batches(sizes, batch, 1, 3)
 
 
 # ---- Evaluate

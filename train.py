@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from itertools import count, islice
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
@@ -199,6 +198,7 @@ def save_checkpoint(out, step, learned, opt, settings, keep):
     version, key, *rest = random.getstate()
     state = {"step": step, "settings": asdict(settings), "random": [version, list(key), *rest],
              "sha256": {p.name: sha256(p) for p in sorted(folder.iterdir())}}
+    state["self"] = hashlib.sha256(json.dumps(state).encode()).hexdigest()
     (folder / "state.json").write_text(json.dumps(state, allow_nan=False))
     for path in [*folder.iterdir(), folder]:
         sync(path)
@@ -212,8 +212,9 @@ def valid(folder):
     """The state of a complete, undamaged checkpoint, else None."""
     try:
         state = json.loads((Path(folder) / "state.json").read_text())
-        return state if all(sha256(Path(folder) / name) == digest for name, digest in state["sha256"].items()) else None
-    except (OSError, ValueError, KeyError):
+        own = state.pop("self") == hashlib.sha256(json.dumps(state).encode()).hexdigest()
+        return state if own and all(sha256(Path(folder) / name) == digest for name, digest in state["sha256"].items()) else None
+    except (OSError, ValueError, KeyError, AttributeError):
         return None
 
 
@@ -270,7 +271,8 @@ def batches(prepared, s, start):
                 yield from (batch[i:i + micro] for i in range(0, len(batch), micro))
     per_update = s.batch // micro
     return DataLoader(prepared, batch_sampler=islice(indices(), start * per_update, s.steps * per_update), num_workers=s.workers,
-                      collate_fn=lambda r: data.collate(r, prepared.n_token, max_len=s.max_len), pin_memory=torch.cuda.is_available())
+                      collate_fn=lambda r: data.collate(r, prepared.n_token, max_len=s.max_len), pin_memory=torch.cuda.is_available(),
+                      generator=torch.Generator())              # its own, so that the global random state resumes exactly
 
 
 def prepare(s):

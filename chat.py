@@ -26,7 +26,6 @@ from weakref import WeakKeyDictionary
 # ---- Command line
 
 TINY = Path(__file__).with_name("weights") / "tiny"
-STATE = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "nanomni"
 KINDS = ("image", "audio", "video", "depth", "thermal", "imu")
 SETTINGS = {                            # name: default, least, most, meaning
     "temperature": (0.0, 0, 100, "spread of sampling; 0 takes the likeliest token"),
@@ -95,8 +94,8 @@ from model import KVCache, generate, load
 
 # ---- Session
 
-FITS = {"image": ("image", "animation"), "thermal": ("image",), "video": ("video", "animation"), "audio": ("audio", "video"),
-        "depth": ("",), "imu": ("",)}   # what the file of a medium may hold
+FITS = {"image": ("image", "animation"), "thermal": ("image",), "audio": ("audio", "video"),
+        "video": ("video", "animation"), "depth": ("",), "imu": ("",)}          # what the file of a medium may hold
 
 
 @dataclass(eq=False)
@@ -131,6 +130,7 @@ class Session:
         self.features = WeakKeyDictionary()             # Medium -> (n, C)
 
     def set(self, name, value):
+        """Change a setting; a seed starts sampling afresh."""
         self.settings[name] = setting(name, value)
         if name == "seed":
             self.generator.manual_seed(self.settings[name])
@@ -151,7 +151,7 @@ class Session:
             raise data.MediaError(f"{path}: not readable as {kind or 'a medium'}, its type is {found or 'unknown'}")
         if kind not in reads:
             raise data.MediaError(f"{path}: this model reads {', '.join(reads) or 'only text'}, not {kind}")
-        return data.Medium(kind, path, data.guarded(lambda path: data.read_media(kind, path, self.spec))(path))
+        return data.Medium(kind, path, data.read_media(path, kind, self.spec))
 
     def last(self):
         """The last turn. Raises ValueError if there is none."""
@@ -160,7 +160,7 @@ class Session:
         return self.turns[-1]
 
     def say(self, text, media=()):
-        """Answer a message with the pending and the given media. Closing the iterator early keeps what was said so far."""
+        """Answer a message with the pending and the given media. Closing the iterator keeps what was said so far."""
         return self.answer([*self.turns, Turn(text, [*self.pending, *media])])
 
     def retry(self):
@@ -179,12 +179,13 @@ class Session:
                 media.remove(medium)
 
     def clear(self):
+        """Forget all turns and media; settings and the system text stay."""
         self.turns, self.pending = [], []
 
     def save(self, path):
         """Write the conversation as JSON, media by their paths. Never replaces a file."""
-        turns = [{"text": turn.text, "media": [(os.path.abspath(m.path), m.kind) for m in turn.media], "answer": turn.answer}
-                 for turn in self.turns]
+        turns = [{"text": turn.text, "media": [{"path": os.path.abspath(m.path), "kind": m.kind} for m in turn.media],
+                  "answer": turn.answer} for turn in self.turns]
         with open(os.path.expanduser(path), "x", encoding="utf-8") as file:
             json.dump({"system": self.system_text, "turns": turns}, file, indent=1)
 
@@ -192,15 +193,14 @@ class Session:
         """Go on with a saved conversation; its media are read again."""
         try:
             saved = json.loads(data.check_file(os.path.expanduser(path)).read_text(encoding="utf-8"))
-            turns = [Turn(row["text"] + "", [(file + "", kind + "") for file, kind in row["media"]], row["answer"] + "")
-                     for row in saved["turns"]]
-            system = saved["system"] + ""               # + "": only text will do
+            turns = [Turn(str(row["text"]), [self.read(str(m["path"]), str(m["kind"])) for m in row["media"]],
+                          str(row["answer"])) for row in saved["turns"]]
+            system = str(saved["system"])
+            self.tok.encode("".join([system, *(turn.text + turn.answer for turn in turns)]))    # refuses odd unicode
         except data.MediaError:
             raise
         except (LookupError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: not a saved conversation ({type(error).__name__}: {error})") from None
-        for turn in turns:
-            turn.media = [self.read(*names) for names in turn.media]
         self.turns, self.pending, self.system_text = turns, [], system
 
     def prompt(self, turns):
@@ -209,7 +209,8 @@ class Session:
         for turn in turns:
             below = [part for medium in turn.media for part in ("\n", medium)]
             rows += [[turn.text, *below] if self.system.media_last else [*turn.media, turn.text], [turn.answer]]
-        parts = data.conversation_pieces([*rows[:-1], None], self.tok, self.system, self.template, self.model.cfg.n_token)
+        rows[-1] = None                                 # the answer that is asked for
+        parts = data.conversation_pieces(rows, self.tok, self.system, self.template, self.model.cfg.n_token)
         if self.system_text:                            # a plain piece, since users type it
             parts[0] = [data.Piece(self.system_text + (re.search(r"[#\s]*$", self.template.system)[0] or " "))]
         pieces = [piece for part in parts for piece in part]
@@ -219,10 +220,11 @@ class Session:
         return ids, slots
 
     def fit(self, turns):
-        """-> the newest turns that leave room for an answer, ids, slots. Raises ValueError if the last alone is too long."""
+        """-> newest turns that leave room for an answer, ids, slots. Raises ValueError if one alone is too long."""
+        room = min(self.settings["max_new_tokens"], self.max_len // 2)          # a lavish limit costs no history
         for first in range(len(turns)):
             ids, slots = self.prompt(turns[first:])
-            if len(ids) + self.settings["max_new_tokens"] <= self.max_len:
+            if len(ids) + room <= self.max_len:
                 break
         if len(ids) >= self.max_len:
             raise ValueError(f"the message takes {len(ids)} tokens, the context has {self.max_len}: shorten it")
@@ -236,7 +238,8 @@ class Session:
             n = self.model.cfg.n_token(medium.kind)
             places[at:at + n] = [medium] * n
         same = next((i for i, (a, b) in enumerate(zip(places, self.held)) if a != b), min(len(places), len(self.held)))
-        turn.prompt, turn.dropped, turn.reused = ids, len(turns) - len(kept), min(same, len(ids) - 1)  # one token must run
+        turn.prompt, turn.dropped = ids, len(turns) - len(kept)
+        turn.reused = min(same, len(ids) - 1)           # one token must run, to say what comes next
         if self.cache:
             self.cache.pos = turn.reused
         try:
@@ -250,7 +253,7 @@ class Session:
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
             self.cache = None
-            raise MemoryError("out of memory: lower max_new_tokens or --context, attach less, or try --dtype bfloat16") from None
+            raise MemoryError("out of memory: lower --context, attach less, or try --dtype bfloat16") from None
         finally:
             self.held = [*places, *turn.ids][:self.cache.pos if self.cache else 0]
         self.keep(kept)
@@ -302,7 +305,7 @@ class Session:
 
 
 def open_session(folder=TINY, device=None, dtype=None, **options):
-    """The Session of a weights folder, on the best device there is. Raises OSError or ValueError saying what is wrong."""
+    """The Session of a weights folder, on the best device there is. Raises OSError or ValueError naming the fault."""
     device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     model = load(folder, device, getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32")))
     cfg = model.cfg
@@ -362,7 +365,7 @@ def protocol(env):
 
 
 def draw(picture, how):
-    """The characters that show a picture: half blocks of two pixels each, or a PNG in escape codes of kitty or iTerm2."""
+    """The characters that show a picture: half blocks of two pixels, or a PNG in escape codes of kitty or iTerm2."""
     picture = picture.convert("RGB")
     picture.thumbnail((60, 48) if how == "blocks" else (480, 320))
     if how == "blocks":
@@ -381,17 +384,19 @@ def draw(picture, how):
 
 
 def file_names(text):
-    """Names in a line: all of it if that is a file, else its words as a shell reads them. Raises ValueError at open quotes."""
+    """Names in a line: all of it if that is a file, else words as a shell reads them. ValueError if a quote is open."""
     whole = os.path.expanduser(text)
     return [whole] if os.path.isfile(whole) else [os.path.expanduser(word) for word in shlex.split(text)]
 
 
 def dragged(text):
     """The files that a line names and nothing else, as when they are dragged into the terminal; or []."""
-    with suppress(ValueError):
-        if all(map(os.path.isfile, names := file_names(text))):
-            return names
-    return []
+    try:
+        names = file_names(text)
+    except ValueError:
+        return []
+    quoted = len(names) == 1 and text[0] in "'\"" and os.path.isabs(names[0])   # a file even if it is not there
+    return names if quoted or all(map(os.path.isfile, names)) else []
 
 
 def complete(text, state):
@@ -404,18 +409,19 @@ def complete(text, state):
 
 
 def use_readline(history):
-    """Line editing and completion, and typed lines kept in a file unless it is None. Windows has no readline."""
+    """Line editing, completion and, with `history`, the lines of the last time. Windows has no readline."""
     with suppress(ImportError, OSError):
         import readline
         readline.set_completer(complete)
         readline.set_completer_delims(" \t\n")
         readline.parse_and_bind("bind ^I rl_complete" if "libedit" in str(readline.__doc__) else "tab: complete")
         if history:
-            history.parent.mkdir(parents=True, exist_ok=True)
-            history.touch(mode=0o600)
-            readline.read_history_file(history)
+            path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "nanomni/history"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)
+            readline.read_history_file(path)
             readline.set_history_length(1000)
-            atexit.register(readline.write_history_file, history)
+            atexit.register(readline.write_history_file, path)
 
 
 # ---- Chat
@@ -447,7 +453,7 @@ class Chat:
         files = dragged(text)
         if text.startswith('"""'):
             self.say(self.block(text[3:]))
-        elif files and (text.startswith("/") or all(map(data.sniff, files))):
+        elif files and (os.path.isabs(files[0]) or all(map(data.sniff, files))):
             self.add(files)
         elif text.startswith("/") and not text.startswith("//"):
             self.command(*text[1:].split(None, 1))
@@ -464,9 +470,13 @@ class Chat:
         """Run a command by name and print what it returns. An unknown one is never said to the model."""
         name = ALIASES.get(name, name)
         if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, 1) or ["help"]
-            raise ValueError(f"no command or file /{name:.80}; did you mean /{near[0]}?")
-        if reply := COMMANDS[name][0](self, rest):
+            near = difflib.get_close_matches(name, COMMANDS, 1)
+            hint = f"did you mean /{near[0]}?" if near else "/help lists the commands"
+            raise ValueError(f"no command or file /{name:.80}; {hint}")
+        run, usage, _ = COMMANDS[name]
+        if usage.startswith("FILE") and not rest:
+            raise ValueError(f"usage: /{name} {usage}")
+        if reply := run(self, rest):
             print(clean(reply), flush=True)
 
     def inline(self, text):
@@ -490,7 +500,7 @@ class Chat:
             print(draw(picture, self.pictures), end="", flush=True)
 
     def say(self, text):
-        if text:
+        if text.strip():
             self.stream(self.session.say(text))
 
     def stream(self, pieces):
@@ -519,8 +529,9 @@ class Chat:
         return media[int(match[1] or 0) - 1]
 
     def list_media(self, _):
-        return "\n".join(f"#{i} {medium.kind} {medium.path}" + " (not sent yet)" * (medium in self.session.pending)
-                         for i, medium in enumerate(self.session.media, 1)) or "no media"
+        rows = [(medium, f"in message {i}") for i, turn in enumerate(self.session.turns, 1) for medium in turn.media]
+        rows += [(medium, "not sent yet") for medium in self.session.pending]
+        return "\n".join(f"#{i} {m.kind} {m.path} {where}" for i, (m, where) in enumerate(rows, 1)) or "no media"
 
     def set(self, text):
         if text:
@@ -533,50 +544,53 @@ class Chat:
 
     def raw(self, _):
         """Ids and pieces of the last prompt and answer; repr keeps them harmless."""
+        def show(ids):
+            for id, run in groupby(ids):
+                n = len(list(run))
+                yield f"{id}{tok.names.get(id) or tok.sp.id_to_piece(id)!r}" + f"*{n}" * (n > 1)
         turn, tok = self.session.last(), self.session.tok
-        rows = {"prompt": turn.prompt, "answer": turn.ids}
-        runs = {name: [(id, len(list(run))) for id, run in groupby(ids)] for name, ids in rows.items()}
-        return "\n".join(f"{name}: " + " ".join(f"{id}{tok.names.get(id) or tok.sp.id_to_piece(id)!r}" + f"*{n}" * (n > 1)
-                                                for id, n in run) for name, run in runs.items())
+        return f"prompt: {' '.join(show(turn.prompt))}\nanswer: {' '.join(show(turn.ids))}"
 
     def stats(self, _):
-        turn = self.session.last()
+        turn, n = self.session.last(), len(self.session.last().ids)
         encode, prefill, decode = (b - a for a, b in zip(turn.clock, turn.clock[1:]))
-        return (f"encode {encode:.2f} s, prefill {len(turn.prompt) - turn.reused} tokens in {prefill:.2f} s, {turn.reused} reused, "
-                f"{len(turn.ids)} new tokens at {max(len(turn.ids) - 1, 0) / (decode or 1):.1f} tok/s, "
-                f"context {len(turn.prompt) + len(turn.ids)} of {self.session.max_len}")
+        return (f"encode {encode:.2f} s, prefill {len(turn.prompt) - turn.reused} tokens in {prefill:.2f} s, "
+                f"{turn.reused} reused, {n} new tokens at {max(n - 1, 0) / (decode or 1):.1f} tok/s, "
+                f"context {len(turn.prompt) + n} of {self.session.max_len}")
 
     def info(self, _=""):
-        session, n = self.session, sum(p.numel() for p in self.session.model.parameters())
-        return (f"{self.args.weights}: {n / 1e6:,.1f} M parameters, {str(session.weight.dtype)[6:]} on {session.weight.device}, "
-                f"context {session.max_len}, reads {', '.join(['text', *session.model.cfg.reads])}")
+        model, weight = self.session.model, self.session.weight
+        return (f"{self.args.weights}: {sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters, "
+                f"{str(weight.dtype)[6:]} on {weight.device}, context {self.session.max_len}, "
+                f"reads {', '.join(['text', *model.cfg.reads])}")
 
     def help(self, _):
-        absent = set(KINDS) - set(self.session.model.cfg.reads)
-        return "\n".join(f"/{name + ' ' + usage:22}{text}" for name, (_, usage, text) in COMMANDS.items() if name not in absent)
+        rows = {f"/{name} {usage}": text for name, (_, usage, text) in COMMANDS.items()
+                if name not in KINDS or name in self.session.model.cfg.reads}
+        return "\n".join(f"{left:22} {text}" for left, text in rows.items())
 
     def quit(self, _):
         raise EOFError
 
 
 COMMANDS = {                            # name: what runs, usage, help
-    **{kind: (lambda chat, text, kind=kind: chat.add(file_names(text), kind), "FILE ...", f"attach {kind} to the next message")
+    **{kind: (lambda chat, text, kind=kind: chat.add(file_names(text), kind), "FILE ...", f"attach {kind} files")
        for kind in KINDS},
     "media": (Chat.list_media, "", "list what is attached"),
     "show": (lambda chat, text: chat.show(chat.medium(text)), "[#k|last]", "describe a medium and show its picture"),
-    "drop": (lambda chat, text: chat.session.drop(chat.medium(text)), "[#k|last]", "take a medium out of the conversation"),
+    "drop": (lambda chat, text: chat.session.drop(chat.medium(text)), "[#k|last]", "take a medium out again"),
     "retry": (lambda chat, _: chat.stream(chat.session.retry()), "", "answer the last message anew"),
     "undo": (lambda chat, _: f"taken back: {chat.session.undo().text}", "", "forget the last message and its answer"),
-    "clear": (lambda chat, _: chat.session.clear(), "", "forget everything"),
+    "clear": (lambda chat, _: chat.session.clear(), "", "forget all messages and media"),
     "save": (lambda chat, text: chat.session.save(text), "FILE.json", "write the conversation to a new file"),
     "load": (lambda chat, text: chat.session.load(text), "FILE.json", "go on with a saved conversation"),
-    "set": (Chat.set, "[KEY VALUE]", f"show or change {', '.join(SETTINGS)}"),
+    "set": (Chat.set, "[KEY VALUE]", "show the settings, change one"),
     "system": (Chat.set_system, "[TEXT]", "replace the system text; alone: back to the template's"),
     "raw": (Chat.raw, "", "ids and pieces of the last prompt and answer"),
     "stats": (Chat.stats, "", "time and tokens of the last answer"),
     "info": (Chat.info, "", "what the model is and reads"),
-    "help": (Chat.help, "", "this list; /? does the same"),
-    "quit": (Chat.quit, "", "end, as /exit, /bye and Ctrl-D do"),
+    "help": (Chat.help, "", "this list, also /?"),
+    "quit": (Chat.quit, "", "end, also /exit, /bye, Ctrl-D"),
 }
 ALIASES = {"?": "help", "exit": "quit", "bye": "quit"}
 
@@ -585,7 +599,7 @@ ALIASES = {"?": "help", "exit": "quit", "bye": "quit"}
 
 def main(args):
     """One question or a chat; returns the exit code."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")            # odd bytes in names or input are no reason to end
     try:
         options = {name: vars(args)[name] for name in ("context", "parse_special", *SETTINGS)}
@@ -597,7 +611,7 @@ def main(args):
             chat.say(args.prompt)
             return 0
         if chat.interactive:
-            use_readline(None if args.no_history else STATE / "history")
+            use_readline(not args.no_history)
             log(chat.info() + "\n/help lists the commands; Ctrl-D ends")
         chat.run()
     except KeyboardInterrupt:

@@ -1,17 +1,105 @@
 """Public checkpoints to weights folders and back.
 
-In order: tables (theirs, ours), the engine that applies them.
+In order: command line, tables (theirs, ours), the engine that applies them, files and what they hold, sources,
+configuration, the plan and its report, writing and the start.
+Weight files are strangers' work: nothing in them is executed, every size is checked before it is believed. Tensors are
+read, changed and written one at a time, so memory does not grow with the model.
 """
+import argparse
+import glob
+import json
+import math
+import os
+import pickle
 import re
+import shutil
+import struct
+import sys
+import zipfile
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NamedTuple
+
+# ---- Command line
+
+EXAMPLES = """\
+examples:
+  one language model, one encoder
+    convert_weights.py vicuna-7b-v1.5/ --out weights/vicuna
+    convert_weights.py clip-vit-large-patch14-336/ --out weights/clip
+  ChatBind from its published delta, the base it was made against, and the ImageBind tower
+    convert_weights.py vicuna-7b/ chatbind-delta/ imagebind_huge.pth --out weights/chatbind-7b
+  ChatBind, delta already applied; or a language model with a projector trained for it
+    convert_weights.py chatbind-7b/ imagebind_huge.pth --out weights/chatbind-7b
+    convert_weights.py vicuna-7b/ mm_projector.bin imagebind_huge.pth --out weights/chatbind-7b
+  look first: which key goes where, what is missing
+    convert_weights.py chatbind-7b/ imagebind_huge.pth --dry-run --verbose
+  back to the public names, for other programs
+    convert_weights.py --export weights/chatbind-7b --out chatbind-hf
+
+A source is a folder or a file: .safetensors, .bin, .pth, .pt, .ckpt, whole or in shards, also a snapshot folder of the
+Hugging Face cache. What it is follows from its keys, never from its name. Nothing is downloaded, no source is changed.
+Exit status: 0 done, 2 something is missing or does not fit, 3 a file is unsafe or damaged."""
+
+
+def gigabytes(text):
+    """'5GB' -> 5e9"""
+    return 1e9 * float(text.upper().removesuffix("GB"))
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Public checkpoints to a weights folder, or back.",
+                                     epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    add = parser.add_argument
+    add("sources", nargs="*", metavar="SOURCE", help="folders and files that together make one model")
+    add("--out", type=Path, metavar="DIR", help="folder to write: all of it or, if anything goes wrong, nothing")
+    add("--export", type=Path, metavar="WEIGHTS_DIR", help="write this weights folder under the public names instead")
+    add("--preset", default="", metavar="NAME", help="sizes to use instead of those of the source's config.json")
+    add("--dtype", choices=("keep", "fp32", "bf16", "fp16"), default="keep", help="of the weights (keep)")
+    add("--max-shard", type=gigabytes, default="5GB", metavar="SIZE", help="largest file to write (5GB)")
+    add("--overwrite", action="store_true", help="replace DIR if it exists")
+    add("--dry-run", action="store_true", help="stop after the report: write nothing")
+    add("--verbose", action="store_true", help="list every key in the report, not the first 20")
+    add("--report", type=Path, metavar="FILE", help="also write the report as JSON")
+    args = parser.parse_args()
+    if bool(args.sources) == bool(args.export):
+        parser.error("name the sources to convert, or --export WEIGHTS_DIR")
+    if not args.out and not args.dry_run:
+        parser.error("--out DIR is needed (or --dry-run)")
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = parse_args()                 # before the imports that take seconds, so that --help answers at once
+
+import torch
+from safetensors import safe_open
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm import tqdm
+
+import model as M
+from vision import HUGE
+
+
+class Refused(ValueError):
+    """What is wrong with which file and what to do, in one line. `code`: exit status, 3 = unsafe or damaged, else 2."""
+
+    def __init__(self, message, code=2):
+        super().__init__(message)
+        self.code = code
+
 
 # ---- Tables
 # A row is (theirs, ours). {} is an index, {a,b} one of the words (on both sides, matched by place), * the rest;
-# ours None = dropped on purpose. Read from right to left the same rows export.
+# ours None = dropped on purpose, with the reason. Read from right to left the same rows export.
 
 LLAMA = [
     ("model.embed_tokens.*",                            "llm.embed.*"),
     ("model.layers.{}.self_attn.{q,k,v,o}_proj.*",      "llm.blocks.{}.attn.w{q,k,v,o}.*"),
-    ("model.layers.{}.self_attn.rotary_emb.inv_freq",   None),                  # recomputed
+    ("model.layers.{}.self_attn.rotary_emb.inv_freq",   None, "recomputed from the configuration"),
     ("model.layers.{}.mlp.{gate,up,down}_proj.*",       "llm.blocks.{}.mlp.{gate,up,down}.*"),
     ("model.layers.{}.input_layernorm.*",               "llm.blocks.{}.attn_norm.*"),
     ("model.layers.{}.post_attention_layernorm.*",      "llm.blocks.{}.mlp_norm.*"),
@@ -22,18 +110,19 @@ CLIP = [
     ("vision_model.embeddings.class_embedding",         "readers.clip.tower.cls"),
     ("vision_model.embeddings.patch_embedding.*",       "readers.clip.tower.patch.*"),
     ("vision_model.embeddings.position_embedding.*",    "readers.clip.tower.pos.*"),
-    ("vision_model.embeddings.position_ids",            None),                  # 0, 1, 2, ...
+    ("vision_model.embeddings.position_ids",            None, "they count 0, 1, 2, ..."),
     ("vision_model.{pre_layrnorm,post_layernorm}.*",    "readers.clip.tower.{pre_norm,norm}.*"),
     ("vision_model.encoder.layers.{}.self_attn.{q_proj,k_proj,v_proj,out_proj}.*",
      "readers.clip.tower.blocks.{}.attn.{wq,wk,wv,wo}.*"),
     ("vision_model.encoder.layers.{}.layer_norm{1,2}.*", "readers.clip.tower.blocks.{}.{attn_norm,mlp_norm}.*"),
     ("vision_model.encoder.layers.{}.mlp.*",            "readers.clip.tower.blocks.{}.mlp.*"),
-    ("text_model.*",                                    None),                  # the text tower; chat models do not use it
-    ("{visual_projection,text_projection}.weight",      None),
-    ("logit_scale",                                     None),
+    ("text_model.*",                                    None, "text tower, no chat model reads it"),
+    ("{visual_projection,text_projection}.weight",      None, "only compares pictures with the text tower"),
+    ("logit_scale",                                     None, "only compares pictures with the text tower"),
 ]
 MODALITY, GRID = "{vision,text,audio,depth,thermal,imu}", "{vision,audio,depth,thermal}"
 TOWER = "readers.imagebind.tower.towers."
+TRUNK, BLOCK = "modality_trunks." + MODALITY + ".blocks.{}.", TOWER + MODALITY + ".blocks.{}."
 IMAGEBIND = [
     ("modality_preprocessors." + MODALITY + ".cls_token",                       TOWER + MODALITY + ".cls"),
     ("modality_preprocessors.vision.rgbt_stem.proj.1.weight",                   TOWER + "vision.stem.weight"),
@@ -44,15 +133,15 @@ IMAGEBIND = [
     ("modality_preprocessors.imu.imu_stem.proj.weight",                         TOWER + "imu.stem.weight"),
     ("modality_preprocessors.imu.imu_stem.norm_layer.*",                        TOWER + "imu.stem_norm.*"),
     ("modality_preprocessors.text.token_embedding.weight",                      TOWER + "text.stem.weight"),
-    ("modality_preprocessors.text.mask",                                        None),      # causal, rebuilt
+    ("modality_preprocessors.text.mask",                                        None, "causal mask, rebuilt"),
     ("modality_preprocessors." + GRID + ".pos_embedding_helper.pos_embed",      TOWER + GRID + ".pos"),
     ("modality_preprocessors.{text,imu}.pos_embed",                             TOWER + "{text,imu}.pos"),
     ("modality_trunks." + MODALITY + ".pre_transformer_layer.0.*",              TOWER + MODALITY + ".pre_norm.*"),
-    ("modality_trunks." + MODALITY + ".blocks.{}.norm_{1,2}.*",                 TOWER + MODALITY + ".blocks.{}.{attn_norm,mlp_norm}.*"),
-    ("modality_trunks." + MODALITY + ".blocks.{}.mlp.*",                        TOWER + MODALITY + ".blocks.{}.mlp.*"),
-    ("modality_trunks." + MODALITY + ".blocks.{}.attn.in_proj_{weight,bias}",   TOWER + MODALITY + ".blocks.{}.attn.wqkv.{weight,bias}"),
-    ("modality_trunks." + MODALITY + ".blocks.{}.attn.out_proj.*",              TOWER + MODALITY + ".blocks.{}.attn.wo.*"),
-    ("modality_trunks." + MODALITY + ".blocks.{}.attn.bias_{k,v}",              TOWER + MODALITY + ".blocks.{}.attn.bias_{k,v}"),
+    (TRUNK + "norm_{1,2}.*",                            BLOCK + "{attn_norm,mlp_norm}.*"),
+    (TRUNK + "mlp.*",                                   BLOCK + "mlp.*"),
+    (TRUNK + "attn.in_proj_{weight,bias}",              BLOCK + "attn.wqkv.{weight,bias}"),
+    (TRUNK + "attn.out_proj.*",                         BLOCK + "attn.wo.*"),
+    (TRUNK + "attn.bias_{k,v}",                         BLOCK + "attn.bias_{k,v}"),
     ("modality_heads." + GRID + ".0.*",                                         TOWER + GRID + ".norm.*"),
     ("modality_heads." + GRID + ".2.weight",                                    TOWER + GRID + ".head.weight"),
     ("modality_heads.imu.{0,3}.*",                                              TOWER + "imu.{norm,head}.*"),
@@ -61,6 +150,17 @@ IMAGEBIND = [
 ]
 PROJECTOR = [("model.mm_projector.*",                   "readers.imagebind.projector.*")]
 CHATBIND = LLAMA + PROJECTOR
+TABLE = CHATBIND + CLIP + IMAGEBIND                     # their names never meet, so one table reads everything
+
+# Names in config.json (theirs, ours), read both ways as well.
+LLM_FIELDS = [("hidden_size", "dim"), ("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head"),
+              ("num_key_value_heads", "n_kv_head"), ("intermediate_size", "mlp_dim"), ("rms_norm_eps", "norm_eps"),
+              ("max_position_embeddings", "max_len"), ("rope_theta", "rope_theta"), ("tie_word_embeddings", "tied"),
+              ("head_dim", "head_dim"), ("vocab_size", "vocab_size")]
+ROPE_FIELDS = [("factor", "rope_factor"), ("low_freq_factor", "rope_low"), ("high_freq_factor", "rope_high"),
+               ("original_max_position_embeddings", "rope_train_len")]
+CLIP_FIELDS = [("hidden_size", "dim"), ("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head"),
+               ("intermediate_size", "mlp_dim"), ("image_size", "image_size"), ("patch_size", "patch_size")]
 
 
 # ---- Engine
@@ -69,7 +169,7 @@ HOLES = re.compile(r"\{([^}]*)\}|(\*)")
 
 
 def rewrite(key, pattern, target):
-    """The name `target` gives to `key` if `pattern` matches it in full, else None. Words map by place, the rest is copied."""
+    """The name `target` gives to `key` if `pattern` matches it in full, else None. Words map by place."""
     words, regex, at = [], "", 0
     for hole in HOLES.finditer(pattern):
         words.append(hole[1] and hole[1].split(","))
@@ -89,7 +189,7 @@ def rewrite(key, pattern, target):
 
 def translate(key, table):
     """Our name of their key, or None if it is dropped. Raises KeyError unless exactly one row matches."""
-    hits = [(theirs, ours) for theirs, ours in table if rewrite(key, theirs, theirs) is not None]
+    hits = [(theirs, ours) for theirs, ours, *_ in table if rewrite(key, theirs, theirs) is not None]
     if len(hits) != 1:
         raise KeyError(f"{key} is matched by {len(hits)} rows" + "".join(f"; {theirs}" for theirs, _ in hits))
     theirs, ours = hits[0]
@@ -97,7 +197,7 @@ def translate(key, table):
 
 
 def rename(state, table):
-    """A whole state dict under our names. Raises KeyError for a key that no row, two rows or another key already took."""
+    """A whole state dict under our names. Raises KeyError if a key has no row, two rows or another key's name."""
     out = {}
     for key, value in state.items():
         name = translate(key, table)
@@ -106,3 +206,688 @@ def rename(state, table):
         if name is not None:
             out[name] = value
     return out
+
+
+# ---- Files
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+WRAPPERS = "state_dict", "model", "module"              # Lightning; GroundingDINO; DeepSpeed
+INDICES = "model.safetensors.index.json", "pytorch_model.bin.index.json"
+LAYOUTS = "model*.safetensors", "*.safetensors", "pytorch_model*.bin", "*.bin", "*.pth", "*.pt", "*.ckpt"
+
+
+class Stored(NamedTuple):
+    """A tensor in a file, unread. `like` (on meta) has its shape, strides and type; its bytes begin at `start`."""
+    path: Path
+    key: str
+    start: int
+    like: torch.Tensor
+    value: torch.Tensor | None = None                   # files of torch's old format are read whole
+
+    @property
+    def span(self):
+        """Bytes from the first to the last number; more than like.nbytes if the tensor is a view of a larger one."""
+        last = sum((n - 1) * step for n, step in zip(self.like.shape, self.like.stride()))
+        return (last + 1) * self.like.itemsize if self.like.numel() else 0
+
+    def read(self):
+        """The tensor, by plain reads: mapped pages would count as memory in use."""
+        if self.value is not None or not self.span:
+            return torch.empty(self.like.shape, dtype=self.like.dtype) if self.value is None else self.value
+        data = bytearray(self.span)
+        with open(self.path, "rb") as f:
+            f.seek(self.start)
+            if f.readinto(data) < len(data):
+                raise Refused(f"{self.path}: ends too early; download it again", 3)
+        return torch.frombuffer(data, dtype=self.like.dtype).as_strided(self.like.shape, self.like.stride())
+
+
+def beside(path, name):
+    """A file of the folder that a source is, or lies in."""
+    return (path if path.is_dir() else path.parent) / name
+
+
+def read_json(path):
+    """The object in a JSON file, {} if there is no such file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"{path}: not JSON ({error}); download it again", 3) from None
+    if not isinstance(values, dict):
+        raise Refused(f"{path}: holds a {type(values).__name__} instead of an object; download it again", 3)
+    return values
+
+
+def open_safetensors(path):
+    with safe_open(path, "np"):                         # the library checks sizes, overlaps, gaps and types; "pt" would
+        pass                                            # ask for as much memory as the file is long
+    with open(path, "rb") as f:
+        n = int.from_bytes(f.read(8), "little")
+        rows = json.loads(f.read(n), object_pairs_hook=list)
+    if twice := [key for key, count in Counter(key for key, _ in rows).items() if count > 1]:
+        raise ValueError(f"{twice[0]} stands in it twice")
+    out = []
+    for key, row in ((key, dict(row)) for key, row in rows if key != "__metadata__"):
+        like = torch.empty(row["shape"], dtype=DTYPES[row["dtype"]], device="meta")
+        out.append(Stored(path, key, 8 + n + row["data_offsets"][0], like))
+    return out
+
+
+def zip_records(path):
+    """{byte where the data of an uncompressed record begins: its size}. torch computes these places without looking."""
+    records, end = {}, os.path.getsize(path)
+    with zipfile.ZipFile(path) as z, open(path, "rb") as f:
+        for info in z.infolist():
+            f.seek(info.header_offset + 26)
+            start = info.header_offset + 30 + sum(struct.unpack("<HH", f.read(4)))      # behind name and extra field
+            if info.compress_type == zipfile.ZIP_STORED and start + info.file_size <= end:
+                records[start] = info.file_size
+    return records
+
+
+def open_pickle(path):
+    """A .bin, .pth, .pt or .ckpt file: of a zip only the places of its tensors. Only plain data is ever unpickled."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        raise Refused(f"{path}: reading such files safely needs torch 2.10 or newer; update torch or use .safetensors")
+    with open(path, "rb") as f:
+        records = zip_records(path) if f.read(2) == b"PK" else None
+    try:
+        with nullcontext() if records is None else FakeTensorMode():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
+        raise Refused(f"{path}: unsafe or damaged, not loaded: it holds more than plain tensors"
+                      f"{f' ({found[1]})' if found else ''}; use a .safetensors version", 3) from None
+    for _ in WRAPPERS:
+        state = next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), state)
+    out = []
+    for key, x in ((key, x.detach()) for key, x in state.items() if isinstance(x, torch.Tensor)):
+        like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        if records is None:
+            out.append(Stored(path, key, 0, like, x))
+            continue
+        start = x.untyped_storage()._checkpoint_offset
+        out.append(Stored(path, key, start + x.storage_offset() * x.itemsize, like))
+        if start + records.get(start, -1) < out[-1].start + out[-1].span:
+            raise ValueError(f"{key} does not lie in a plain record of the zip")
+    return out
+
+
+def open_file(path):
+    """The Stored tensors of one file, from its header. Raises Refused."""
+    with open(path, "rb") as f:
+        head = f.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        raise Refused(f"{path}: a Git-LFS pointer, not the file itself; fetch that with git lfs pull", 3)
+    if head.lstrip().startswith(b"<"):
+        raise Refused(f"{path}: a web page, not weights; the download needs a login or another address", 3)
+    try:
+        found = open_safetensors(path) if path.suffix == ".safetensors" or head[8:9] == b"{" else open_pickle(path)
+        for x in found:
+            if not isinstance(x.key, str) or x.like.dtype not in CODES or x.like.nbytes > x.span:
+                raise ValueError(f"{x.key!r:.60} is no plain tensor")
+        if not found:
+            raise ValueError("it holds no tensors")
+    except Refused:
+        raise
+    except Exception as error:                          # parsers of damaged files raise nearly everything
+        why = " ".join(str(error).split())              # torch's messages have many lines
+        raise Refused(f"{path}: truncated or damaged ({why:.120}); download it again", 3) from None
+    return found
+
+
+def open_files(path):
+    """{key: Stored} of a source: a file, the shards an index names, or what a folder has of the first of LAYOUTS."""
+    files, out = [path] if path.is_file() else [], {}
+    for index in (path / name for name in INDICES if not files and (path / name).is_file()):
+        names = read_json(index).get("weight_map")
+        names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else ["?"]
+        if bad := [name for name in names or "?" if Path(name).name != name or not (path / name).is_file()]:
+            raise Refused(f"{index}: shard {bad[0]!r} is not a file of this folder; download both again", 3)
+        files = [path / name for name in names]
+    files = files or next(filter(None, (sorted(path.glob(layout)) for layout in LAYOUTS)), [])
+    if not files:
+        raise Refused(f"{path}: {'holds no weights' if path.is_dir() else 'no such file or folder'}; download it first")
+    for x in (x for file in files for x in open_file(file)):
+        if x.key in out:
+            raise Refused(f"{x.key} stands in {out[x.key].path} and again in {x.path}; remove one of them")
+        out[x.key] = x
+    return out
+
+
+# ---- Sources
+
+SIGNS = {"imagebind": "modality_", "clip": r"vision_model\.|pre_layrnorm\.", "llama": r"model\.layers\.",
+         "projector": r"mm_projector\."}                # of several that fit, the first
+EMBED, HEAD, BRIDGE = "llm.embed.weight", "llm.lm_head.weight", "readers.imagebind.projector.weight"
+
+
+class Row(NamedTuple):
+    """A line of the report. fate: renamed, merged, dropped, or in capitals what stops the conversion."""
+    source: str
+    kind: str
+    fate: str
+    key: str
+    part: str = ""
+    note: str = ""
+
+
+class Source(NamedTuple):
+    """One checkpoint under our names. kind: llama, chatbind, delta, projector, clip or imagebind."""
+    path: Path
+    kind: str
+    tensors: dict                       # our name: Stored
+    rows: list                          # of the report, for keys that have no name of ours
+
+    def json(self, name):
+        """A JSON file of its folder."""
+        return read_json(beside(self.path, name))
+
+    def shape(self, name):
+        if name not in self.tensors or not self.tensors[name].like.ndim:
+            raise Refused(f"{self.path}: MISSING {name}, without which its sizes are unknown; download it again")
+        return tuple(self.tensors[name].like.shape)
+
+    def depth(self, stem):
+        """Number of blocks under a name, from the highest index."""
+        found = (re.match(re.escape(stem) + r"\.blocks\.(\d+)\.", name) for name in self.tensors)
+        return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+
+def kind_of(keys):
+    return next((kind for kind, sign in SIGNS.items() if any(re.search(sign, key) for key in keys)), None)
+
+
+def group(paths):
+    """(path, {key: Stored}) of each source. Files of one folder and kind with no key in common are shards of one."""
+    out = []
+    for path in map(Path, paths):
+        found, (last, others) = open_files(path), out[-1] if out else (path, {})
+        beside = out and path.is_file() and last.is_file() and path.parent == last.parent
+        if beside and len({kind_of(found), kind_of(others)} - {None}) < 2 and not found.keys() & others.keys():
+            others |= found
+        else:
+            out.append((path, found))
+    return out
+
+
+def open_source(path, found):
+    """The Source of one checkpoint. The norms, near 1 in a model and near 0 in a delta, are read to tell the two."""
+    kind, tensors, rows = kind_of(found), {}, []
+    if kind is None:
+        raise Refused(f"{path}: not a LLaMA, CLIP, ImageBind or ChatBind (it holds {min(found)}); give one of those")
+    for key, stored in found.items():
+        if kind == "projector":                         # written with and without prefixes
+            key = re.sub(r"^.*?(mm_projector|embed_tokens)\.", r"model.\1.", key)
+        if kind == "clip" and key.startswith(("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")):
+            key = "vision_model." + key                 # transformers 5 leaves it out
+        try:
+            name = translate(key, TABLE)
+        except KeyError:
+            rows.append(Row(str(path), kind, "UNEXPECTED", stored.key, note="unknown to the tables"))
+            continue
+        if name is None:
+            why = next(row[2] for row in TABLE if row[1] is None and rewrite(key, row[0], row[0]))
+            rows.append(Row(str(path), kind, "dropped", stored.key, note=why))
+        elif name in tensors:
+            raise Refused(f"{path}: {stored.key} and {tensors[name].key} both become {name}; remove one of them")
+        else:
+            tensors[name] = stored
+    norms = [x.read().double().mean() for name, x in tensors.items() if re.match(r"llm\..*norm\.weight", name)]
+    if kind == "llama" and BRIDGE in tensors:
+        kind = "chatbind"
+    if kind in ("llama", "chatbind") and norms and abs(sum(norms) / len(norms)) < 0.05:
+        kind = "delta"
+    return Source(path, kind, tensors, [row._replace(kind=kind) for row in rows])
+
+
+def open_sources(paths):
+    """{role: Source}; the role is the kind, or llm. Raises Refused for what does not make one model."""
+    parts = {}
+    for source in (open_source(*pair) for pair in group(paths)):
+        role = "llm" if source.kind in ("llama", "chatbind") else source.kind
+        if role in parts:
+            what = "whole language models (norm weights of a delta average 0)" if role == "llm" else f"of kind {role}"
+            raise Refused(f"{parts[role].path} and {source.path} are both {what}; leave one of them out")
+        parts[role] = source
+    llm, addition = parts.get("llm"), parts.get("delta") or parts.get("projector")
+    if addition and not llm:
+        raise Refused(f"{addition.path} is a {addition.kind}, useless alone; name its base model too, for instance: "
+                      f"convert_weights.py vicuna-7b/ {addition.path} imagebind_huge.pth --out DIR")
+    if addition and (llm.kind == "chatbind" or {"delta", "projector"} <= parts.keys()):
+        raise Refused(f"{llm.path} and {addition.path}: the projector would be given twice; leave one of them out")
+    return parts
+
+
+# ---- Configuration
+
+TOKENS = list(M.CHATBIND_TOKENS)                        # padding first, then the three around media
+
+
+def llm_size(source):
+    return f"{source.depth('llm')} layers of width {source.shape(EMBED)[-1]}"
+
+
+def llm_config(source, rows, c):
+    """What their config.json says about the language model; left out values have the original LLaMA's defaults."""
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    scaling = rope.get("rope_type") or rope.get("type") or "default"
+    known = {"model_type": "llama|llava.*", "hidden_act": "silu", "rope_scaling": "default|llama3"}
+    given = {"model_type": "llama", "hidden_act": "silu"} | c | {"rope_scaling": scaling}
+    if odd := [key for key in known if not re.fullmatch(known[key], str(given[key]))]:
+        raise Refused(f"{source.path}: {odd[0]} {given[odd[0]]!r} is not supported; known: {known[odd[0]]}")
+    c = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": rope.get("rope_theta")} | c
+    c |= {"vocab_size": rows}
+    values = {ours: c[theirs] for theirs, ours in LLM_FIELDS if c.get(theirs) is not None}
+    values |= {ours: rope[theirs] for theirs, ours in ROPE_FIELDS if scaling == "llama3"}
+    if values.get("head_dim") == values["dim"] // values["n_head"]:
+        del values["head_dim"]
+    bos, eos = (n if c.get(key) is None else c[key] for key, n in (("bos_token_id", 1), ("eos_token_id", 2)))
+    return {"llm": M.to_config(M.LLMConfig, {"n_kv_head": values["n_head"]} | values, source.path),
+            "bos": int(bos), "eos": tuple(map(int, eos if isinstance(eos, list) else [eos]))}
+
+
+def closest_preset(source, rows):
+    """For want of a config.json: a preset of this depth and width, of the same kind and vocabulary if there is one."""
+    size, chat = (source.depth("llm"), source.shape(EMBED)[-1]), BRIDGE in source.tensors
+    fits = [p for p in M.PRESETS.values() if p.llm and (p.llm.n_layer, p.llm.dim) == size]
+    if not fits:
+        raise Refused(f"{source.path}: no config.json beside it, and no preset has {llm_size(source)}; put one there")
+    return min(fits, key=lambda p: ((p.system == "chatbind") != chat, p.llm.vocab_size != rows))
+
+
+def clip_config(source):
+    """CLIPConfig, from shapes; heads cannot be seen in them, those of all published CLIPs are 64 wide."""
+    stem, c = "readers.clip.tower", source.json("config.json")
+    c = c.get("vision_config") or c
+    if c.get("hidden_act", "quick_gelu") != "quick_gelu":
+        raise Refused(f"{source.path}: hidden_act {c['hidden_act']!r} is not supported; known: quick_gelu")
+    dim, _, _, patch = source.shape(stem + ".patch.weight")
+    side, mlp = math.isqrt(source.shape(stem + ".pos.weight")[0] - 1), source.shape(stem + ".blocks.0.mlp.fc1.weight")
+    values = dict(image_size=side * patch, patch_size=patch, dim=dim, n_layer=source.depth(stem), mlp_dim=mlp[0],
+                  n_head=c.get("num_attention_heads", dim // 64))
+    return M.to_config(M.CLIPConfig, values, source.path)
+
+
+def imagebind_config(source):
+    """ImageBindConfig, from shapes; heads are as wide as in ImageBind-Huge."""
+    towers, out_dim, stem = {}, 0, "readers.imagebind.tower.towers."
+    for kind, huge in HUGE.items():
+        if n_layer := source.depth(stem + kind):
+            out_dim, dim = source.shape(f"{stem}{kind}.head.weight")
+            towers[kind] = asdict(huge) | {"dim": dim, "n_layer": n_layer, "n_head": dim * huge.n_head // huge.dim}
+    return M.to_config(M.ImageBindConfig, {"towers": towers, "out_dim": out_dim}, source.path)
+
+
+def place_tokens(source, rows, projector):
+    """({added token: id}, embedding rows). A projector file alone appends the tokens it was trained with."""
+    tokens, new = source.json("added_tokens.json"), rows
+    if projector and not tokens.keys() >= set(TOKENS[1:]):
+        trained = projector.shape(EMBED)[0] if EMBED in projector.tensors else 2
+        new = rows + 3 if trained == 2 else trained
+        if new - rows not in (0, 3, 4):
+            raise Refused(f"{projector.path} was trained with {trained} embedding rows, {source.path} has {rows}; "
+                          "give it the language model it was trained with")
+        names = TOKENS if new - rows == 4 else TOKENS[1:]
+        tokens |= {name: new - len(names) + i for i, name in enumerate(names)}
+    tokens = tokens or M.CHATBIND_TOKENS
+    if not tokens.keys() >= set(TOKENS[1:]) or any(type(i) is not int or not 0 <= i < new for i in tokens.values()):
+        raise Refused(f"{source.path}: added_tokens.json is missing or does not fit {new} embedding rows; "
+                      "take the one of the same download")
+    return tokens, new
+
+
+def configure(parts, preset):
+    """ModelConfig of these sources."""
+    named, out = M.PRESETS[preset] if preset else M.ModelConfig(), {}
+    if main := parts.get("delta") or parts.get("llm"):
+        rows, projector = main.shape(EMBED)[0], parts.get("projector")
+        if projector or BRIDGE in main.tensors:
+            tokens, rows = place_tokens(main, rows, projector)
+            bind = M.ImageBindConfig({}, (projector or main).shape(BRIDGE)[-1])
+            out = {"system": "chatbind", "added_tokens": tokens, "imagebind": bind}
+        c = main.json("config.json") or parts["llm"].json("config.json")
+        if c and not named.llm:
+            out |= llm_config(main, rows, c)
+        else:
+            known = named if named.llm else closest_preset(main, rows)
+            out |= {"llm": replace(known.llm, vocab_size=rows), "bos": known.bos, "eos": known.eos}
+    if "clip" in parts:
+        out |= {"clip": named.clip or clip_config(parts["clip"]), "reads": {"image": "clip"}}
+    if "imagebind" in parts:
+        bind = named.imagebind or imagebind_config(parts["imagebind"])
+        seen = {"image", "video"} if "vision" in bind.towers else set()
+        reads = {kind: "imagebind" for kind in M.IMAGEBIND_READS if kind in seen | bind.towers.keys()}
+        out |= {"imagebind": bind, "reads": reads}
+    return M.ModelConfig(**out)
+
+
+# ---- Plan and report
+
+COPIES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+          "bpe_simple_vocab_16e6.txt.gz")
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Target(NamedTuple):
+    """A tensor to write: `stored`, plus `base` in its first rows, grown to `shape`, with `tail` over its last rows."""
+    stored: Stored
+    shape: tuple
+    dtype: torch.dtype
+    base: Stored | None = None          # what a delta is added to
+    tail: Stored | None = None          # embedding rows trained with a projector
+
+    @property
+    def nbytes(self):
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def value(self):
+        x = self.stored.read()
+        if self.base:                                   # parity: apply_delta adds in float16
+            x = x.half().contiguous()
+            x[:self.base.like.shape[0]] += self.base.read().half()
+        if x.shape != self.shape:                       # as in training: new rows are the mean of the old ones
+            x = torch.cat([x, x.float().mean(0, keepdim=True).to(x.dtype).expand(self.shape[0] - len(x), -1)])
+        if self.tail:
+            n = max(2, self.tail.like.shape[0] - self.stored.like.shape[0])
+            x[-n:] = self.tail.read()[-n:].to(x.dtype)
+        return x.to(self.dtype).contiguous()
+
+
+class Plan(NamedTuple):
+    """All that is needed to write a folder."""
+    files: dict                         # stem of file names: {tensor name: Target}
+    texts: dict                         # file name: what to write as JSON
+    copies: list                        # files to copy
+    report: list                        # of Row
+    cfg: M.ModelConfig | None = None    # of a weights folder
+
+    @property
+    def nbytes(self):
+        return sum(target.nbytes for targets in self.files.values() for target in targets.values())
+
+
+def cast(dtype, choice):
+    """Type to write a tensor of this type in: only floating point is ever converted."""
+    return FLOATS.get(choice, dtype) if dtype.is_floating_point else dtype
+
+
+def part_of(name):
+    """Component that a tensor of ours belongs to: llm, readers.clip.tower, ..."""
+    return ".".join(name.split(".")[:3 if name.startswith("readers.") else 1])
+
+
+def shorter(name, old, new):
+    """Whether a matrix with a row per token may have to grow from one shape to the other."""
+    return name in (EMBED, HEAD) and len(old) == len(new) == 2 and old[0] <= new[0] and old[1] == new[1]
+
+
+def judge(role, name, stored, parts, wanted):
+    """(fate, note) of one tensor: does the model have it, in this shape (wanted), and does what it is added to fit?"""
+    shape, base = tuple(stored.like.shape), parts["llm"] if "delta" in parts else None
+    if base and role == "llm":
+        known = name in parts["delta"].tensors
+        return ("merged", "") if known else ("UNEXPECTED", f"{parts['delta'].path} does not have it")
+    if wanted is None:
+        tied = name == HEAD
+        return ("dropped", "tied to the embedding") if tied else ("UNEXPECTED", f"a model of these sizes has no {name}")
+    if shape != wanted and not ("projector" in parts and shorter(name, shape, wanted)):
+        return "MISMATCHED", f"{list(shape)}, where the model needs {list(wanted)}"
+    if role == "projector" and name == EMBED:
+        return "merged", "rows of the start and end tokens"
+    if role != "delta" or name.startswith("readers."):
+        return "renamed", ""
+    old = tuple(base.tensors[name].like.shape) if name in base.tensors else None
+    if old != shape and not (old and shorter(name, old, shape)):
+        return "MISMATCHED", f"{list(shape)} in the delta, {list(old) if old else 'absent'} in {base.path}"
+    return "merged", ""
+
+
+def check_base(base, delta, cfg):
+    """Refuse a base of other sizes, or one that a delta extends by other rows than its added tokens."""
+    if llm_size(base) != llm_size(delta):
+        raise Refused(f"{base.path} ({llm_size(base)}) is not the base of {delta.path} ({llm_size(delta)}); name that")
+    rows, new = base.shape(EMBED)[0], cfg.llm.vocab_size
+    if cfg.added_tokens and new - rows != sum(i >= rows for i in cfg.added_tokens.values()):
+        raise Refused(f"{base.path} has {rows} embedding rows, {delta.path} {new}, which its added tokens "
+                      f"({', '.join(cfg.added_tokens)}) do not explain; name the base it was made against")
+
+
+def plan_weights(paths, preset="", dtype="keep"):
+    """The Plan that makes one weights folder of public checkpoints. Reads headers, and norms to tell a delta."""
+    if preset and preset not in M.PRESETS:
+        raise Refused(f"unknown preset {preset!r}; known: {', '.join(M.PRESETS)}")
+    parts = open_sources(paths)
+    try:
+        cfg = configure(parts, preset)
+        with torch.device("meta"):
+            want = {name: tuple(x.shape) for name, x in M.Model(cfg).state_dict().items()}
+    except Refused:
+        raise
+    except Exception as error:                          # sizes of a stranger's config.json can break any layer
+        raise Refused(f"{parts.popitem()[1].path}: config.json or shapes describe no model ({error!r:.200})") from None
+    if cfg.llm and cfg.llm.tied:
+        del want[HEAD]
+    base, tail = {}, parts["projector"].tensors.get(EMBED) if "projector" in parts else None
+    if "delta" in parts:
+        check_base(parts["llm"], parts["delta"], cfg)
+        base = parts["llm"].tensors
+    targets, report = {}, [row for source in parts.values() for row in source.rows]
+    for role, source in parts.items():
+        for name, x in source.tensors.items():
+            fate, note = judge(role, name, x, parts, want.get(name))
+            if name in targets and fate == "renamed":
+                fate, note = "MISMATCHED", f"{targets[name].stored.path} gives it too"
+            report.append(Row(str(source.path), source.kind, fate, x.key, part_of(name), note))
+            if fate == "renamed" or fate == "merged" and role == "delta":
+                kind = cast(torch.float16 if name in base else x.like.dtype, dtype)
+                targets[name] = Target(x, want[name], kind, base.get(name), tail if name == EMBED else None)
+    for name in (name for name in want if name not in targets):
+        report.append(Row("", "", "MISSING", original(name) or name, part_of(name), f"for {name}"))
+    order = [parts[role] for role in ("imagebind", "clip", "llm", "delta") if role in parts]    # the last one's is kept
+    files = [beside(source.path, name) for source in order for name in COPIES]
+    return Plan({"model": targets}, {}, [path for path in files if path.is_file()], report, cfg)
+
+
+def original(name):
+    """The public name of one of our tensors, None if there is none: the tables, from right to left."""
+    return next(filter(None, (rewrite(name, row[1], row[0]) for row in TABLE if row[1])), None)
+
+
+def their_config(cfg, dtype):
+    """config.json of a Hugging Face LLaMA or, if there is a projector, of ChatBind."""
+    llm, chat = cfg.llm, cfg.imagebind
+    out = {theirs: getattr(llm, ours) for theirs, ours in LLM_FIELDS} | {
+        "model_type": "llava_image_bind_select_all" if chat else "llama", "hidden_act": "silu",
+        "architectures": ["LlavaLlamaImageBindSelectForCausalLM" if chat else "LlamaForCausalLM"],
+        "head_dim": llm.head_dim or llm.dim // llm.n_head, "torch_dtype": str(dtype).removeprefix("torch."),
+        "bos_token_id": cfg.bos, "eos_token_id": list(cfg.eos) if len(cfg.eos) > 1 else cfg.eos[0]}
+    if llm.rope_factor != 1:
+        out["rope_scaling"] = {"rope_type": "llama3"} | {theirs: getattr(llm, ours) for theirs, ours in ROPE_FIELDS}
+    return out | ({"mm_hidden_size": chat.out_dim, "use_mm_proj": True, "mm_use_im_start_end": True} if chat else {})
+
+
+def plan_export(folder, dtype="keep"):
+    """The Plan that writes a weights folder under the public names: that of the LLaMA or CLIP, with other towers."""
+    cfg, folder = M.read_config(folder), Path(folder)
+    files, texts, report = {}, {"added_tokens.json": cfg.added_tokens} if cfg.added_tokens else {}, []
+    if cfg.llm and cfg.llm.lora_rank:
+        raise Refused(f"{folder}: LoRA matrices have no public names; fold them in first (model.merge_lora)")
+    for name, x in open_files(folder).items():
+        key, part = original(name), part_of(name)
+        fate, note = ("renamed", key) if key else ("UNEXPECTED", "has no public name")
+        report.append(Row(str(folder), "weights", fate, name, part, note))
+        tower = part.endswith(".tower") and (cfg.llm or part != "readers.clip.tower")
+        stem = part.split(".")[1] if tower else "model"
+        files.setdefault(stem, {})[key] = Target(x, tuple(x.like.shape), cast(x.like.dtype, dtype))
+    if cfg.imagebind and "text" in cfg.imagebind.towers:        # the original's strict load asks for it
+        n = cfg.imagebind.towers["text"].size[0]
+        mask = torch.full((n, n), -torch.inf).triu(1)
+        key = "modality_preprocessors.text.mask"
+        files["imagebind"][key] = Target(Stored(folder, key, 0, mask, mask), (n, n), mask.dtype)
+    if cfg.llm:
+        texts["config.json"] = their_config(cfg, files["model"]["model.embed_tokens.weight"].dtype)
+    elif cfg.clip:
+        texts["config.json"] = {theirs: getattr(cfg.clip, ours) for theirs, ours in CLIP_FIELDS} | {
+            "model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"], "hidden_act": "quick_gelu"}
+    return Plan(files, texts, [folder / name for name in COPIES if (folder / name).is_file()], report)
+
+
+def say(text, file=None):
+    """Print without control characters: names found in files could move the cursor."""
+    print(re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", text), file=file, flush=True)
+
+
+def show(plan, verbose=False):
+    """Print what happens to each key: counts first, then whatever stops the conversion (verbose: everything)."""
+    for source, kind in dict.fromkeys((row.source, row.kind) for row in plan.report if row.source):
+        rows = [row for row in plan.report if row.source == source]
+        say(f"{source}: {kind}, {len(rows)} keys")
+        counts = Counter((row.fate, row.note if row.fate == "dropped" else row.part) for row in rows)
+        for (fate, what), n in counts.items():
+            say(f"    {n:6} {fate:10} {what}")
+    for fate in dict.fromkeys(row.fate for row in plan.report if verbose or row.fate.isupper()):
+        rows = [row for row in plan.report if row.fate == fate]
+        shown = rows if verbose else rows[:20]
+        say("\n    ".join([f"{fate} {len(rows)}"] + [f"{row.key}  {row.note}" for row in shown]))
+        if len(rows) > 20 and not verbose:
+            say(f"    ... and {len(rows) - 20} more; --verbose lists them")
+    if plan.cfg and plan.cfg.imagebind and not plan.cfg.imagebind.towers:
+        say("note: without an ImageBind tower this model reads no media; add imagebind_huge.pth to the sources")
+    say(f"{sum(map(len, plan.files.values()))} tensors, {plan.nbytes / 1e9:.2f} GB to write")
+
+
+def check(plan):
+    """Raise Refused if the report says that something does not fit."""
+    if bad := [row for row in plan.report if row.fate.isupper()]:
+        raise Refused(f"{len(bad)} keys do not fit, first {bad[0].fate} {bad[0].key} ({bad[0].note}); "
+                      "name all files of one model, and only those")
+
+
+# ---- Writing
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, PermissionError) as error:
+        return isinstance(error, PermissionError)       # it is someone else's
+    return True
+
+
+def sync(path):
+    """Force a file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+@contextmanager
+def new_folder(out, nbytes, sources, overwrite):
+    """A folder that takes the name `out` when the block ends well and its files are on disk, and else disappears."""
+    for left in out.parent.glob(glob.escape(out.name) + ".tmp-*"):
+        if left.suffix[5:].isdigit() and not alive(int(left.suffix[5:])):
+            shutil.rmtree(left)
+    if out.exists() and not overwrite:
+        raise Refused(f"{out} exists; choose another --out, or add --overwrite to replace it")
+    if out.exists() and not list(out.glob("*.safetensors")):
+        raise Refused(f"{out} is no weights folder, so it is not replaced; remove it yourself or choose another --out")
+    if any(out == path or out in path.parents for path in (Path(source).resolve() for source in sources)):
+        raise Refused(f"{out} holds a source; choose another --out")
+    if nbytes > (free := shutil.disk_usage(out.parent).free):
+        raise Refused(f"{out}: needs {nbytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
+    new = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    new.mkdir()
+    try:
+        yield new
+        for path in (*new.iterdir(), new):
+            sync(path)
+        if out.exists():
+            shutil.rmtree(out)
+        os.rename(new, out)
+        sync(out.parent)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def split(targets, limit):
+    """Shards of at most `limit` bytes (or one tensor). Wide types first: numbers lie at multiples of their width."""
+    shards, room = [], 0
+    for name, target in sorted(targets.items(), key=lambda item: -item[1].dtype.itemsize):
+        if not shards or target.nbytes > room:
+            shards.append({})
+            room = limit
+        shards[-1][name] = target
+        room -= target.nbytes
+    return shards
+
+
+def write_shard(path, targets, bar):
+    """A safetensors file, tensor by tensor: length of the header, header, bytes. The library would hold it all."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, target in targets.items():
+        start, end = end, end + target.nbytes
+        header[name] = {"dtype": CODES[target.dtype], "shape": target.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    bar.set_description(path.name)
+    with open(path, "xb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for target in targets.values():
+            f.write(target.value().reshape(-1).view(torch.uint8).numpy())
+            bar.update(target.nbytes)
+    with safe_open(path, "np"):                         # the library agrees
+        pass
+
+
+def write(plan, out, sources, max_shard=5e9, overwrite=False):
+    """Write a Plan to the folder `out`, whole or not at all."""
+    check(plan)
+    out = Path(out).resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(out, plan.nbytes, sources, overwrite) as new, \
+            tqdm(total=plan.nbytes, unit="B", unit_scale=True, disable=None) as bar:
+        for path in plan.copies:
+            shutil.copyfile(path, new / path.name)
+        texts, weight_map = dict(plan.texts), {}
+        for stem, targets in plan.files.items():
+            shards = split(targets, max_shard if stem == "model" else math.inf)
+            for i, shard in enumerate(shards):
+                tail = f"-{i + 1:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+                name = f"{stem}{tail}.safetensors"
+                write_shard(new / name, shard, bar)
+                weight_map |= dict.fromkeys(shard, name) if len(shards) > 1 else {}
+        if weight_map:
+            size = sum(plan.files["model"][name].nbytes for name in weight_map)
+            texts[INDICES[0]] = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        for name, values in texts.items():
+            (new / name).write_text(json.dumps(values, indent=1))
+        if plan.cfg:
+            M.write_config(plan.cfg, new)
+
+
+def convert(sources, out, *, preset="", dtype="keep", max_shard=5e9, overwrite=False):
+    """Make the weights folder `out` of public checkpoints (paths). Raises Refused, a ValueError, with what to do."""
+    write(plan_weights(sources, preset, dtype), out, sources, max_shard, overwrite)
+
+
+def main(args):
+    sources = [args.export] if args.export else args.sources
+    plan = plan_export(args.export, args.dtype) if args.export else plan_weights(sources, args.preset, args.dtype)
+    show(plan, args.verbose)
+    if args.report:
+        args.report.write_text(json.dumps([row._asdict() for row in plan.report], indent=1))
+    check(plan)
+    if not args.dry_run:
+        write(plan, args.out, sources, args.max_shard, args.overwrite)
+        say(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main(ARGS)
+    except (Refused, OSError, ValueError) as error:
+        say(f"error: {error}", file=sys.stderr)
+        sys.exit(getattr(error, "code", 2))

@@ -86,8 +86,8 @@ class Tokenizer:
         return ids, learn, slots
 
     def runs(self, pieces):
-        """Neighbouring texts joined: yields (True, [special piece]) and (False, [text pieces]), white space at added tokens cut."""
-        pieces = [p for p in pieces if p.text]
+        """Yields (True, [special piece]) and (False, [neighbouring text pieces]), white space at added tokens cut."""
+        pieces = [p if p.special or self.legacy else p._replace(text=p.text.replace("▁", " ")) for p in pieces if p.text]
         start = 0
         for i, piece in enumerate([*pieces, Piece("", special=True)]):
             if piece.special:
@@ -136,7 +136,7 @@ class Tokenizer:
 
 
 def strip_run(run, strip, end):
-    """Take white space off one end (1 left, -1 right) of joined texts; pieces that become empty go."""
+    """Take white space off one end (1 left, -1 right) of joined texts."""
     run = list(run)[::end]
     while run and not strip(run[0].text):
         run.pop(0)
@@ -225,11 +225,12 @@ class CLIPTokenizer:
 
     def encode(self, text):
         specials = {"<|startoftext|>": self.START, "<|endoftext|>": self.END}
-        return [i for w in self.words(text) for i in ([specials[w]] if w in specials else [self.ids[p] for p in self.bpe(w)])]
+        return [i for w in self.words(text)
+                for i in ([specials[w]] if w in specials else [self.ids[p] for p in self.bpe(w)])]
 
     def __call__(self, text, length=77, keep_end=True):
-        """(length,) int64: start, text, end, zeros. parity: the copies in ChatBind and NExT-GPT lose the end of long texts
-        (keep_end=False)."""
+        """(length,) int64: start, text, end, zeros. parity: keep_end=False loses the end of long texts, as the copies in
+        ChatBind and NExT-GPT do."""
         ids = self.encode(text)
         ids = [self.START, *(ids[:length - 2] if keep_end else ids), self.END][:length]
         return torch.tensor(ids + [0] * (length - len(ids)))
@@ -350,9 +351,9 @@ class MediaSpec:
 
 def check_file(path):
     """Path of an existing file of bearable size. Raises MediaError."""
-    path = Path(path)
-    if re.match(r"[a-z]+://", str(path), re.I):
+    if re.match(r"[a-z]+://", str(path), re.I):                 # before Path, which makes one slash of two
         raise MediaError(f"{path}: addresses are not fetched; download the file and give its path")
+    path = Path(path)
     if not path.is_file():
         raise MediaError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
     if path.stat().st_size > MAX_BYTES:
@@ -387,6 +388,8 @@ def resize_crop(image, size, crop_round):
     """PIL bicubic resize of the short side, then a centre crop of size x size."""
     w, h = image.size
     short = min(w, h)
+    if size * size * max(w, h) / short > MAX_PIXELS:
+        raise MediaError(f"a picture of {w}x{h} is too long and thin")
     image = image.resize((int(size * w / short), int(size * h / short)), Image.BICUBIC)
     left, top = (int(round((n - size) / 2)) if crop_round else (n - size) // 2 for n in image.size)
     return image.crop((left, top, left + size, top + size))
@@ -502,8 +505,8 @@ def guarded(read):
     def wrapped(path, *args):
         try:
             return read(path, *args)
-        except MediaError:
-            raise
+        except MediaError as error:
+            raise error if str(path) in str(error) else MediaError(f"{path}: {error}") from None
         except Exception as error:
             raise MediaError(f"{path}: cannot be decoded ({type(error).__name__}: {error})") from None
     return wrapped
@@ -637,15 +640,16 @@ def sniff(path):
         return "image"
     if head[8:12] == b"WAVE" or head.startswith((b"ID3", b"fLaC", b"OggS", b"\xff\xfb", b"\xff\xf3", b"\xff\xf1")):
         return "audio"
+    if head[4:12] == b"ftypM4A ":
+        return "audio"
     return "video" if head[4:8] == b"ftyp" or head.startswith(b"\x1aE\xdf\xa3") or head[8:12] == b"AVI " else ""
 
 
-def read_media(kind, path, spec=MediaSpec()):
+@guarded
+def read_media(path, kind, spec=MediaSpec()):
     """The tensor an encoder reads for one medium. Raises MediaError naming the file."""
-    if kind == "image":
-        return image_tensor(read_image(path), spec)
-    if kind == "thermal":
-        return thermal_tensor(read_image(path), spec)
+    if kind in ("image", "thermal"):
+        return (image_tensor if kind == "image" else thermal_tensor)(read_image(path), spec)
     if kind == "video":
         return read_video(path, spec)
     if kind == "audio":
@@ -780,10 +784,12 @@ class DataError(ValueError):
     """A record that cannot be used. The message names the file and the record."""
 
 
+OUTSIDE = re.compile(r"[/~]|[A-Za-z]:|.*[\\\0]", re.S)         # absolute, a drive, a backslash, a NUL
+
+
 def safe_join(root, name):
     """root / name for a relative name that stays inside. Links inside the root are followed (people link COCO)."""
-    parts = re.split(r"/", name) if isinstance(name, str) else [".."]
-    if not name or name[0] in "/~" or ".." in parts or "\\" in name or "\0" in name or re.match(r"[A-Za-z]:", name):
+    if not isinstance(name, str) or not name or ".." in name.split("/") or OUTSIDE.match(name):
         raise DataError(f"{name!r}: media are named by relative paths inside their folder")
     return Path(root) / name
 
@@ -864,8 +870,8 @@ class Conversations:
         try:
             return (llava_sample if "conversations" in record else caption_sample)(record, self.root)
         except (DataError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{self.path}: record {i} ({record.get('id', '') if isinstance(record, dict) else record!r:.40}): {error}") \
-                from None
+            name = record.get("id", "") if isinstance(record, dict) else repr(record)
+            raise DataError(f"{self.path}: record {i} ({name!s:.40}): {error}") from None
 
 
 class Prepared(torch.utils.data.Dataset):
@@ -901,23 +907,19 @@ class Prepared(torch.utils.data.Dataset):
         for turn in turns:
             for medium in turn:
                 if isinstance(medium, Medium):
-                    medium.tensor = read_media(medium.kind, medium.path, self.spec)
+                    medium.tensor = read_media(medium.path, medium.kind, self.spec)
         if self.media_front:
             turns = [media_in_front(turn, self.template) for turn in turns]
         return render(turns, self.tok, self.system, self.template, self.n_token, train=True)
 
 
-def epoch_batches(sizes, batch, seed, epoch, pool=50):
+def epoch_batches(sizes, batch, seed, epoch):
     """Batches of sample numbers for one epoch, in an order that depends on nothing but the arguments.
 
-    Samples of like size go together, so that little is padded: every `pool` batches of the shuffled samples are sorted
-    by size, cut, and shuffled again. The rest that fills no batch is left out (unless it is all there is).
+    Within a batch the short samples come first, so that micro-batches cut from it are padded little while the batch
+    stays a fair draw. The rest that fills no batch is left out (unless it is all there is).
     """
-    rng, order = random.Random(f"{seed}/{epoch}"), list(range(len(sizes)))
-    rng.shuffle(order)
-    order, out = order[:max(len(order) - len(order) % batch, batch)], []
-    for i in range(0, len(order), pool * batch):
-        near = sorted(order[i:i + pool * batch], key=lambda j: (sizes[j], j))
-        out += [near[j:j + batch] for j in range(0, len(near), batch)]
-    rng.shuffle(out)
-    return out
+    order = list(range(len(sizes)))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    order = order[:max(len(order) - len(order) % batch, batch)]
+    return [sorted(order[i:i + batch], key=lambda j: (sizes[j], j)) for i in range(0, len(order), batch)]

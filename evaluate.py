@@ -63,7 +63,7 @@ def answer(model, tok, system, template, spec, question):
     """The greedy answer to one turn, a list of strings and media."""
     for medium in question:
         if not isinstance(medium, str):
-            medium.tensor = data.read_media(medium.kind, medium.path, spec)
+            medium.tensor = data.read_media(medium.path, medium.kind, spec)
     r = data.render([question, None], tok, system, template, model.cfg.n_token)
     batch = data.collate([r._replace(labels=r.ids)], model.cfg.n_token)
     stream = data.TextStream(tok, (template.stop,))

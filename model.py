@@ -65,19 +65,20 @@ class ModelConfig:
 
     def n_token(self, kind):
         """Placeholder tokens that one medium of this kind takes."""
-        return {"imagebind": self.imagebind and self.imagebind.n_out, "clip": self.clip and self.clip.n_patch}[self.reads[kind]]
+        return self.clip.n_patch if self.reads[kind] == "clip" else self.imagebind.n_token(TOWERS.get(kind, kind))
 
 
+TOWERS = {"image": "vision", "video": "vision"}         # media kinds that share a tower of ImageBind; the others have their own
 IMAGEBIND_READS = {kind: "imagebind" for kind in ("image", "video", "audio", "depth", "thermal", "imu")}
 VICUNA_V0 = LLMConfig(norm_eps=1e-6, max_len=2048, vocab_size=32001)
 CHATBIND_TOKENS = {"[PAD]": 32000, "<im_patch>": 32001, "<im_start>": 32002, "<im_end>": 32003}
 TINY = ModelConfig(
     llm=LLMConfig(dim=192, n_layer=4, n_head=3, n_kv_head=3, mlp_dim=512, vocab_size=603, max_len=1024, tied=True),
     imagebind=ImageBindConfig(
-        towers={"vision": TowerConfig(128, 5, 4, 3, (2, 64, 64), (2, 8, 8), stem_norm=False, pre_norm=True, bias_kv=False,
+        towers={"vision": TowerConfig(128, 5, 2, 3, (2, 64, 64), (2, 8, 8), stem_norm=False, pre_norm=True, bias_kv=False,
                                       scale=False),
-                "audio": TowerConfig(96, 4, 4, 1, (64, 204), (16, 12))},
-        out_dim=192, n_out=8),
+                "audio": TowerConfig(96, 4, 2, 1, (64, 204), (64, 12))},
+        out_dim=192, patches=True),
     reads={kind: "imagebind" for kind in ("image", "video", "audio")}, system="tiny",
     added_tokens={"<im_patch>": 600, "<im_start>": 601, "<im_end>": 602},
     media=dict(image_size=64, video_clips=2, video_crops=1, mel_bins=64, audio_clips=1))
@@ -112,7 +113,7 @@ def rope_table(cfg, length, device):
 def rotate(x, cos, sin):
     """Half-rotation RoPE: channel j turns with channel j + hd / 2. x (B, nh, T, hd), cos and sin (T, hd)."""
     a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
+    return x * cos.to(x.dtype) + torch.cat([-b, a], dim=-1) * sin.to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -227,12 +228,12 @@ class LLM(nn.Module):
     def forward(self, x, cache=None, attn_mask=None):
         """attn_mask (B, T) bool hides padding that is not on the right; positions count on through it."""
         start = 0 if cache is None else cache.pos
-        cos, sin = (table.to(x.dtype) for table in self.positions(start, start + x.shape[1], x.device))
+        rope = self.positions(start, start + x.shape[1], x.device)
         bias = None
         if attn_mask is not None:
             bias = x.new_zeros(attn_mask.shape).masked_fill(~attn_mask, torch.finfo(x.dtype).min)[:, None, None]   # (B, 1, 1, T)
         for block in self.blocks:
-            x = block(x, (cos, sin), bias, cache)
+            x = block(x, rope, bias, cache)
         if cache is not None:
             cache.pos += x.shape[1]
         return self.norm(x)
@@ -247,7 +248,7 @@ class LLM(nn.Module):
 # ---- Readers
 
 class ImageBindReader(nn.Module):
-    """One medium -> ImageBind -> Linear -> n_out soft tokens. Image and video share a tower, all kinds share the projector."""
+    """One medium -> ImageBind -> Linear -> n soft tokens. All kinds share the projector."""
 
     def __init__(self, cfg, dim):
         super().__init__()
@@ -255,7 +256,7 @@ class ImageBindReader(nn.Module):
         self.projector = nn.Linear(cfg.out_dim, dim) if dim else nn.Identity()
 
     def forward(self, kind, x):
-        return self.projector(self.tower({"image": "vision", "video": "vision"}.get(kind, kind), x))    # (M, n, C)
+        return self.projector(self.tower(TOWERS.get(kind, kind), x))                        # (M, n, C)
 
 
 class CLIPReader(nn.Module):
@@ -313,20 +314,22 @@ class Model(nn.Module):
 def initialise(model):
     """Random weights for training from nothing, in place.
 
-    Linear, convolution, embedding  normal(0, 0.02); layers that write to the residual stream / sqrt(2 n_layer)
-    class tokens, positions, extra key and value, lora_A  normal(0, 0.02)
-    norms 1, biases 0, lora_B 0; log_scale log(1 / 0.07)
+    Linear, convolution, lora_A         normal(0, 1 / sqrt(fan in)); those that write to the residual stream / sqrt(2 n_layer)
+    embedding, positions, class tokens, extra key and value         normal(0, 0.02)
+    norms 1; biases, lora_B 0; log_scale log(1 / 0.07)
     """
     stacks = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     for name, p in model.named_parameters():
+        n_layer = next((n for stack, n in stacks.items() if name.startswith(stack + ".")), 1)
         if name.endswith("weight") and "norm" in name.split(".")[-2]:
             nn.init.ones_(p)
         elif name.endswith(("bias", "lora_B")):
             nn.init.zeros_(p)
+        elif p.ndim == 1 or p.ndim == 3 or name.endswith(("embed.weight", "pos.weight")):
+            nn.init.normal_(p, std=0.02)
         else:
-            n_layer = next((n for stack, n in stacks.items() if name.startswith(stack + ".")), 0)
             writes = name.endswith(("wo.weight", "down.weight", "fc2.weight"))
-            nn.init.normal_(p, std=0.02 / math.sqrt(2 * n_layer) if writes else 0.02)
+            nn.init.normal_(p, std=p[0].numel() ** -0.5 / (math.sqrt(2 * n_layer) if writes else 1))
     for b in model.buffers():
         b.fill_(math.log(1 / 0.07))
 
@@ -424,9 +427,9 @@ def to_config(cls, values, where):
     """Rebuild a config dataclass from JSON. Raises ValueError naming `where` for unknown fields and absurd sizes."""
     known = {f.name for f in fields(cls)}
     if unknown := set(values) - known:
-        raise ValueError(f"{where}: unknown field {sorted(unknown)[0]!r} for {cls.__name__}; known: {', '.join(sorted(known))}")
+        raise ValueError(f"{where}: unknown field {min(unknown)!r} of {cls.__name__}; known: {', '.join(sorted(known))}")
     for key, value in values.items():
-        if isinstance(value, int) and not 0 <= value <= LIMITS.get(key, 1 << 24):
+        if isinstance(value, int) and not (-64 if key == "feature_layer" else 0) <= value <= LIMITS.get(key, 1 << 24):
             raise ValueError(f"{where}: {key} = {value} is out of bounds")
     nested = {"llm": LLMConfig, "imagebind": ImageBindConfig, "clip": CLIPConfig}
     out = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
@@ -478,8 +481,8 @@ def load(folder, device="cpu", dtype=None):
     files = tensor_files(folder)
     tied = {"llm.lm_head.weight"} if model.cfg.llm and model.cfg.llm.tied else set()
     if odd := set(files) ^ (set(want) - tied):
-        key = sorted(odd)[0]
-        raise ValueError(f"{folder}: {key} is {'unexpected' if key in files else 'missing'} ({len(odd)} keys do not fit config.json)")
+        what = "unexpected" if min(odd) in files else "missing"
+        raise ValueError(f"{folder}: {min(odd)} is {what} ({len(odd)} keys do not fit config.json)")
     with ExitStack() as stack:
         opened = {path: stack.enter_context(safe_open(path, "pt", device=str(device))) for path in set(files.values())}
         for key, path in files.items():

@@ -58,7 +58,8 @@ def corners(thing, turn):
     n = SHAPES[thing.shape]
     if thing.shape == "cross":
         a, b = 0.33, 1.0
-        unit = [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+        unit = [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a),
+                (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
     else:
         reach = {"square": 1.2, "triangle": 1.2, "star": 1.15}[thing.shape]
         first = math.pi / 4 if n == 4 else -math.pi / 2
@@ -75,8 +76,8 @@ def draw(things, rng, background):
     for thing in things:
         colour = tuple(max(0, min(255, c + rng.randint(-14, 14))) for c in COLOURS[thing.colour])
         if thing.shape == "circle":
-            box = [3 * v for v in (thing.x - thing.radius, thing.y - thing.radius, thing.x + thing.radius, thing.y + thing.radius)]
-            pen.ellipse(box, fill=colour)
+            box = [thing.x - thing.radius, thing.y - thing.radius, thing.x + thing.radius, thing.y + thing.radius]
+            pen.ellipse([3 * v for v in box], fill=colour)
         else:
             pen.polygon([(3 * x, 3 * y) for x, y in corners(thing, rng.uniform(-0.15, 0.15))], fill=colour)
     return image.resize((SIDE, SIDE), Image.BOX)
@@ -189,7 +190,8 @@ def ask_count(things, rng):
     ask = rng.choice(["How many {} are there?", "How many {} do you see?"])
     if kind == "all":
         return "count", ask.format("shapes"), plural(len(things), "shape")
-    word = getattr(rng.choice(things), kind) if rng.random() < 0.8 else rng.choice(list(SHAPES if kind == "shape" else COLOURS))
+    words = list(SHAPES if kind == "shape" else COLOURS)
+    word = getattr(rng.choice(things), kind) if rng.random() < 0.8 else rng.choice(words)
     n = sum(getattr(t, kind) == word for t in things)
     if kind == "colour":
         return "count", ask.format(f"{word} shapes"), plural(n, f"{word} shape")
@@ -199,7 +201,8 @@ def ask_count(things, rng):
 def ask_size(things, rng):
     if unique := only(things, "name"):
         t = rng.choice(unique)
-        return "size", rng.choice(["Is the {} small or big?", "How big is the {}?"]).format(t.name), f"The {t.name} is {t.size}."
+        ask = rng.choice(["Is the {} small or big?", "How big is the {}?"])
+        return "size", ask.format(t.name), f"The {t.name} is {t.size}."
 
 
 def ask_place(things, rng):
@@ -242,15 +245,17 @@ def picture_questions(things, rng):
 def clip_questions(thing, way, rng):
     to = {"left": "to the left", "right": "to the right"}.get(way, way)
     return [("colour", "What colour is the moving shape?", f"The {thing.shape} is {thing.colour}."),
-            ("shape", rng.choice(["What is moving?", "Which shape moves?"]), f"{a(thing.name)[0].upper()}{a(thing.name)[1:]} is moving."),
+            ("shape", rng.choice(["What is moving?", "Which shape moves?"]), f"A{a(thing.name)[1:]} is moving."),
             ("way", rng.choice(["Which way does it move?", "Where does the shape go?"]), f"The {thing.shape} moves {to}."),
-            ("caption", rng.choice(["Describe the clip.", "What happens in the clip?"]), f"{'A ' + thing.size} {thing.name} moves {to}.")]
+            ("caption", rng.choice(["Describe the clip.", "What happens in the clip?"]),
+             f"A {thing.size} {thing.name} moves {to}.")]
 
 
 def sound_questions(count, pitch, voice, rng):
     beeps = f"{NUMBERS[count]} {pitch} beep{'s' * (count > 1)} of {a(voice)}"
     return [("count", rng.choice(["How many beeps do you hear?", "How many beeps are there?"]), plural(count, "beep")),
-            ("pitch", rng.choice(["How high is the sound?", "Is the sound low, middle or high?"]), f"The sound is {pitch}."),
+            ("pitch", rng.choice(["How high is the sound?", "Is the sound low, middle or high?"]),
+             f"The sound is {pitch}."),
             ("voice", rng.choice(["What makes the sound?", "Which instrument do you hear?"]), f"It is a {voice}."),
             ("caption", rng.choice(["Describe the sound.", "What do you hear?"]), beeps[0].upper() + beeps[1:] + ".")]
 
@@ -279,7 +284,8 @@ def write_sound(rng, path):
     return questions, questions[-1][2]
 
 
-MEDIA = {"image": ("pictures", "png", write_picture), "video": ("clips", "gif", write_clip), "audio": ("sounds", "wav", write_sound)}
+MEDIA = {"image": ("pictures", "png", write_picture), "video": ("clips", "gif", write_clip),
+         "audio": ("sounds", "wav", write_sound)}
 
 
 def write_medium(job):
@@ -296,7 +302,8 @@ def conversation(media, rng):
     record, turns = {}, []
     for kind, name, questions, _ in media:
         record.setdefault(kind, []).append(name)
-        for i, (_, question, answer) in enumerate(rng.sample(questions, min(5 if len(media) == 1 else 2, len(questions)))):
+        chosen = rng.sample(questions, min(5 if len(media) == 1 else 2, len(questions)))
+        for i, (_, question, answer) in enumerate(chosen):
             tag = f"\n<{kind}>" if i == 0 else ""
             turns += [{"from": "human", "value": question + tag}, {"from": "gpt", "value": answer}]
     return {**record, "conversations": turns}
@@ -326,9 +333,9 @@ def write_tokenizer(records, path, vocab_size):
     texts = sorted({turn["value"] for record in records for turn in record["conversations"]})
     texts += ["USER: ASSISTANT:"] * (len(texts) // 5)           # the roles stand in every conversation, in no record
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_prefix=str(path).removesuffix(".model"), vocab_size=vocab_size, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False,
-        character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2)
+        sentence_iterator=iter(texts), model_prefix=str(path).removesuffix(".model"), vocab_size=vocab_size,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        hard_vocab_limit=False, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2)
     path.with_suffix(".vocab").unlink()
 
 

@@ -149,7 +149,11 @@ HUGE = {                                # imagebind_huge.pth; video goes through
 class ImageBindConfig:                  # defaults: ImageBind-Huge
     towers: dict[str, TowerConfig] = field(default_factory=lambda: HUGE)
     out_dim: int = 1024
-    n_out: int = 1                      # embeddings per medium: class tokens in front of the patches (1 in the paper)
+    patches: bool = False               # True: an embedding per patch; False, as published: one, the class token's
+
+    def n_token(self, tower):
+        """Embeddings that one medium gives."""
+        return self.towers[tower].n_patch if self.patches else 1
 
 
 class StackedAttention(nn.Module):
@@ -179,16 +183,16 @@ def make_stem(cfg):
 
 
 class Tower(nn.Module):
-    """Stem, transformer, head of one ImageBind modality: input -> (B, n_out, out_dim), unit length times its scale."""
+    """Stem, transformer, head of one ImageBind modality: input -> (B, n, out_dim), unit length times its scale."""
 
-    def __init__(self, cfg, out_dim, n_out):
+    def __init__(self, cfg, out_dim, patches=False):
         super().__init__()
-        self.cfg, self.n_out = cfg, n_out
+        self.cfg, self.patches = cfg, patches
         words = not cfg.patch
         self.stem = make_stem(cfg)
         self.stem_norm = nn.LayerNorm(cfg.dim, 1e-5) if cfg.stem_norm else nn.Identity()
-        self.cls = None if words else nn.Parameter(torch.zeros(1, n_out, cfg.dim))
-        self.pos = nn.Parameter(torch.zeros(1, cfg.size[0] if words else n_out + cfg.n_patch, cfg.dim))
+        self.cls = None if words else nn.Parameter(torch.zeros(1, 1, cfg.dim))
+        self.pos = nn.Parameter(torch.zeros(1, cfg.size[0] if words else 1 + cfg.n_patch, cfg.dim))
         self.pre_norm = nn.LayerNorm(cfg.dim, 1e-6) if cfg.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(
             Block(cfg.dim, 4 * cfg.dim, StackedAttention(cfg.dim, cfg.n_head, cfg.bias_kv), F.gelu, 1e-6)
@@ -198,7 +202,7 @@ class Tower(nn.Module):
         self.register_buffer("log_scale", torch.zeros(()) if cfg.scale else None)
 
     def tokens(self, x):
-        """Stem, class tokens, positions: input -> (B, T, C)."""
+        """Stem, class token in front, positions: input -> (B, T, C)."""
         if self.cls is None:
             return self.stem(x) + self.pos
         if isinstance(self.stem, nn.Conv3d):
@@ -209,11 +213,11 @@ class Tower(nn.Module):
         else:
             x = self.stem(x).flatten(2).transpose(1, 2)                                     # (B, N, C)
         x = torch.cat([self.cls.expand(len(x), -1, -1), self.stem_norm(x)], dim=1)
-        return x + self.positions(x.shape[1] - self.n_out)
+        return x + self.positions(x.shape[1] - 1)
 
     def positions(self, n_patch):
         """Position embeddings, resized bicubically (parity: as one square grid) when the input has another size."""
-        first, grid = self.pos.split([self.n_out, self.cfg.n_patch], dim=1)
+        first, grid = self.pos.split([1, self.cfg.n_patch], dim=1)
         if n_patch == self.cfg.n_patch:
             return self.pos
         side = int(sqrt(self.cfg.n_patch))
@@ -231,13 +235,16 @@ class Tower(nn.Module):
     def forward(self, x):
         ends = x.argmax(-1) if self.cls is None else None           # end-of-text is the largest id; the first one wins
         x = self.trunk(self.tokens(x))
-        x = x[:, :self.n_out] if ends is None else x[torch.arange(len(x), device=x.device), ends][:, None]
-        x = F.normalize(self.head(self.norm(x)), dim=-1)                                    # (B, n_out, out_dim)
+        if ends is not None:
+            x = x[torch.arange(len(x), device=x.device), ends][:, None]                     # (B, 1, C)
+        else:
+            x = x[:, 1:] if self.patches else x[:, :1]                                      # (B, n, C)
+        x = F.normalize(self.head(self.norm(x)), dim=-1)                                    # (B, n, out_dim)
         return x if self.log_scale is None else x * self.log_scale.exp().clamp(max=100)
 
 
 class ImageBind(nn.Module):
-    """Six modalities, one space. `imagebind(kind, x)` gives (B, n_out, out_dim), clips averaged and not renormalised.
+    """Six modalities, one space. `imagebind(kind, x)` gives (B, n, out_dim), clips averaged and not renormalised.
 
     Inputs: vision (B, 3, H, W) or clips (B, S, 3, F, H, W); audio (B, S, 1, mel, frames); depth and thermal (B, 1, H, W);
     imu (B, 6, time); text ids (B, 77). parity: any input of 5 or more dimensions is read as clips.
@@ -246,10 +253,10 @@ class ImageBind(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.towers = nn.ModuleDict({kind: Tower(tower, cfg.out_dim, cfg.n_out) for kind, tower in cfg.towers.items()})
+        self.towers = nn.ModuleDict({kind: Tower(tower, cfg.out_dim, cfg.patches) for kind, tower in cfg.towers.items()})
 
     def forward(self, kind, x):
         if x.ndim < 5:
             return self.towers[kind](x)
         B, S = x.shape[:2]
-        return self.towers[kind](x.flatten(0, 1)).unflatten(0, (B, S)).mean(1)              # (B, n_out, out_dim)
+        return self.towers[kind](x.flatten(0, 1)).unflatten(0, (B, S)).mean(1)              # (B, n, out_dim)

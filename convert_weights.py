@@ -17,7 +17,7 @@ import struct
 import sys
 import zipfile
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -777,16 +777,8 @@ def alive(pid):
     return True
 
 
-def sync(path):
-    """Force a file or folder to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-@contextmanager
-def new_folder(out, nbytes, sources, overwrite):
-    """A folder that takes the name `out` when the block ends well and its files are on disk, and else disappears."""
+def make_room(out, nbytes, sources, overwrite):
+    """Remove what dead runs left of `out`. Raises Refused if it must not be written or there is no space."""
     for left in out.parent.glob(glob.escape(out.name) + ".tmp-*"):
         if left.suffix[5:].isdigit() and not alive(int(left.suffix[5:])):
             shutil.rmtree(left)
@@ -798,18 +790,6 @@ def new_folder(out, nbytes, sources, overwrite):
         raise Refused(f"{out} holds a source; choose another --out")
     if nbytes > (free := shutil.disk_usage(out.parent).free):
         raise Refused(f"{out}: needs {nbytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
-    new = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    new.mkdir()
-    try:
-        yield new
-        for path in (*new.iterdir(), new):
-            sync(path)
-        if out.exists():
-            shutil.rmtree(out)
-        os.rename(new, out)
-        sync(out.parent)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
 
 
 def split(targets, limit):
@@ -847,8 +827,8 @@ def write(plan, out, sources, max_shard=5e9, overwrite=False):
     check(plan)
     out = Path(out).resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with new_folder(out, plan.nbytes, sources, overwrite) as new, \
-            tqdm(total=plan.nbytes, unit="B", unit_scale=True, disable=None) as bar:
+    make_room(out, plan.nbytes, sources, overwrite)
+    with M.new_folder(out) as new, tqdm(total=plan.nbytes, unit="B", unit_scale=True, disable=None) as bar:
         for path in plan.copies:
             shutil.copyfile(path, new / path.name)
         texts, weight_map = dict(plan.texts), {}

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -502,25 +502,43 @@ def write_config(cfg, folder):
     (Path(folder) / "config.json").write_text(json.dumps({"format_version": FORMAT, **asdict(cfg)}, indent=1))
 
 
+def sync(path):
+    """Force a file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+@contextmanager
+def new_folder(out):
+    """A folder that takes the name `out` when the block ends well and its files are on disk, and else disappears."""
+    new = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        for path in (*new.iterdir(), new):
+            sync(path)
+        shutil.rmtree(out, ignore_errors=True)
+        os.rename(new, out)
+        sync(out.parent)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
 def save(model, folder, extra=()):
     """Write a weights folder, whole or not at all: config.json, model.safetensors and copies of the `extra` files.
 
     An existing folder is replaced. Tied matrices are stored once.
     """
-    folder = Path(folder)
-    new = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
     state = {key: x.contiguous() for key, x in model.state_dict().items()}
     if model.cfg.llm and model.cfg.llm.tied:
         del state["llm.lm_head.weight"]
-    save_file(state, new / "model.safetensors", metadata={"format": "pt"})
-    write_config(model.cfg, new)
-    for path in extra:
-        shutil.copy(path, new)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(new, folder)
+    with new_folder(Path(folder)) as new:
+        save_file(state, new / "model.safetensors", metadata={"format": "pt"})
+        write_config(model.cfg, new)
+        for path in extra:
+            shutil.copy(path, new)
 
 
 def merge_lora(model):

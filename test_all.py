@@ -583,8 +583,9 @@ TINY_LLAMA = dict(model_type="llama", hidden_size=32, num_hidden_layers=2, num_a
 def llama_state(rows=120, seed=0, norm=1.0, dim=32, n_layer=2, projector=0):
     """fp16 weights under public names; norm 0 makes it look like a delta."""
     r, mlp = np.random.RandomState(seed), 88
-    layer = {f"self_attn.{x}_proj": (dim, dim) for x in "qkvo"} | {"mlp.gate_proj": (mlp, dim), "mlp.up_proj": (mlp, dim),
-             "mlp.down_proj": (dim, mlp), "input_layernorm": (dim,), "post_attention_layernorm": (dim,)}
+    layer = {f"self_attn.{x}_proj": (dim, dim) for x in "qkvo"} | {
+        "mlp.gate_proj": (mlp, dim), "mlp.up_proj": (mlp, dim), "mlp.down_proj": (dim, mlp), "input_layernorm": (dim,),
+        "post_attention_layernorm": (dim,)}
     shapes = {"model.embed_tokens": (rows, dim), "model.norm": (dim,), "lm_head": (rows, dim)} | {
         f"model.layers.{i}.{name}": shape for i in range(n_layer) for name, shape in layer.items()}
     shapes |= {"model.mm_projector": (dim, projector)} if projector else {}
@@ -709,9 +710,13 @@ def test_convert_public_sizes(tmp_path):
 
 def test_convert_table_reversed():
     """Any key that a table maps is found again from its new name."""
-    r, fill = random.Random(0), {"": lambda r: str(r.randrange(100)), None: lambda r: r.choice(("weight", "bias", "fc1.bias"))}
+    r = random.Random(0)
+
+    def fill(hole):
+        rest = ("weight", "bias", "fc1.bias")
+        return r.choice(hole[1].split(",")) if hole[1] else r.choice(rest) if hole[1] is None else str(r.randrange(100))
     for theirs, ours, *_ in cw.TABLE * 20:
-        key = cw.HOLES.sub(lambda hole: r.choice(hole[1].split(",")) if hole[1] else fill[hole[1]](r), theirs)
+        key = cw.HOLES.sub(fill, theirs)
         name = cw.translate(key, cw.TABLE)
         assert (name is None) == (ours is None)
         if name:
@@ -786,7 +791,8 @@ def test_convert_clip_parity(tmp_path, prefix):
     put(tmp_path / "hf", state, config=cfg.to_dict())
     cw.convert([tmp_path / "hf"], tmp_path / "ours")
     with torch.no_grad():
-        want, got = theirs(x, output_hidden_states=True).hidden_states, M.load(tmp_path / "ours").readers.clip.tower.hidden_states(x)
+        want = theirs(x, output_hidden_states=True).hidden_states
+        got = M.load(tmp_path / "ours").readers.clip.tower.hidden_states(x)
         assert all((a - b).abs().max() <= PARITY * a.abs().max() for a, b in zip(want, got, strict=True))
     export(tmp_path / "ours", tmp_path / "back")
     back, info = transformers.CLIPVisionModel.from_pretrained(tmp_path / "back", output_loading_info=True)
@@ -797,7 +803,7 @@ SMALL = {kind: M.replace(HUGE[kind], dim=HUGE[kind].dim // 4, n_layer=1, n_head=
 
 
 def test_convert_export_round_trip(tmp_path):
-    """ChatBind with all six towers -> public names -> the same bits and config; the tower file has the original's text mask."""
+    """ChatBind with all six towers -> public names -> the same bits and config; the tower file has a text mask."""
     cfg = M.replace(M.PRESETS["chatbind-7b"], llm=M.LLMConfig(32, 2, 4, 4, 88, 123), added_tokens=IM_TOKENS,
                     imagebind=ImageBindConfig(SMALL, 48))
     model = M.Model(cfg)
@@ -828,8 +834,9 @@ PROJECTORS = {"whole": (123, 120), "padded": (124, 120), "two": (2, 120), "none"
 @pytest.mark.parametrize("case", PROJECTORS)
 def test_convert_projector_file(tmp_path, case):
     trained, rows = PROJECTORS[case]
-    state, new = llama_state(rows), {"model.mm_projector.weight": torch.ones(32, 16), "model.mm_projector.bias": torch.zeros(32)}
-    new |= {"model.embed_tokens.weight": torch.randn(trained, 32)} if trained else {}
+    state, learned = llama_state(rows), torch.randn(trained, 32)
+    new = {"model.mm_projector.weight": torch.ones(32, 16), "model.mm_projector.bias": torch.zeros(32)}
+    new |= {"model.embed_tokens.weight": learned} if trained else {}
     torch.save(new, tmp_path / "mm_projector.bin")
     cw.convert(put(tmp_path / "llm", state) + [tmp_path / "mm_projector.bin"], tmp_path / "out")
     out, tokens = load_file(tmp_path / "out/model.safetensors"), M.read_config(tmp_path / "out").added_tokens
@@ -837,7 +844,7 @@ def test_convert_projector_file(tmp_path, case):
     assert len(embed) == len(out["llm.lm_head.weight"]) == total == max(tokens.values()) + 1
     assert torch.equal(embed[:rows - 3], state["model.embed_tokens.weight"][:rows - 3])
     if trained:
-        assert torch.equal(embed[[tokens["<im_start>"], tokens["<im_end>"]]], new["model.embed_tokens.weight"][-2:].half())
+        assert torch.equal(embed[[tokens["<im_start>"], tokens["<im_end>"]]], learned[-2:].half())
     assert torch.equal(out["readers.imagebind.projector.weight"], new["model.mm_projector.weight"])
 
 
@@ -880,8 +887,9 @@ def test_convert_refuses(tmp_path, case):
     assert not list(tmp_path.glob("out*"))
 
 
-CONFIGS = {"model_type": "gemma", "hidden_act": "gelu", "hidden_size": 1 << 40, "num_hidden_layers": -1, "num_attention_heads": 0,
-           "num_key_value_heads": "many", "intermediate_size": None, "rope_scaling": {"rope_type": "yarn"}, "eos_token_id": {}}
+CONFIGS = {"model_type": "gemma", "hidden_act": "gelu", "hidden_size": 1 << 40, "num_hidden_layers": -1,
+           "num_attention_heads": 0, "num_key_value_heads": "many", "intermediate_size": None, "eos_token_id": {},
+           "rope_scaling": {"rope_type": "yarn"}}
 
 
 @pytest.mark.parametrize("field", CONFIGS)
@@ -895,13 +903,13 @@ def test_convert_refuses_duplicates(tmp_path):
     assert Q in refused([folder], tmp_path / "out", match="again in")
 
 
-BAD_INDEX = ({}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {Q: "../model-1.bin"}}, {"weight_map": {Q: "/etc/passwd"}},
-             {"weight_map": {Q: "absent.bin"}}, {"weight_map": {Q: 3}}, {"weight_map": {Q: ".."}}, {"weight_map": {Q: "a\0b"}})
+BAD_INDEX = [{}, {"weight_map": []}, {"weight_map": {}}] + [
+    {"weight_map": {Q: name}} for name in ("../model-1.bin", "/etc/passwd", "absent.bin", 3, "..", "a\0b", "")]
 
 
 def test_convert_refuses_index(tmp_path):
     folder, = put(tmp_path / "a", llama_state(), layout="bin index")
-    for text in [json.dumps(index) for index in BAD_INDEX] + ["", "[]", "{", "[" * 10 ** 5, "\xff"]:
+    for text in [*map(json.dumps, BAD_INDEX), "", "[]", "{", "[" * 10 ** 5, "\xff"]:
         (folder / "pytorch_model.bin.index.json").write_text(text, encoding="latin-1")
         refused([folder], tmp_path / "out", code=3)
 
@@ -938,11 +946,12 @@ class Call:
 
 
 def gadgets(marker):
-    touch, code = f"touch {marker}", f"open({str(marker)!r}, 'w')"
-    calls = [Call(os.system, touch), Call(eval, code), Call(exec, code), Call(os.popen, touch), Call(subprocess.Popen, ["touch", str(marker)]),
-             Call(subprocess.call, ["touch", str(marker)]), Call(getattr, os.system, "x"), Call(__import__, "os"), Call(open, str(marker), "w"),
-             Call(pickle.loads, pickle.dumps(Call(os.system, touch))), Call(torch.load, "x"), Call(Path, "x"), Call(os.mkdir, str(marker)),
-             Call(shutil.copy, "/etc/hostname", str(marker)), Call(compile, code, "x", "exec")]
+    touch, words, code = f"touch {marker}", ["touch", str(marker)], f"open({str(marker)!r}, 'w')"
+    calls = [Call(*call) for call in (
+        (os.system, touch), (os.popen, touch), (eval, code), (exec, code), (compile, code, "x", "exec"), (open, str(marker), "w"),
+        (subprocess.Popen, words), (subprocess.call, words), (os.mkdir, str(marker)), (shutil.copy, "/etc/hostname", str(marker)),
+        (getattr, os.system, "x"), (__import__, "os"), (pickle.loads, pickle.dumps(Call(os.system, touch))), (torch.load, "x"),
+        (Path, "x"))]
     return [{"model.norm.weight": torch.ones(2), "x": call} for call in calls] + calls
 
 
@@ -963,9 +972,9 @@ def test_convert_refuses_odd_pickles(tmp_path):
     """Plain data, but no state dict: loops, numbers for names, other kinds of tensor, views of another type."""
     loop = {}
     loop["model"] = loop
-    sparse, meta = torch.eye(3).to_sparse(), torch.ones(3, device="meta")
-    for value in (loop, [], 3, {}, {"a": 3}, {1: torch.ones(2)}, {"a": sparse}, {"a": meta}, {"a": torch.ones(2, dtype=torch.cfloat)},
-                  {"a": torch.ones(1).expand(1 << 40)}, torch.ones(3), None, {"a": torch.quantize_per_tensor(torch.ones(2), 1, 0, torch.qint8)}):
+    tensors = (torch.eye(3).to_sparse(), torch.ones(3, device="meta"), torch.ones(2, dtype=torch.cfloat),
+               torch.ones(1).expand(1 << 40))
+    for value in [loop, [], 3, None, {}, {"a": 3}, {1: torch.ones(2)}, torch.ones(3)] + [{"a": x} for x in tensors]:
         torch.save(value, tmp_path / "a.bin")
         refused([tmp_path / "a.bin"], tmp_path / "out", code=3)
 
@@ -975,7 +984,7 @@ def mutated(data, r, n):
     for _ in range(n):
         out = bytearray(data)
         for _ in range(r.choice((1, 1, 4, 30))):
-            out[r.choice((r.randrange(len(out)), r.randrange(min(900, len(out))), -1 - r.randrange(min(900, len(out)))))] = r.randrange(256)
+            out[r.choice((r.randrange(len(out)), r.randrange(900), -1 - r.randrange(900)))] = r.randrange(256)
         at = r.randrange(len(out))
         yield r.choice((out, out, out, out[:at], out[:at] + out[at + 8:], out[:at] + out[at - 16:]))
 
@@ -985,13 +994,13 @@ def test_convert_survives_mutation(tmp_path, layout):
     """A damaged file converts (a changed weight) or is refused; nothing else happens."""
     folder, = put(tmp_path / "a", llama_state(n_layer=1), TINY_LLAMA | {"num_hidden_layers": 1}, layout)
     file, refusals = max(folder.iterdir(), key=lambda path: path.stat().st_size), 0
-    for raw in mutated(file.read_bytes(), random.Random(0), 200):
-        file.write_bytes(raw)
+    for data in mutated(file.read_bytes(), random.Random(0), 200):
+        file.write_bytes(data)
         try:
             cw.convert([folder], tmp_path / "out", overwrite=True)
         except cw.Refused as error:
             refusals += 1
-            assert str(file) in str(error) or "do not fit" in str(error) or "missing" in str(error) or "a:" in str(error), error
+            assert "\n" not in str(error) and str(folder) in str(error) or "do not fit" in str(error), error
     assert refusals > 60
 
 
@@ -999,13 +1008,15 @@ def entry(start, end, shape=(2,), dtype="F32"):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
 
 
+ONE = json.dumps(entry(0, 8))
 HEADERS = {     # a header, and how many bytes follow it
-    "duplicate": ('{"a":%s,"a":%s}' % ((json.dumps(entry(0, 8)),) * 2), 8), "overlap": ({"a": entry(0, 8), "b": entry(4, 12)}, 12),
+    "duplicate": (f'{{"a":{ONE},"a":{ONE}}}', 8), "overlap": ({"a": entry(0, 8), "b": entry(4, 12)}, 12),
     "gap": ({"a": entry(0, 8), "b": entry(16, 24)}, 24), "long": ({"a": entry(0, 8)}, 12), "short": ({"a": entry(0, 8)}, 4),
     "negative": ({"a": entry(-8, 0)}, 8), "reversed": ({"a": entry(8, 0)}, 8), "size": ({"a": entry(0, 8, (3,))}, 8),
     "overflow": ({"a": entry(0, 8, (1 << 33, 1 << 33))}, 8), "type": ({"a": entry(0, 8, dtype="X9")}, 8), "list": ([], 0),
-    "complex": ({"a": entry(0, 16, dtype="C64")}, 16), "empty": ({}, 0), "text": ("{nonsense", 0), "utf8": ('{"\xff":1}', 0), "null": ({"a": None}, 0),
-    "no offsets": ({"a": {"dtype": "F32", "shape": [2]}}, 8), "float": ({"a": entry(0.0, 8.0)}, 8), "deep": ("[" * 9999, 0)}
+    "complex": ({"a": entry(0, 16, dtype="C64")}, 16), "empty": ({}, 0), "text": ("{nonsense", 0), "utf8": ('{"\xff":1}', 0),
+    "null": ({"a": None}, 0), "no offsets": ({"a": {"dtype": "F32", "shape": [2]}}, 8), "float": ({"a": entry(0.0, 8.0)}, 8),
+    "deep": ("[" * 9999, 0)}
 
 
 @pytest.mark.parametrize("case", HEADERS)
@@ -1025,7 +1036,8 @@ def test_convert_refuses_header_length(tmp_path, length):
 def test_convert_zip_offsets_are_checked(tmp_path):
     """A zip whose records were compressed or moved by another tool is refused, not misread."""
     torch.save(llama_state(), tmp_path / "a.bin")
-    with zipfile.ZipFile(tmp_path / "a.bin") as old, zipfile.ZipFile(tmp_path / "b.bin", "w", zipfile.ZIP_DEFLATED) as new:
+    file = zipfile.ZipFile
+    with file(tmp_path / "a.bin") as old, file(tmp_path / "b.bin", "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
             new.writestr(name, old.read(name))
     refused([tmp_path / "b.bin"], tmp_path / "out", code=3)
@@ -1036,7 +1048,7 @@ def test_convert_dtype_and_shards(tmp_path):
     for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16, "keep": torch.float16}.items():
         cw.convert([folder], tmp_path / name, dtype=name, max_shard=9000)
         state = M.load(tmp_path / name).state_dict()
-        assert all(torch.equal(x, state[cw.translate(k, cw.LLAMA)].half()) for k, x in llama_state().items() if name != "bf16")
+        assert all(torch.equal(x.to(dtype), state[cw.translate(k, cw.LLAMA)]) for k, x in llama_state().items())
         assert {x.dtype for x in state.values()} == {dtype}
         sizes = [path.stat().st_size for path in (tmp_path / name).glob("model-*-of-*.safetensors")]
         assert len(sizes) > 3 and max(sizes) < 20000
@@ -1056,7 +1068,7 @@ def test_convert_output_folder(tmp_path):
 
 
 def test_convert_copies_the_deltas_tokenizer(tmp_path):
-    """tokenizer.model is copied, the delta's before the base's before that of a folder a lone file happens to lie in."""
+    """tokenizer.model is copied; that of a delta goes before that of its base."""
     folders = put(tmp_path / "base", llama_state()) + put(tmp_path / "delta", llama_state(norm=0))
     for i, folder in enumerate(folders):
         (folder / "tokenizer.model").write_bytes(bytes([i]))
@@ -1086,27 +1098,31 @@ def test_convert_command_line(tmp_path):
 
 
 def test_convert_help_is_instant():
-    start = time.time()
-    assert "examples:" in cli("--help").stdout and time.time() - start < 1
+    """It needs no torch, whose import takes seconds."""
+    code = "import runpy, sys; sys.argv[1:] = ['--help']; sys.modules['torch'] = None; " \
+           "runpy.run_path('convert_weights.py', run_name='__main__')"
+    assert "examples:" in subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout
 
 
 SLOW_WRITER = """if True:
-    import sys, time
+    import sys
     import convert_weights as cw
     write = cw.write_shard
-    cw.write_shard = lambda path, *more: (write(path, *more), print("ready", flush=True), time.sleep(float(sys.argv[3])))
+    cw.write_shard = lambda path, *more: (write(path, *more), print("ready", flush=True), sys.stdin.readline())
     cw.convert([sys.argv[1]], sys.argv[2], max_shard=15000)"""
 
 
 @pytest.mark.slow
 def test_convert_killed(tmp_path):
-    """SIGKILL at any shard leaves no output folder; the next run removes what was left and succeeds; the source is as before."""
-    folder, = put(tmp_path / "a", llama_state(n_layer=2))
+    """SIGKILL at any shard leaves no output folder, the next run removes what is left, the source is as before."""
+    folder, = put(tmp_path / "a", llama_state())
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     for shard in range(4):
-        run = subprocess.Popen([sys.executable, "-c", SLOW_WRITER, folder, tmp_path / "out", "0.3"], cwd=HERE, stdout=subprocess.PIPE)
-        for _ in range(shard + 1):
+        run = subprocess.Popen([sys.executable, "-c", SLOW_WRITER, folder, tmp_path / "out"], cwd=HERE,
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for ready in range(shard + 1):
             run.stdout.readline()
+            os.write(run.stdin.fileno(), b"\n" * (ready < shard))
         run.send_signal(signal.SIGKILL)
         run.wait()
         assert not (tmp_path / "out").exists() and list(tmp_path.glob("out.tmp-*"))
@@ -1115,19 +1131,21 @@ def test_convert_killed(tmp_path):
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+PEAK = "import sys, resource, convert_weights as cw; cw.{}; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+
+
 @pytest.mark.slow
 def test_convert_memory(tmp_path):
-    """A model of 1 GB in 3 tensors per layer converts within the memory of one tensor above that of the imports."""
-    config = TINY_LLAMA | dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=8, vocab_size=32000, num_attention_heads=16)
-    state = M.Model(M.ModelConfig(llm=M.LLMConfig(2048, 8, 16, 16, 8192, 32000))).half().state_dict()
-    back = [(ours, theirs) for theirs, ours, *_ in cw.LLAMA if ours]
-    put(tmp_path / "a", {cw.translate(k, back): x for k, x in state.items()}, config, "bin shards")
-    code = "import sys, resource, convert_weights as cw; cw.convert([sys.argv[1]], sys.argv[2]); " \
-           "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    run = [subprocess.run([sys.executable, "-c", code.replace("cw.convert", "cw.plan_weights" if plan else "cw.convert").replace(
-        ", sys.argv[2]" if plan else "\0", ""), tmp_path / "a", tmp_path / "out"], cwd=HERE, capture_output=True, text=True) for plan in (1, 0)]
-    least, most = (int(done.stdout) * 1024 for done in run)
-    assert most - least < 400 * 2 ** 20, (least, most)
+    """A 1 GB model takes little more memory than its largest tensor (131 MB) beside what reading its headers takes."""
+    sizes = (2048, 8, 16, 16, 8192, 32000)
+    config = TINY_LLAMA | dict(zip(("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                                    "intermediate_size", "vocab_size"), sizes))
+    state = M.Model(M.ModelConfig(llm=M.LLMConfig(*sizes))).half().state_dict()
+    put(tmp_path / "a", {cw.original(k): x for k, x in state.items()}, config, "bin shards")
+    peaks = [int(subprocess.run([sys.executable, "-c", PEAK.format(call), tmp_path / "a", tmp_path / "out"], cwd=HERE,
+                                capture_output=True, text=True).stdout) * 1024
+             for call in ("plan_weights(sys.argv[1:2])", "convert(sys.argv[1:2], sys.argv[2])")]
+    assert peaks[1] - peaks[0] < 3 * 32000 * 2048 * 2, peaks
 
 
 # ---- Train

@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -193,13 +192,6 @@ def sha256(path):
             hashlib.sha256(f.read()).hexdigest()
 
 
-def sync(path):
-    """Force a file or folder to disk."""
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
-
-
 def names_of(learned, opt):
     """Parameter names in the order in which the optimizer numbers them."""
     names = {id(p): name for name, p in learned.items()}
@@ -208,26 +200,18 @@ def names_of(learned, opt):
 
 def save_checkpoint(out, step, learned, opt, settings, keep):
     """Write out/step_N, whole or not at all: what learned, optimizer, random states, hashes. Then drop the oldest."""
-    final, folder = Path(out) / f"step_{step:06}", Path(out) / f"step_{step:06}.tmp-{os.getpid()}"
-    if final.exists():
-        return
-    folder.mkdir(parents=True)
-    names = names_of(learned, opt)
-    save_file({k: v.detach().contiguous() for k, v in learned.items()}, folder / "model.safetensors")
+    names, (version, key, *rest) = names_of(learned, opt), random.getstate()
     moments = {f"{k}.{names[i]}": v.contiguous() for i, s in opt.state_dict()["state"].items() for k, v in s.items()}
     rng = {"rng.torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         rng["rng.cuda"] = torch.cuda.get_rng_state()
-    save_file(moments | rng, folder / "optim.safetensors")
-    version, key, *rest = random.getstate()
-    state = {"step": step, "settings": asdict(settings), "random": [version, list(key), *rest],
-             "sha256": {p.name: sha256(p) for p in sorted(folder.iterdir())}}
-    state["self"] = hashlib.sha256(json.dumps(state).encode()).hexdigest()
-    (folder / "state.json").write_text(json.dumps(state, allow_nan=False))
-    for path in [*folder.iterdir(), folder]:
-        sync(path)
-    os.replace(folder, final)
-    sync(out)
+    with M.new_folder(Path(out) / f"step_{step:06}") as folder:
+        save_file({k: v.detach().contiguous() for k, v in learned.items()}, folder / "model.safetensors")
+        save_file(moments | rng, folder / "optim.safetensors")
+        state = {"step": step, "settings": asdict(settings), "random": [version, list(key), *rest],
+                 "sha256": {p.name: sha256(p) for p in sorted(folder.iterdir())}}
+        state["self"] = hashlib.sha256(json.dumps(state).encode()).hexdigest()
+        (folder / "state.json").write_text(json.dumps(state, allow_nan=False))
     for old in sorted(p for p in Path(out).glob("step_*") if valid(p))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
 

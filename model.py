@@ -434,7 +434,7 @@ def to_config(cls, values, where):
     nested = {"llm": LLMConfig, "imagebind": ImageBindConfig, "clip": CLIPConfig}
     out = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     for key, part in nested.items():
-        if cls is ModelConfig and out.get(key):
+        if cls is ModelConfig and out.get(key) is not None:
             out[key] = to_config(part, out[key], f"{where}: {key}")
     if "towers" in out:
         out["towers"] = {kind: to_config(TowerConfig, t, f"{where}: {kind}") for kind, t in out["towers"].items()}

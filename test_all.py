@@ -348,6 +348,33 @@ def test_clip_equals_transformers():
             assert torch.equal(ours(x), list(ours.hidden_states(x))[-2][:, 1:])
 
 
+def test_model_saves_and_loads_what_it_was(tmp_path):
+    torch.manual_seed(0)
+    model = M.Model(M.TINY).eval()
+    M.initialise(model)
+    M.save(model, tmp_path / "w")
+    again = M.load(tmp_path / "w")
+    assert again.cfg == model.cfg and again.llm.lm_head.weight is again.llm.embed.weight
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+    assert M.load(tmp_path / "w", dtype=torch.bfloat16).llm.embed.weight.dtype == torch.bfloat16
+
+
+BAD_CONFIGS = {
+    "newer": ({"format_version": 99}, "newer"), "no version": ({"format_version": None}, "config"), "unknown field": ({"llama": 1}, "llama"),
+    "huge": ({"llm": {"dim": 64, "n_layer": 10 ** 9}}, "n_layer"), "negative": ({"llm": {"dim": -1}}, "dim"), "other sizes": ({"clip": {}}, "missing"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_model_load_names_what_is_wrong(tmp_path, case):
+    M.save(M.Model(M.TINY), tmp_path / "w")
+    change, match = BAD_CONFIGS[case]
+    config = json.loads((tmp_path / "w/config.json").read_text()) | change
+    (tmp_path / "w/config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None or k != "format_version"}))
+    with pytest.raises(ValueError, match=match):
+        M.load(tmp_path / "w")
+
+
 # ---- Data
 
 def need(path, what):
@@ -994,8 +1021,8 @@ def test_convert_survives_mutation(tmp_path, layout):
     """A damaged file converts (a changed weight) or is refused; nothing else happens."""
     folder, = put(tmp_path / "a", llama_state(n_layer=1), TINY_LLAMA | {"num_hidden_layers": 1}, layout)
     file, refusals = max(folder.iterdir(), key=lambda path: path.stat().st_size), 0
-    for data in mutated(file.read_bytes(), random.Random(0), 200):
-        file.write_bytes(data)
+    for raw in mutated(file.read_bytes(), random.Random(0), 200):
+        file.write_bytes(raw)
         try:
             cw.convert([folder], tmp_path / "out", overwrite=True)
         except cw.Refused as error:
@@ -1286,6 +1313,59 @@ def test_golden_chatbind_eval():
     assert evaluate.summarise_reviews(meta["reviews"]) == meta["summary"]
     for row in meta["sqa"]:
         assert evaluate.choices(row["text"]) == row["matches"]
+
+
+def test_evaluate_counts_by_kind():
+    rows = [{"kind": kind, "text": text, "answer": "It is  a Star."} for kind, text in
+            (("a", "it is a star."), ("a", "It is a star"), ("b", "It is a star."), ("b", ""))]
+    assert evaluate.accuracy(rows) == {"a": (1, 2), "b": (1, 2), "all": (2, 4)}
+
+
+# ---- Shapes
+
+def test_shapes_answers_follow_from_the_scene():
+    for seed in range(300):
+        rng = random.Random(seed)
+        things = shapes.scene(rng)
+        for i, t in enumerate(things):
+            assert all(abs(t.x - u.x) + abs(t.y - u.y) > t.radius + u.radius for u in things[:i])
+        for kind, question, answer in shapes.picture_questions(things, rng):
+            words = re.findall(r"\w+", answer.lower())
+            if kind == "colour":
+                assert any(t.shape in words and t.colour in words for t in things)
+            if kind == "exists":
+                assert (words[0] == "yes") == any(t.colour in words and t.shape in words for t in things)
+            if kind == "count" and ("shapes are" in question or "shapes do" in question) and "many shapes" in question:
+                assert shapes.NUMBERS[len(things)] in words
+            if kind == "caption":
+                assert [w for w in words if w in shapes.SHAPES] == [t.shape for t in things]
+
+
+def test_shapes_sounds_hold_what_they_say():
+    for seed in range(40):
+        count, pitch, voice, x = shapes.sound(random.Random(seed))
+        loud = np.abs(x).reshape(-1, 160).max(1) > 0.05         # 10 ms steps
+        starts = [i for i in range(8, len(loud)) if loud[i] and not loud[i - 8:i].any()] + [0] * bool(loud[:8].any())
+        assert len(starts) == count, seed
+        if voice != "bell":
+            peak = np.abs(np.fft.rfft(x)).argmax() / 2          # Hz: two seconds
+            assert min(shapes.PITCHES, key=lambda p: abs(np.log(shapes.PITCHES[p] / peak))) == pitch
+
+
+def test_shapes_world_is_fixed_by_its_seed(world, tmp_path):
+    shapes.main(["--out", str(tmp_path), "--pictures", "24", "--clips", "6", "--sounds", "6", "--vocab-size", "400"])
+    for path in (p for p in world.rglob("*") if p.is_file() and p.suffix != ".model"):      # that one names its folder
+        assert (tmp_path / path.relative_to(world)).read_bytes() == path.read_bytes(), path
+    one, two = (data.Tokenizer(folder / "tokenizer.model").sp for folder in (world, tmp_path))
+    assert [one.id_to_piece(i) for i in range(one.vocab_size())] == [two.id_to_piece(i) for i in range(two.vocab_size())]
+
+
+@pytest.mark.slow
+def test_tiny_weights_answer_about_files_they_have_not_seen(tmp_path, capsys):
+    shapes.main(["--out", str(tmp_path), "--questions", "200", "--seed", "7"])
+    evaluate.main([str(HERE / "weights/tiny"), str(tmp_path / "questions.json")])
+    right, asked = re.search(r"^all +(\d+) of +(\d+)", capsys.readouterr().out, re.M).groups()
+    assert int(asked) == 200 and int(right) >= 0.85 * 200
 
 
 # ---- Chat

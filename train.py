@@ -88,7 +88,6 @@ STAGES = {
     # A new encoder at the full rate learns within 100 steps to say the same of every picture, and stays there long.
     ("tiny", 1): Stage(r".*", lr=1.5e-3, batch=48, slow=TOWER, slow_lr=0.1),
     ("tiny", 2): Stage(r".*", lr=1e-3, batch=48, slow=TOWER, slow_lr=0.3),
-    ("tiny", 3): Stage(r".*", lr=1e-3, batch=48, slow=TOWER, slow_lr=0.6),
 }
 
 

@@ -727,7 +727,7 @@ def conversation_pieces(turns, tok, system, template, n_token):
     return out
 
 
-def drift_labels(ids, turns, end, tok):
+def drift_labels(ids, turns, tok):
     """parity: ChatBind v0. Spans are counted on turns encoded alone, each with its own start token and word prefix, so
     they drift by about one token a turn, and two tokens of every user turn are learned."""
     labels, at = list(ids), 0
@@ -750,7 +750,7 @@ def render(turns, tok, system, template, n_token, train=False):
     end = tok.parse(template.end if train else "", learn=True)
     ids, learn, slots = tok.encode_pieces([p for turn in pieces for p in turn] + end)
     if train and template.drift:
-        labels = drift_labels(ids, pieces, end, tok)
+        labels = drift_labels(ids, pieces, tok)
     else:
         labels = [id if flag and train else IGNORE for id, flag in zip(ids, learn)]
     return Rendered(ids, labels, slots)

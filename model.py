@@ -1,8 +1,9 @@
-"""The assembled model: readers put vectors into a LLaMA at placeholder tokens; writers (boxes, media) will take them out.
+"""The assembled model: readers put vectors into a LLaMA at placeholder tokens, writers take them out at signal tokens.
 
-In order: configs and presets, LLaMA (RoPE, LoRA, KV cache, blocks), readers, Model, token generation, load and save.
+In order: configs and presets, LLaMA (RoPE, LoRA, KV cache, blocks), readers, writers, Model, token generation, load and save.
 Letters: B batch, T tokens, C width, nh heads, nkv key/value heads, hd head dim, V vocabulary, M media, n tokens per medium.
-Papers: LLaMA (Touvron et al. 2023), RoPE (Su et al. 2021), LoRA (Hu et al. 2021), LLaVA (Liu et al. 2023).
+Papers: LLaMA (Touvron et al. 2023), RoPE (Su et al. 2021), LoRA (Hu et al. 2021), LLaVA (Liu et al. 2023),
+NExT-Chat (Zhang et al. 2023), ChatterBox (Tian et al. 2024), NExT-GPT (Wu et al. 2023).
 Layout is that of the public checkpoints: separate q, k, v and half-rotation RoPE, so converting them only renames.
 """
 import json
@@ -17,12 +18,19 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from attention import attention
-from vision import CLIPConfig, CLIPVision, ImageBind, ImageBindConfig, TowerConfig, merge_heads, split_heads
+from generate import OutputProjection, ProjectionConfig
+from locate import (BoxHead, Locator, LocatorConfig, RegionConfig, RegionEncoder, best_box, box_loss, cycle_loss, loc_encoder,
+                    locator_losses, mask_losses)
+from vision import (HUGE, CLIPConfig, CLIPVision, ImageBind, ImageBindConfig, SAMConfig, SwinConfig, TowerConfig, merge_heads,
+                    split_heads)
 
 FORMAT = 1                              # of weights folders; load() refuses a newer one
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+CODES = {dtype: code for code, dtype in DTYPES.items()}         # of safetensors
 
 
 # ---- Configs and presets
@@ -55,7 +63,13 @@ class ModelConfig:
     llm: LLMConfig | None = None        # None = a folder that holds only an encoder
     imagebind: ImageBindConfig | None = None
     clip: CLIPConfig | None = None
+    sam: SAMConfig | None = None        # of the <at> writer; None = boxes without masks
+    region: RegionConfig | None = None
+    locator: LocatorConfig | None = None
+    projections: dict[str, ProjectionConfig] = field(default_factory=dict)      # of writers that prompt diffusion models
+    projector_depth: int = 1            # of the CLIP reader: Linear, then depth - 1 times GELU and Linear
     reads: dict[str, str] = field(default_factory=dict)     # media kind -> reader
+    writes: dict[str, tuple[str, ...]] = field(default_factory=dict)    # writer -> its signal tokens, in order
     system: str = "plain"               # row of data.SYSTEMS: special tokens, templates
     template: str = ""                  # row of data.TEMPLATES; empty = the system's own
     bos: int = 1
@@ -65,33 +79,66 @@ class ModelConfig:
 
     def n_token(self, kind):
         """Placeholder tokens that one medium of this kind takes."""
+        if self.reads[kind] in ("box", "region"):
+            return 1
         return self.clip.n_patch if self.reads[kind] == "clip" else self.imagebind.n_token(TOWERS.get(kind, kind))
+
+    def signal(self, writer):
+        """Ids of a writer's signal tokens, in order."""
+        return [self.added_tokens[token] for token in self.writes[writer]]
 
 
 TOWERS = {"image": "vision", "video": "vision"}         # media kinds that share a tower of ImageBind; the others have their own
 IMAGEBIND_READS = {kind: "imagebind" for kind in ("image", "video", "audio", "depth", "thermal", "imu")}
+LLAMA_13B = LLMConfig(dim=5120, n_layer=40, n_head=40, n_kv_head=40, mlp_dim=13824)
 VICUNA_V0 = LLMConfig(norm_eps=1e-6, max_len=2048, vocab_size=32001)
 CHATBIND_TOKENS = {"[PAD]": 32000, "<im_patch>": 32001, "<im_start>": 32002, "<im_end>": 32003}
 TINY = ModelConfig(
-    llm=LLMConfig(dim=192, n_layer=4, n_head=3, n_kv_head=3, mlp_dim=512, vocab_size=603, max_len=1024, tied=True),
+    llm=LLMConfig(dim=192, n_layer=4, n_head=3, n_kv_head=3, mlp_dim=512, vocab_size=605, max_len=1024, tied=True),
     imagebind=ImageBindConfig(
         towers={"vision": TowerConfig(128, 5, 2, 3, (2, 64, 64), (2, 8, 8), stem_norm=False, pre_norm=True, bias_kv=False,
-                                      scale=False),
+                                      scale=False, early=(32, 64)),
                 "audio": TowerConfig(96, 4, 2, 1, (64, 204), (64, 12))},
         out_dim=192, patches=True),
-    reads={kind: "imagebind" for kind in ("image", "video", "audio")}, system="tiny",
-    added_tokens={"<im_patch>": 600, "<im_start>": 601, "<im_end>": 602},
-    media=dict(image_size=64, video_clips=2, video_crops=1, mel_bins=64, audio_clips=1))
+    reads={"image": "imagebind", "video": "imagebind", "audio": "imagebind", "box": "box"}, writes={"at": ("<at>",)}, system="tiny",
+    added_tokens={"<im_patch>": 600, "<im_start>": 601, "<im_end>": 602, "<at>": 603, "<boxes>": 604},
+    media=dict(image_size=64, square=True, video_clips=2, video_crops=1, mel_bins=64, audio_clips=1))
+
+CHATTERBOX_TOKENS = {"[VG]": 32000, "<im_patch>": 32001, "<im_start>": 32002, "<im_end>": 32003, "<bbox>": 32004}
+NEXTCHAT_TOKENS = {"<im_patch>": 32000, "<im_start>": 32001, "<im_end>": 32002, "<at>": 32003, "<boxes>": 32004}
+NEXTCHAT = ModelConfig(llm=LLMConfig(vocab_size=32005), clip=CLIPConfig(), sam=SAMConfig(), projector_depth=2, system="nextchat",
+                       reads={"image": "clip", "box": "box"}, writes={"at": ("<at>",)}, added_tokens=NEXTCHAT_TOKENS,
+                       media=dict(image_size=336, square=True, sam_size=1024))
+NEXTCHAT_224 = replace(NEXTCHAT, clip=CLIPConfig(image_size=224), media=NEXTCHAT.media | {"image_size": 224})
+
+SIGNALS = {name: tuple(f"[{name.upper()}{i}]" for i in range(n)) for name, n in (("img", 4), ("vid", 24), ("aud", 8))}
+NEXTGPT_TAGS = "{'<Img>'}", "{'</Img>'}"                # parity: as published, so <Img> in a prompt is ordinary text
+NEXTGPT_TOKENS = {token: 32000 + i for i, token in enumerate(sum(SIGNALS.values(), NEXTGPT_TAGS))}
+NEXTGPT = ModelConfig(
+    llm=replace(VICUNA_V0, vocab_size=32038, lora_rank=32, lora_dropout=0.1), system="nextgpt", writes=SIGNALS,
+    imagebind=ImageBindConfig({"vision": HUGE["vision"], "audio": replace(HUGE["audio"], scale=False)}),    # parity
+    reads={kind: "imagebind" for kind in ("image", "video", "audio")}, added_tokens=NEXTGPT_TOKENS,
+    projections={"img": ProjectionConfig(), "vid": ProjectionConfig(n_signal=24, out_dim=1024),
+                 "aud": ProjectionConfig(n_signal=8, n_query=1, out_dim=512)})
 
 PRESETS = {
     "vicuna-7b-v1.5": ModelConfig(llm=LLMConfig()),
     "vicuna-7b-v0": ModelConfig(llm=VICUNA_V0),
-    "llama-2-13b": ModelConfig(llm=LLMConfig(dim=5120, n_layer=40, n_head=40, n_kv_head=40, mlp_dim=13824)),
+    "llama-2-13b": ModelConfig(llm=LLAMA_13B),
     "clip-vit-l-14": ModelConfig(clip=CLIPConfig(image_size=224), reads={"image": "clip"}),
     "clip-vit-l-14-336": ModelConfig(clip=CLIPConfig(), reads={"image": "clip"}),
     "imagebind-huge": ModelConfig(imagebind=ImageBindConfig(), reads=IMAGEBIND_READS),
     "chatbind-7b": ModelConfig(llm=replace(VICUNA_V0, vocab_size=32004), imagebind=ImageBindConfig(), system="chatbind",
                                reads=IMAGEBIND_READS, added_tokens=CHATBIND_TOKENS),
+    "nextchat-7b-336": NEXTCHAT,
+    "nextchat-7b-224": NEXTCHAT_224,
+    "nextchat-13b-224": replace(NEXTCHAT_224, llm=replace(LLAMA_13B, vocab_size=32005)),
+    "chatterbox-13b": ModelConfig(
+        llm=replace(LLAMA_13B, vocab_size=32005, lora_rank=16, lora_alpha=16, lora_dropout=0.05, lora_targets="wq wv"),
+        clip=CLIPConfig(image_size=224), region=RegionConfig(), locator=LocatorConfig(), system="chatterbox",
+        reads={"image": "clip", "region": "region"}, writes={"vg": ("[VG]",)}, added_tokens=CHATTERBOX_TOKENS,
+        media=dict(det_size=512)),
+    "nextgpt-7b-tiva": NEXTGPT,
     "tiny": TINY,
 }
 
@@ -111,7 +158,7 @@ def rope_table(cfg, length, device):
 
 
 def rotate(x, cos, sin):
-    """Half-rotation RoPE: channel j turns with channel j + hd / 2. x (B, nh, T, hd), cos and sin (T, hd)."""
+    """Half-rotation RoPE: channel j turns with channel j + hd / 2. x (B, nh, T, hd), cos and sin (T, hd) or (B, 1, T, hd)."""
     a, b = x.chunk(2, dim=-1)
     return x * cos.to(x.dtype) + torch.cat([-b, a], dim=-1) * sin.to(x.dtype)
 
@@ -180,11 +227,13 @@ class Attention(nn.Module):
         self.wk = linear(cfg, "wk", cfg.dim, cfg.n_kv_head * hd)
         self.wv = linear(cfg, "wv", cfg.dim, cfg.n_kv_head * hd)
         self.wo = linear(cfg, "wo", cfg.n_head * hd, cfg.dim)
+        self.wqkv = None                                    # wq, wk and wv in one, after fuse()
 
     def forward(self, x, rope, bias, cache):
-        q = rotate(split_heads(self.wq(x), self.n_head), *rope)                             # (B, nh, T, hd)
-        k = rotate(split_heads(self.wk(x), self.n_kv_head), *rope)                          # (B, nkv, T, hd)
-        v = split_heads(self.wv(x), self.n_kv_head)
+        nh, nkv = self.n_head, self.n_kv_head
+        x = self.wqkv(x) if self.wqkv else torch.cat([self.wq(x), self.wk(x), self.wv(x)], dim=-1)
+        qk, v = split_heads(x, nh + 2 * nkv).split([nh + nkv, nkv], dim=1)
+        q, k = rotate(qk, *rope).split([nh, nkv], dim=1)                                    # (B, nh or nkv, T, hd)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                                           # (B, nkv, S, hd)
         return self.wo(merge_heads(attention(q, k, v, causal=True, bias=bias)))
@@ -196,9 +245,11 @@ class SwiGLU(nn.Module):
         self.gate = linear(cfg, "gate", cfg.dim, cfg.mlp_dim)
         self.up = linear(cfg, "up", cfg.dim, cfg.mlp_dim)
         self.down = linear(cfg, "down", cfg.mlp_dim, cfg.dim)
+        self.gate_up = None                                 # gate and up in one, after fuse()
 
     def forward(self, x):
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        gate, up = self.gate_up(x).chunk(2, dim=-1) if self.gate_up else (self.gate(x), self.up(x))
+        return self.down(F.silu(gate) * up)
 
 
 class LLMBlock(nn.Module):
@@ -210,6 +261,19 @@ class LLMBlock(nn.Module):
     def forward(self, x, rope, bias, cache):
         x = x + self.attn(self.attn_norm(x), rope, bias, cache)
         return x + self.mlp(self.mlp_norm(x))
+
+
+def places(segments):
+    """Position of every token in its own segment, (B, T) int -> (B, T)."""
+    at = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    first = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    return at - (at * first).cummax(1).values
+
+
+def segment_bias(segments, dtype):
+    """Segments (B, T) -> bias (B, 1, T, T), 0 within a segment and the least number between two."""
+    other = segments[:, None, :, None] != segments[:, None, None, :]
+    return torch.zeros(other.shape, dtype=dtype, device=segments.device).masked_fill_(other, torch.finfo(dtype).min)
 
 
 class LLM(nn.Module):
@@ -225,11 +289,17 @@ class LLM(nn.Module):
         if cfg.tied:
             self.lm_head.weight = self.embed.weight
 
-    def forward(self, x, cache=None, attn_mask=None):
-        """attn_mask (B, T) bool hides padding that is not on the right; positions count on through it."""
+    def forward(self, x, cache=None, attn_mask=None, segments=None):
+        """attn_mask (B, T) bool hides padding that is not on the right; positions count on through it.
+
+        segments (B, T) int: rows packed from several samples; a token sees its own segment, and counts from its start.
+        """
         start = 0 if cache is None else cache.pos
-        rope = self.positions(start, start + x.shape[1], x.device)
+        rope = [table.to(x.dtype) for table in self.positions(start, start + x.shape[1], x.device)]
         bias = None
+        if segments is not None:
+            rope = [table[places(segments)][:, None] for table in rope]                     # (B, 1, T, hd)
+            bias = segment_bias(segments, x.dtype)
         if attn_mask is not None:
             bias = x.new_zeros(attn_mask.shape).masked_fill(~attn_mask, torch.finfo(x.dtype).min)[:, None, None]   # (B, 1, 1, T)
         for block in self.blocks:
@@ -246,6 +316,7 @@ class LLM(nn.Module):
 
 
 # ---- Readers
+# reader(kind, payload, model) gives the embeddings (M, n, C) of M media of one kind.
 
 class ImageBindReader(nn.Module):
     """One medium -> ImageBind -> Linear -> n soft tokens. All kinds share the projector."""
@@ -255,20 +326,107 @@ class ImageBindReader(nn.Module):
         self.tower = ImageBind(cfg)
         self.projector = nn.Linear(cfg.out_dim, dim) if dim else nn.Identity()
 
-    def forward(self, kind, x):
+    def forward(self, kind, x, model):
         return self.projector(self.tower(TOWERS.get(kind, kind), x))                        # (M, n, C)
 
 
 class CLIPReader(nn.Module):
-    """Image -> CLIP patch features -> Linear -> one soft token per patch."""
+    """Image -> CLIP patch features -> Linear, or more of them with GELU between -> one soft token per patch."""
 
-    def __init__(self, cfg, dim):
+    def __init__(self, cfg, dim, depth=1):
         super().__init__()
         self.tower = CLIPVision(cfg)
         self.projector = nn.Linear(cfg.dim, dim) if dim else nn.Identity()
+        if depth > 1:
+            self.projector = nn.Sequential(self.projector, *(m for _ in range(depth - 1) for m in (nn.GELU(), nn.Linear(dim, dim))))
 
-    def forward(self, kind, x):
+    def forward(self, kind, x, model):
         return self.projector(self.tower(x))                                                # (M, N, C)
+
+
+class BoxReader(nn.Sequential):
+    """Box (xyxy in 0..1 of the square picture) -> one soft token."""
+
+    def __init__(self, dim):
+        super().__init__(*loc_encoder(dim))
+
+    def forward(self, kind, boxes, model):
+        return super().forward(boxes)[:, None]                                              # (M, 1, C)
+
+
+class RegionReader(RegionEncoder):
+    """Boxes (R, 4) xyxy in 0..1, each of one of the images (B, 3, H, W) -> one soft token per box, by CLIP's features there."""
+
+    def forward(self, kind, payload, model):
+        clip, image = model.readers["clip"].tower, payload["image"]
+        wanted = range(clip.cfg.n_layer - 1, 0, -3)[:self.cfg.n_level][::-1]                # shallow to deep
+        levels = [x[:, 1:] for i, x in enumerate(clip.hidden_states(image)) if i in wanted]     # (B, N, C) each
+        boxes = [payload["boxes"][payload["image_of"] == i] for i in range(len(image))]
+        return super().forward(levels, boxes)[:, None]                                      # (R, 1, C)
+
+
+# ---- Writers
+# writer.write(h, model, ...) gives its output for the hidden states h of its signal tokens, writer.loss(h, target, model)
+# its losses. `shift`: h is taken so many places further on. `feeds`: what follows the signal token is fed in as
+# writer.feed(h, model), not as the embedding of its id.
+
+class BoxWriter(BoxHead):
+    """<at> -> box, and with SAM its mask; the box, encoded again, is the next input (NExT-Chat's pix2emb)."""
+    shift, feeds = 0, True
+
+    def feed(self, h, model):
+        return model.read("box", self(h))                                                   # (m, C) -> (m, 1, C)
+
+    def write(self, h, model, image=None):
+        """h (m, C); image (1 or m, 3, S, S): SAM's view -> boxes (m, 4), mask logits (m, 1, S, S), predicted IoU (m, 1)."""
+        masks = self.masks(h, self.sam.encode(image)) if image is not None else (None, None)
+        return self(h), *masks
+
+    def loss(self, h, target, model):
+        """Of masks (m, 1, S, S) where the target has them, else of boxes (m, 4) and the cycles box -> vector -> box."""
+        if "masks" in target:
+            return mask_losses(*self.masks(h, self.sam.encode(target["image"])), target["masks"])
+        encode, boxes = (lambda b: model.read("box", b)[:, 0]), self(h)
+        return box_loss(boxes, target["boxes"]) | cycle_loss(encode, self, h, boxes, target["given"])
+
+
+class LocatorWriter(nn.Module):
+    """[VG] -> the query with which GroundingDINO looks for a box in the picture (ChatterBox)."""
+    shift, feeds = -1, False            # parity: the hidden state before [VG], as if it had been predicted
+
+    def __init__(self, dim, locator):
+        super().__init__()
+        self.query, self.locator = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, locator.dim)), Locator(locator)
+
+    def write(self, h, model, image):
+        """h (m, C), image (m, 3, S, S) -> the best box of each, xyxy (m, 4) in 0..1, and its probability (m,)."""
+        return best_box(self.locator(image, self.query(h)[:, None])[-1])
+
+    def loss(self, h, target, model):
+        """Of one box each, (m, 4) cxcywh in 0..1 of image (m, 3, S, S)."""
+        return locator_losses(self.locator(target["image"], self.query(h)[:, None]), target["boxes_cxcywh"][:, None])
+
+
+class SignalWriter(nn.Module):
+    """A run of n signal tokens -> the prompt that a diffusion model's own text tower would have made (NExT-GPT)."""
+    shift, feeds = 0, False
+
+    def __init__(self, name, cfg):
+        super().__init__()
+        self.name, self.proj = name, OutputProjection(cfg)
+
+    def write(self, h, model):
+        """h (m * n, C): the states of m complete runs -> prompts (m, n_query, out_dim)."""
+        signal = torch.tensor(model.cfg.signal(self.name), device=h.device)                 # (n,)
+        return self.proj(h.unflatten(0, (-1, len(signal))), model.llm.embed(signal))
+
+    def loss(self, h, target, model):
+        """Mean distance to what the text tower makes of the captions: embeds (m, n_query, out_dim), or (m, out_dim)."""
+        prompts, embeds = self.write(h, model), target["embeds"]
+        if embeds[0].numel() != prompts[0].numel():
+            raise ValueError(f"{self.name}: caption embeddings of {list(embeds.shape[1:])}, but prompts here are "
+                             f"{list(prompts.shape[1:])}; use those of the diffusion model that this writer prompts")
+        return {"l2": (prompts - embeds.view_as(prompts)).float().norm(dim=-1).mean()}
 
 
 # ---- Model
@@ -280,19 +438,33 @@ def lm_loss(lm_head, h, labels):
 
 
 class Model(nn.Module):
-    """Readers + LLM. Nothing here names a system: a preset says which parts exist and which reader takes which medium."""
+    """Readers, LLM, writers. Nothing here names a system: a preset says which parts exist and what each reads or writes."""
 
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
         dim = cfg.llm and cfg.llm.dim
-        parts = {"imagebind": (ImageBindReader, cfg.imagebind), "clip": (CLIPReader, cfg.clip)}
         self.llm = LLM(cfg.llm) if cfg.llm else None
-        self.readers = nn.ModuleDict({name: reader(part, dim) for name, (reader, part) in parts.items() if part})
+        self.readers, self.writers = nn.ModuleDict(), nn.ModuleDict()
+        if cfg.imagebind:
+            self.readers["imagebind"] = ImageBindReader(cfg.imagebind, dim)
+        if cfg.clip:
+            self.readers["clip"] = CLIPReader(cfg.clip, dim, cfg.projector_depth)
+        if "box" in cfg.reads:
+            self.readers["box"] = BoxReader(dim)
+        if cfg.region:
+            self.readers["region"] = RegionReader(cfg.region)
+        if "at" in cfg.writes:
+            self.writers["at"] = BoxWriter(dim, cfg.sam)
+        if cfg.locator:
+            self.writers["vg"] = LocatorWriter(dim, cfg.locator)
+        for name, proj in cfg.projections.items():
+            self.writers[name] = SignalWriter(name, proj)
+        self.feeds = {cfg.added_tokens[cfg.writes[name][0]]: w for name, w in self.writers.items() if w.feeds}
 
     def read(self, kind, payload):
         """Embeddings (M, n, C) that M media of one kind put into the prompt."""
-        return self.readers[self.cfg.reads[kind]](kind, payload)
+        return self.readers[self.cfg.reads[kind]](kind, payload, self)
 
     def embed(self, ids, media, slots):
         """Token embeddings (B, T, C) with each medium written over its placeholders.
@@ -305,33 +477,82 @@ class Model(nn.Module):
             x = x.index_put(tuple(slots[kind]), new)
         return x
 
-    def forward(self, batch):
-        """Named losses of a data.Batch."""
-        h = self.llm(self.embed(batch.ids, batch.media, batch.slots))                       # (B, T, C)
-        return {"lm": lm_loss(self.llm.lm_head, h, batch.labels)}
+    def next_embeds(self, new, fed, h):
+        """Embeddings (B, 1, C) of new ids (B, 1). fed (B,) are the ids fed last and h (B, C) the hidden states they gave:
+        behind a signal token that feeds, its output takes the place of whatever id came (NExT-Chat)."""
+        x = self.llm.embed(new)
+        for signal, writer in self.feeds.items():
+            if (here := fed == signal).any():
+                x = torch.where(here[:, None, None], writer.feed(h, self), x)
+        return x
+
+    def word_loss(self, batch):
+        """Which words a caption has, told from its medium alone: features, averaged, against the vocabulary.
+
+        A new encoder learns by this what things look like, without waiting for the language model to learn where to look
+        (Joulin et al. 2016, Learning visual features from large weakly supervised data). Rare and frequent words count alike.
+        """
+        seen = torch.cat([self.read(kind, x).mean(1) for kind, x in batch.media.items()])                  # (M, C)
+        row_of = torch.cat([batch.slots[kind][0, ::self.cfg.n_token(kind)] for kind in batch.media])        # (M,)
+        logits = self.llm.lm_head(self.llm.norm(seen)).float()                              # (M, V)
+        labels = batch.labels[row_of]                                                       # (M, T)
+        row, column = (labels != -100).nonzero(as_tuple=True)
+        words = labels[row, column]
+        share = 1 / words.bincount(minlength=logits.shape[1])[words]
+        loss = F.cross_entropy(logits[row], words, reduction="none")
+        return {"words": (loss * share).sum() / share.sum()}
+
+    def forward(self, batch, words=False):
+        """Named losses of a data.Batch: the text's, and those of every writer that has targets in it; or only word_loss."""
+        if words:
+            return self.word_loss(batch)
+        x = self.embed(batch.ids, batch.media, batch.slots)                                 # (B, T, C)
+        h = self.llm(x, attn_mask=batch.attn_mask, segments=batch.segments)
+        losses = {"lm": lm_loss(self.llm.lm_head, h, batch.labels)}
+        for name, target in batch.targets.items():
+            (rows, columns), writer = target["slots"], self.writers[name]
+            new = writer.loss(h[rows, columns + writer.shift], target, self)                # h: (m, C)
+            losses |= {f"{name}_{part}": loss for part, loss in new.items()}
+        return losses
 
 
 def initialise(model):
     """Random weights for training from nothing, in place.
 
-    Linear, convolution, lora_A         normal(0, 1 / sqrt(fan in)); those that write to the residual stream / sqrt(2 n_layer)
-    embedding, positions, class tokens, extra key and value         normal(0, 0.02)
+    Linear, convolution, embedding, lora_A      normal(0, 1 / sqrt(fan in)); those that write to the residual stream / sqrt(2 n_layer)
+    positions, class tokens, extra key and value                    normal(0, 0.02)
+    queries of an output projection             normal(0, 1)
     norms 1; biases, lora_B 0; log_scale log(1 / 0.07)
     """
     stacks = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    norms = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm, RMSNorm))}
     for name, p in model.named_parameters():
         n_layer = next((n for stack, n in stacks.items() if name.startswith(stack + ".")), 1)
-        if name.endswith("weight") and "norm" in name.split(".")[-2]:
+        if name in norms:
             nn.init.ones_(p)
         elif name.endswith(("bias", "lora_B")):
             nn.init.zeros_(p)
-        elif p.ndim == 1 or p.ndim == 3 or name.endswith(("embed.weight", "pos.weight")):
+        elif name.endswith("query_embs"):
+            nn.init.normal_(p)
+        elif p.ndim == 1 or p.ndim == 3 or name.endswith("pos.weight"):
             nn.init.normal_(p, std=0.02)
         else:
             writes = name.endswith(("wo.weight", "down.weight", "fc2.weight"))
             nn.init.normal_(p, std=p[0].numel() ** -0.5 / (math.sqrt(2 * n_layer) if writes else 1))
-    for b in model.buffers():
-        b.fill_(math.log(1 / 0.07))
+    for name, b in model.named_buffers():
+        if name.endswith("log_scale"):
+            b.fill_(math.log(1 / 0.07))
+
+
+def parameter_table(model):
+    """Lines 'part, parameters, of which learn, dtype', one per part of the model."""
+    parts = {}
+    for name, p in model.named_parameters():
+        row = parts.setdefault(".".join(name.split(".")[:3 if name.startswith("readers") else 1]), [0, 0, p.dtype])
+        row[0] += p.numel()
+        row[1] += p.numel() * p.requires_grad
+    lines = [f"{part:32}{n:>16,}{k:>16,}  {str(dtype)[6:]}" for part, (n, k, dtype) in parts.items()]
+    return "\n".join([f"{'part':32}{'parameters':>16}{'learn':>16}", *lines])
 
 
 # ---- Token generation
@@ -357,16 +578,22 @@ def penalise(logits, seen, penalty):
 
 @torch.inference_mode()
 def generate(model, embeds, *, cache=None, max_new_tokens=512, temperature=0.0, top_k=0, top_p=1.0,
-             repetition_penalty=1.0, seen=(), generator=None):
+             repetition_penalty=1.0, seen=(), generator=None, hidden=None, attn_mask=None):
     """Yield new token ids one by one, an end token last if one comes. Temperature 0 takes the likeliest.
 
     embeds (1, T, C) are the places not yet in `cache` (a KVCache; default: a fresh one). seen: prompt ids that the
-    repetition penalty also counts. generator: torch.Generator for sampling. Closing the iterator early is fine.
+    repetition penalty also counts. generator: torch.Generator for sampling. hidden: a list that receives the hidden states
+    (1, T, C) of every pass: the prompt's, then each new id's. attn_mask (1, T) bool: places of the prompt that count.
+    Closing the iterator early is fine.
     """
-    llm, seen = model.llm, list(seen)
+    llm, seen, new = model.llm, list(seen), embeds.new_full((1, 1), -1, dtype=torch.long)
     cache = cache or KVCache(llm, 1, embeds.shape[1] + max_new_tokens)
+    hidden = [] if hidden is None else hidden
     for _ in range(max_new_tokens):
-        logits = llm.lm_head(llm(embeds, cache)[:, -1]).float()                             # (1, V)
+        hidden.append(llm(embeds, cache, attn_mask))
+        attn_mask = attn_mask if attn_mask is None else F.pad(attn_mask, (0, 1), value=True)
+        fed, h = new[:, 0], hidden[-1][:, -1]                                               # (1,), (1, C)
+        logits = llm.lm_head(h).float()                                                     # (1, V)
         if repetition_penalty != 1 and seen:
             logits = penalise(logits, torch.tensor([seen], device=logits.device), repetition_penalty)
         if temperature == 0:
@@ -378,24 +605,27 @@ def generate(model, embeds, *, cache=None, max_new_tokens=512, temperature=0.0, 
         yield seen[-1]
         if seen[-1] in model.cfg.eos:
             return
-        embeds = llm.embed(new)                                                             # (1, 1, C)
+        embeds = model.next_embeds(new, fed, h)                                             # (1, 1, C)
 
 
 @torch.inference_mode()
-def beam_search(model, embeds, *, n_beam=5, max_new_tokens=512):
-    """The best sequence of ids by beam search, its end token included if one came. embeds (1, T, C).
+def beam_search(model, embeds, *, n_beam=5, max_new_tokens=512, hidden=None):
+    """The best sequence of ids by beam search, its end token included if one came. embeds (1, T, C); hidden: see generate.
 
     parity: transformers 4.31 from embeddings, which all four systems run on. A hypothesis scores its summed log
     probability over 1 + its ids without the end token; an end token counts only among the n_beam best candidates; the
     search stops when n_beam are kept and the worst of them is no worse than the best candidate could still become.
+    parity: NExT-Chat feeds back from the hidden states of the rows as they were before the beams changed places.
     """
-    llm = model.llm
+    llm, steps = model.llm, []                              # steps: hidden states (n_beam, T, C) of each pass
     cache = KVCache(llm, n_beam, embeds.shape[1] + max_new_tokens)
-    h = llm(embeds.expand(n_beam, -1, -1), cache)[:, -1]                                    # (n_beam, C)
-    scores = torch.full((n_beam, 1), -1e9, device=h.device)
+    embeds = embeds.expand(n_beam, -1, -1)
+    scores = torch.full((n_beam, 1), -1e9, device=embeds.device)
     scores[0] = 0
-    beams, done = [[] for _ in range(n_beam)], []           # done: (score, ids)
+    beams, done = [[(-1, 0)] for _ in range(n_beam)], []    # lists of (id, row it came from); done: (score, beam)
     for step in range(1, max_new_tokens + 1):
+        steps.append(llm(embeds, cache))
+        h = steps[-1][:, -1]                                                                # (n_beam, C)
         total = llm.lm_head(h).float().log_softmax(-1) + scores                             # (n_beam, V)
         best, index = total.flatten().topk(2 * n_beam)
         rows, new, kept = (index // total.shape[1]).tolist(), (index % total.shape[1]).tolist(), []
@@ -403,19 +633,44 @@ def beam_search(model, embeds, *, n_beam=5, max_new_tokens=512):
             if id not in model.cfg.eos:
                 kept.append((score, row, id))
             elif rank < n_beam:
-                done = sorted(done + [(score / step, beams[row] + [id])], key=lambda x: -x[0])[:n_beam]
+                done = sorted(done + [(score / step, beams[row] + [(id, row)])], key=lambda x: -x[0])[:n_beam]
             if len(kept) == n_beam:
                 break
-        beams = [beams[row] + [id] for _, row, id in kept]
+        beams = [beams[row] + [(id, row)] for _, row, id in kept]
         if len(done) == n_beam and done[-1][0] >= best[0].item() / (step + 1):
             break
         cache.reorder(torch.tensor([row for _, row, _ in kept], device=h.device))
         scores = torch.tensor([[score] for score, _, _ in kept], device=h.device)
-        if step < max_new_tokens:
-            h = llm(llm.embed(torch.tensor([[id] for _, _, id in kept], device=h.device)), cache)[:, -1]
+        fed, new = (torch.tensor([beam[i][0] for beam in beams], device=h.device) for i in (-2, -1))
+        embeds = model.next_embeds(new[:, None], fed, h)
     else:
-        done += [(score.item() / (1 + max_new_tokens), ids) for score, ids in zip(scores, beams)]
-    return max(done, key=lambda x: x[0])[1]
+        done += [(score.item() / (1 + max_new_tokens), beam) for score, beam in zip(scores, beams)]
+    ids, rows = zip(*max(done, key=lambda x: x[0])[1][1:])
+    if hidden is not None:
+        hidden += [h[row:row + 1] for h, row in zip(steps, rows)]
+    return list(ids)
+
+
+def signal_runs(ids, signal):
+    """First places of the complete runs of signal ids among ids, and the places of signal ids outside of those."""
+    starts = [i for i in range(len(ids)) if list(ids[i:i + len(signal)]) == signal]
+    inside = {i + j for i in starts for j in range(len(signal))}
+    return starts, [i for i, id in enumerate(ids) if id in signal and i not in inside]
+
+
+@torch.inference_mode()
+def read_out(model, ids, hidden, writer, start=0, **media):
+    """What a writer makes of the complete runs of its signal tokens from place `start` on; None if there is none.
+
+    ids: prompt and answer; hidden: the states of the last places, as generate and beam_search leave them. The last id was
+    never fed: a run that it ends is passed over.
+    """
+    signal, writer = model.cfg.signal(writer), model.writers[writer]
+    states = torch.cat(hidden, dim=1)[0]                                                    # (T', C)
+    shift = writer.shift - (len(ids) - 1 - len(states))
+    starts, _ = signal_runs(ids[:-1], signal)
+    h = [states[i + j + shift] for i in starts if i >= start for j in range(len(signal))]
+    return writer.write(torch.stack(h), model, **media) if h else None
 
 
 # ---- Load and save
@@ -431,13 +686,17 @@ def to_config(cls, values, where):
     for key, value in values.items():
         if isinstance(value, int) and not (-64 if key == "feature_layer" else 0) <= value <= LIMITS.get(key, 1 << 24):
             raise ValueError(f"{where}: {key} = {value} is out of bounds")
-    nested = {"llm": LLMConfig, "imagebind": ImageBindConfig, "clip": CLIPConfig}
+    nested = {"llm": LLMConfig, "imagebind": ImageBindConfig, "clip": CLIPConfig, "sam": SAMConfig, "region": RegionConfig,
+              "locator": LocatorConfig, "swin": SwinConfig}
     out = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     for key, part in nested.items():
-        if cls is ModelConfig and out.get(key) is not None:
+        if cls in (ModelConfig, LocatorConfig) and isinstance(out.get(key), dict):
             out[key] = to_config(part, out[key], f"{where}: {key}")
-    if "towers" in out:
-        out["towers"] = {kind: to_config(TowerConfig, t, f"{where}: {kind}") for kind, t in out["towers"].items()}
+    for key, part in {"towers": TowerConfig, "projections": ProjectionConfig}.items():
+        if key in out:
+            out[key] = {name: to_config(part, row, f"{where}: {name}") for name, row in out[key].items()}
+    if "writes" in out:
+        out["writes"] = {name: tuple(tokens) for name, tokens in out["writes"].items()}
     return cls(**out)
 
 
@@ -470,8 +729,8 @@ def tensor_files(folder):
         return {key: folder / "model.safetensors" for key in f.keys()}
 
 
-def load(folder, device="cpu", dtype=None):
-    """The Model of a weights folder, in eval mode, its tensors memory-mapped (dtype None: as stored).
+def skeleton(folder):
+    """The Model of a weights folder on meta, in the stored types, and the file of each tensor.
 
     Raises FileNotFoundError, ValueError naming the file and key that do not fit.
     """
@@ -479,22 +738,69 @@ def load(folder, device="cpu", dtype=None):
         model = Model(read_config(folder))
     want, state = model.state_dict(), {}
     files = tensor_files(folder)
-    tied = {"llm.lm_head.weight"} if model.cfg.llm and model.cfg.llm.tied else set()
-    if odd := set(files) ^ (set(want) - tied):
+    if odd := set(files) ^ (set(want) - tied(model)):
         what = "unexpected" if min(odd) in files else "missing"
         raise ValueError(f"{folder}: {min(odd)} is {what} ({len(odd)} keys do not fit config.json)")
-    with ExitStack() as stack:
-        opened = {path: stack.enter_context(safe_open(path, "pt", device=str(device))) for path in set(files.values())}
+    with open_all(files.values()) as opened:
         for key, path in files.items():
-            if (shape := opened[path].get_slice(key).get_shape()) != list(want[key].shape):
+            stored = opened[path].get_slice(key)
+            if (shape := stored.get_shape()) != list(want[key].shape):
                 raise ValueError(f"{path}: {key} has shape {shape}, config.json asks for {list(want[key].shape)}")
-            state[key] = opened[path].get_tensor(key)
-    if tied:
-        state["llm.lm_head.weight"] = state["llm.embed.weight"]
-    model.load_state_dict(state, assign=True)
-    if tied:
+            state[key] = torch.empty(shape, dtype=DTYPES[stored.get_dtype()], device="meta")
+    assign(model, state)
+    return model, files
+
+
+@contextmanager
+def open_all(paths, device="cpu"):
+    """{path: open safetensors file}."""
+    with ExitStack() as stack:
+        yield {path: stack.enter_context(safe_open(path, "pt", device=str(device))) for path in set(paths)}
+
+
+def tied(model):
+    """Names of matrices that are another's, and so are not stored."""
+    return {"llm.lm_head.weight"} if model.cfg.llm and model.cfg.llm.tied else set()
+
+
+def tie(model):
+    """Make lm_head share the embedding's matrix again if it should: moving a model can part them."""
+    if tied(model):
         model.llm.lm_head.weight = model.llm.embed.weight
+
+
+def assign(model, state):
+    """Make stored tensors the model's own."""
+    model.load_state_dict(state | {name: state["llm.embed.weight"] for name in tied(model)}, assign=True)
+    tie(model)
+
+
+def load(folder, device="cpu", dtype=None):
+    """The Model of a weights folder, in eval mode, its tensors memory-mapped (dtype None: as stored). Raises as skeleton."""
+    model, files = skeleton(folder)
+    with open_all(files.values(), device) as opened:
+        assign(model, {key: opened[path].get_tensor(key) for key, path in files.items()})
     return model.to(dtype=dtype).eval()
+
+
+def write_tensors(path, like, values):
+    """A safetensors file, tensor by tensor: length of the header, header, bytes. The library would hold it all.
+
+    like: {name: anything with shape and dtype}, wide types first (numbers lie at multiples of their width); values: the
+    tensors, in that order.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, x in like.items():
+        start, end = end, end + math.prod(x.shape) * x.dtype.itemsize
+        header[name] = {"dtype": CODES[x.dtype], "shape": list(x.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "xb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for x in values:
+            f.write(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    with safe_open(path, "np"):                         # the library agrees
+        pass
 
 
 def write_config(cfg, folder):
@@ -526,16 +832,20 @@ def new_folder(out):
         shutil.rmtree(new, ignore_errors=True)
 
 
-def save(model, folder, extra=()):
+def tensors_of(model):
+    """{name: tensor} of a weights folder: wide types first, tied matrices once."""
+    state = {key: x for key, x in model.state_dict().items() if key not in tied(model)}
+    return dict(sorted(state.items(), key=lambda item: -item[1].dtype.itemsize))
+
+
+def save(model, folder, extra=(), values=None):
     """Write a weights folder, whole or not at all: config.json, model.safetensors and copies of the `extra` files.
 
-    An existing folder is replaced. Tied matrices are stored once.
+    An existing folder is replaced. values: what to write for tensors_of(model), in its order, if not the tensors themselves.
     """
-    state = {key: x.contiguous() for key, x in model.state_dict().items()}
-    if model.cfg.llm and model.cfg.llm.tied:
-        del state["llm.lm_head.weight"]
+    state = tensors_of(model)
     with new_folder(Path(folder)) as new:
-        save_file(state, new / "model.safetensors", metadata={"format": "pt"})
+        write_tensors(new / "model.safetensors", state, values or state.values())
         write_config(model.cfg, new)
         for path in extra:
             shutil.copy(path, new)
@@ -550,3 +860,20 @@ def merge_lora(model):
                     setattr(part, name, layer.merge())
     model.cfg = replace(model.cfg, llm=replace(model.cfg.llm, lora_rank=0))
     model.llm.cfg = model.cfg.llm
+
+
+def fuse(model):
+    """Join q|k|v and gate|up into one matrix each, in place, for faster generation; such a model is not for saving.
+
+    Raises ValueError for LoRA layers: merge them first.
+    """
+    for block in model.llm.blocks:
+        for part, name, names in (block.attn, "wqkv", ("wq", "wk", "wv")), (block.mlp, "gate_up", ("gate", "up")):
+            layers = [getattr(part, n) for n in names]
+            if any(isinstance(layer, LoRALinear) for layer in layers):
+                raise ValueError(f"{name}: merge LoRA before fusing")
+            weight = torch.cat([layer.weight.detach() for layer in layers])
+            setattr(part, name, nn.Linear(weight.shape[1], len(weight), bias=False, device="meta"))
+            getattr(part, name).weight = nn.Parameter(weight, requires_grad=False)
+            for n in names:
+                setattr(part, n, None)

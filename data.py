@@ -1,6 +1,6 @@
 """From files to batches: tokenizers, prompts, media, data sets. Knows no model; sizes are passed in.
 
-In order: tokenizers, systems and templates, images, video, audio, samples (render, collate), data sets.
+In order: tokenizers, systems and templates, images, geometry, video, audio, samples (render, collate), data sets.
 Letters: B batch, T tokens, M media, S clips, F frames, H W height width; waveforms are (channels, samples) in -1..1.
 Text that a user typed or a file holds never becomes a special token: prompts are lists of pieces that know their origin.
 """
@@ -10,9 +10,11 @@ import json
 import math
 import random
 import re
+import sys
 import unicodedata
 import wave
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -35,7 +37,10 @@ class Piece(NamedTuple):
     special: bool = False
     learn: bool = False
     count: int = 1                      # of a special token
-    medium: object = None               # whose features replace these tokens
+    medium: object = None               # whose features replace these tokens, or the Signal that they are
+
+
+CUT = Piece("", special=True)           # between texts that are encoded on their own
 
 
 class Tokenizer:
@@ -87,7 +92,9 @@ class Tokenizer:
 
     def runs(self, pieces):
         """Yields (True, [special piece]) and (False, [neighbouring text pieces]), white space at added tokens cut."""
-        pieces = [p if p.special or self.legacy else p._replace(text=p.text.replace("▁", " ")) for p in pieces if p.text]
+        pieces = [p for p in pieces if p.text or p.special]
+        if not self.legacy:
+            pieces = [p if p.special else p._replace(text=p.text.replace("▁", " ")) for p in pieces]
         start = 0
         for i, piece in enumerate([*pieces, Piece("", special=True)]):
             if piece.special:
@@ -177,63 +184,111 @@ class TextStream:
 
 @lru_cache
 def byte_symbols():
-    """CLIP's printable stand-in for each byte, in vocabulary order."""
+    """Printable stand-in for each byte, in the order of CLIP's vocabulary."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in plain)}
 
 
+def split_words(text, first, words):
+    """Stretches of a text: where `first` matches, else where `words` matches the kinds of characters there.
+
+    Kinds are L letter, N number, a blank for itself, S other white space, O the rest. What neither matches is left out.
+    """
+    kinds = "".join(c if c == " " else "S" if c.isspace() else {"L": "L", "N": "N"}.get(unicodedata.category(c)[0], "O")
+                    for c in text)
+    at = 0
+    while at < len(text):
+        match = first.match(text, at) or words.match(kinds, at)
+        if match:
+            yield text[at:match.end()]
+        at = match.end() if match else at + 1
+
+
+def read_merges(path, n=None):
+    """Pairs of symbols, best first, of a merges.txt or a .gz of one. The first line is a title."""
+    with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
+        return [tuple(line.split()) for line in f.read().split("\n")[1:n] if line]
+
+
+def merge(parts, rank):
+    """Merge neighbouring symbols of a word, best ranked pair first."""
+    while len(parts) > 1:
+        best = min(zip(parts, parts[1:]), key=lambda pair: rank.get(pair, math.inf))
+        if best not in rank:
+            break
+        merged, i = [], 0
+        while i < len(parts):
+            pair = tuple(parts[i:i + 2]) == best
+            merged.append(parts[i] + parts[i + 1] if pair else parts[i])
+            i += 2 if pair else 1
+        parts = merged
+    return parts
+
+
 class CLIPTokenizer:
-    """CLIP's lower-case byte-pair tokenizer. path: bpe_simple_vocab_16e6.txt.gz. ftfy's clean-up is left out."""
-    START, END = 49406, 49407
+    """CLIP's lower-case byte-pair tokenizer. ftfy's clean-up is left out.
+
+    path: bpe_simple_vocab_16e6.txt.gz, or merges.txt of a Hugging Face folder. pad: the token that fills up there,
+    "<|endoftext|>" or "!", special wherever it stands; empty = zeros, and HTML is unescaped, as OpenAI does.
+    """
     WORDS = re.compile(r"L+|N|O+")
 
-    def __init__(self, path):
-        lines = gzip.open(path, "rt", encoding="utf-8").read().split("\n")[1:48895]
-        merges = [tuple(line.split()) for line in lines]
+    def __init__(self, path, pad=""):
+        merges = read_merges(path, 48895)
         symbols = list(byte_symbols().values())
         vocab = symbols + [s + "</w>" for s in symbols] + ["".join(m) for m in merges]
         self.ids = {symbol: i for i, symbol in enumerate(vocab)}
         self.rank = {merge: i for i, merge in enumerate(merges)}
+        self.start, self.end = len(vocab), len(vocab) + 1
+        self.special = {"<|startoftext|>": self.start, "<|endoftext|>": self.end}
+        self.pad, self.fill = pad, (self.special | self.ids)[pad] if pad else 0
+        names = "|".join(map(re.escape, self.special))
+        self.first = re.compile(names + "|'s|'t|'re|'ve|'m|'ll|'d")
 
     def words(self, text):
         """Specials, English endings, runs of letters, single digits, runs of anything else."""
-        text = re.sub(r"\s+", " ", html.unescape(html.unescape(text)).strip()).lower()
-        kinds = "".join(" " if c.isspace() else {"L": "L", "N": "N"}.get(unicodedata.category(c)[0], "O") for c in text)
-        at = 0
-        while at < len(text):
-            match = re.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d").match(text, at) \
-                or self.WORDS.match(kinds, at)
-            if match:
-                yield text[at:match.end()]
-            at = match.end() if match else at + 1
+        text = text if self.pad else html.unescape(html.unescape(text))
+        return split_words(re.sub(r"\s+", " ", text.strip()).lower(), self.first, self.WORDS)
 
     def bpe(self, word):
-        """Merge the symbols of one word, best ranked pair first."""
+        """The symbols of one word."""
         parts = [byte_symbols()[b] for b in word.encode()]
-        parts[-1] += "</w>"
-        while len(parts) > 1:
-            best = min(zip(parts, parts[1:]), key=lambda pair: self.rank.get(pair, math.inf))
-            if best not in self.rank:
-                break
-            merged, i = [], 0
-            while i < len(parts):
-                pair = tuple(parts[i:i + 2]) == best
-                merged.append(parts[i] + parts[i + 1] if pair else parts[i])
-                i += 2 if pair else 1
-            parts = merged
-        return parts
+        return merge(parts[:-1] + [parts[-1] + "</w>"], self.rank)
+
+    def word_ids(self, word):
+        return [self.special[word]] if word in self.special else [self.ids[part] for part in self.bpe(word)]
 
     def encode(self, text):
-        specials = {"<|startoftext|>": self.START, "<|endoftext|>": self.END}
-        return [i for w in self.words(text)
-                for i in ([specials[w]] if w in specials else [self.ids[p] for p in self.bpe(w)])]
+        pieces = text.split(self.pad) if self.pad else [text]
+        ids = [[i for word in self.words(piece) for i in self.word_ids(word)] for piece in pieces]
+        return sum(([self.fill] + more for more in ids[1:]), ids[0])
 
     def __call__(self, text, length=77, keep_end=True):
-        """(length,) int64: start, text, end, zeros. parity: keep_end=False loses the end of long texts, as the copies in
-        ChatBind and NExT-GPT do."""
+        """(length,) int64: start, text, end, padding. parity: keep_end=False loses the end of long texts, as the copies
+        in ChatBind and NExT-GPT do."""
         ids = self.encode(text)
-        ids = [self.START, *(ids[:length - 2] if keep_end else ids), self.END][:length]
-        return torch.tensor(ids + [0] * (length - len(ids)))
+        ids = [self.start, *(ids[:length - 2] if keep_end else ids), self.end][:length]
+        return torch.tensor(ids + [self.fill] * (length - len(ids)))
+
+
+class RobertaTokenizer:
+    """RoBERTa's byte-pair tokenizer, which CLAP's text tower reads. folder: holds vocab.json and merges.txt."""
+    FIRST = re.compile("'s|'t|'re|'ve|'m|'ll|'d")
+    WORDS = re.compile(r" ?L+| ?N+| ?O+|[ S]+(?![^ S])|[ S]+")
+
+    def __init__(self, folder):
+        self.ids = json.loads((Path(folder) / "vocab.json").read_text(encoding="utf-8"))
+        self.rank = {merge: i for i, merge in enumerate(read_merges(Path(folder) / "merges.txt"))}
+
+    def encode(self, text):
+        parts = (p for w in split_words(text, self.FIRST, self.WORDS)
+                 for p in merge([byte_symbols()[b] for b in w.encode()], self.rank))
+        return [self.ids.get(p, self.ids["<unk>"]) for p in parts]
+
+    def __call__(self, text, length=512):
+        """(length,) int64: start, text, end, padding."""
+        ids = [self.ids["<s>"], *self.encode(text)[:length - 2], self.ids["</s>"]]
+        return torch.tensor(ids + [self.ids["<pad>"]] * (length - len(ids)))
 
 
 # ---- Systems and templates
@@ -244,20 +299,27 @@ class System:
     template: str                       # for chat
     train_template: str
     added: tuple[str, ...] = ()         # tokens, in the order the original appends them; ids come from config.json
-    frame: tuple[str, str, str] = ("<im_start>", "<im_patch>", "<im_end>")  # before, one per feature, after
+    frame: tuple[str, str, str] = ("<im_start>", "<im_patch>", "<im_end>")  # before, one token per feature, after
     media_last: bool = False            # in chat, media follow the question on a line of their own
     legacy: bool = True                 # tokenizer rule
+    box: tuple[str, ...] = ()           # tokens of a box: a reader fills the last; in answers the first asks a writer
+    find: str = ""                      # token at the end of a question that asks for a box
+    mask_pad: bool = False              # parity: NExT-Chat pads with <unk> and masks it, so words that became it as well
+    signals: dict[str, tuple] = field(default_factory=dict)     # writer -> the tokens of a Signal in an answer
 
 
 IM = ("<im_patch>", "<im_start>", "<im_end>")
-SIGNALS = tuple(f"[{kind}{i}]" for kind, n in (("IMG", 4), ("VID", 24), ("AUD", 8)) for i in range(n))
+SIGNALS = {name: tuple(f"[{name.upper()}{i}]" for i in range(n)) for name, n in (("img", 4), ("vid", 24), ("aud", 8))}
 SYSTEMS = {
     "plain": System("vicuna_v1_1", "vicuna_v1_1"),
-    "tiny": System("tiny", "tiny", IM, media_last=True),
+    "tiny": System("tiny", "tiny", (*IM, "<at>", "<boxes>"), media_last=True, box=("<at>", "<boxes>")),
     "chatbind": System("multimodal", "llava_v0", ("[PAD]", *IM), media_last=True),
-    "nextchat": System("vicuna_v1_1", "vicuna_v1_1", (*IM, "<at>", "<boxes>"), legacy=False),
-    "chatterbox": System("vicuna_v1_1", "vicuna_v1_1", ("[VG]", *IM, "<bbox>")),
-    "nextgpt": System("nextgpt", "nextgpt", ("<Img>", "</Img>", *SIGNALS), ("<Img>", "", "</Img>")),
+    "nextchat": System("vicuna_v1_1", "vicuna_v1_1", (*IM, "<at>", "<boxes>"), legacy=False,
+                       box=("<at>", "<boxes>"), mask_pad=True),
+    "chatterbox": System("vicuna_v1_1", "vicuna_v1_1", ("[VG]", *IM, "<bbox>"), box=("<bbox>",), find="[VG]"),
+    # The published model has no tokens for its tags (see model.NEXTGPT_TAGS): there they are text. New ones have.
+    "nextgpt": System("nextgpt", "nextgpt_train", sum(SIGNALS.values(), ("<Img>", "</Img>")),
+                      ("<Img>", "<s>", "</Img> "), signals=SIGNALS),
 }
 
 
@@ -272,6 +334,10 @@ class Template:
     first: tuple[tuple[str, str], ...] = ()                     # a built-in opening exchange
     front: str = ""                     # between a medium moved to the front and its message
     drift: bool = False                 # parity: mask labels by separately counted lengths, see drift_labels
+    role_once: bool = False             # parity: learn nothing from a spoken role on, see until_role_text
+    apart: bool = False                 # parity: questions and answers are encoded on their own, see conversation_pieces
+    frame: tuple = ()                   # in place of the system's
+    ask: str = ""                       # before the text of the open turn
 
 
 POLITE = ("A chat between a curious {0} and an artificial intelligence assistant. "
@@ -291,7 +357,7 @@ def single(system, *first):
 
 def two(system, user="USER", bot="ASSISTANT"):
     """A blank after the user, an end token after the assistant (Vicuna v1.1)."""
-    return Template(system + " ", (user + ": ", " "), (bot + ": ", "</s>"), "</s>", front=f" {user}: ")
+    return Template(system + " ", (user + ": ", " "), (bot + ": ", "</s>"), "</s>", front=f" {user}: ", role_once=True)
 
 
 TEMPLATES = {
@@ -302,7 +368,10 @@ TEMPLATES = {
                          front="###Human: ", drift=True),
     "simple": single(SIMPLE.format(", based on LLaMA architecture"), ("Hi!", HI)),
     "simple_legacy": single(SIMPLE.format(""), ("Hi!\n\n### Response:", HI)),
-    "nextgpt": Template("### ", ("Human: ", "\n"), ("### Assistant: ", "\n###"), "###"),
+    "nextgpt_train": Template("### ", ("Human: ", "\n"), ("### Assistant: ", "\n###"), "###", apart=True),
+    # parity: text behind a medium begins with <s>, like the prompt; the demo puts one more blank before what it asks
+    "nextgpt": Template("###", (" Human: ", "\n"), ("### Assistant: ", "\n###"), "###",
+                        frame=("<Img>", "<s>", "</Img><s>"), ask=" "),
 } | {name + tail: make(LLAVA.format(seen, shown), *first)
      for tail, seen, shown in (("", "vision", "visual"), ("_audio", "audio", "audio"), ("_video", "video", "video"))
      for name, make, first in (("multimodal", single, (("Hi!", HI),)), ("llava_v1", two, ()))}
@@ -318,7 +387,7 @@ def load_templates(path):
             continue                                            # mpt: for a model none of the four systems ships
         texts = [text for _, text in row["messages"]]
         out[name] = Template(row["system"] + row["sep"], (user + ": ", seps[0]), (bot + ": ", seps[1]), seps[1],
-                             first=tuple(zip(texts[::2], texts[1::2])))
+                             first=tuple(zip(texts[::2], texts[1::2])), role_once=row["style"] == "two")
     return out
 
 
@@ -331,6 +400,7 @@ class MediaError(ValueError):
 MAX_BYTES, MAX_PIXELS, MAX_SECONDS, MAX_SIDE = 100 << 20, 50_000_000, 600, 4096
 STILLS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of 0..255
 
 
 @dataclass(frozen=True)
@@ -338,6 +408,9 @@ class MediaSpec:
     """Sizes and sampling that an encoder wants; defaults: ImageBind-Huge as ChatBind and NExT-GPT feed it."""
     image_size: int = 224
     crop_round: bool = False            # False: CLIP processor's crop offset (floor); True: ImageBind's (half to even)
+    square: bool = False                # pictures are padded to white squares, not cropped (NExT-Chat)
+    sam_size: int = 0                   # side of the picture that SAM sees as well; 0: none
+    det_size: int = 0                   # side of the picture in which the locator looks for a box; 0: none
     clip_seconds: float = 2.0
     span_end: bool = False              # True: clips reach the end of the file (ImageBind); False: released pytorchvideo
     video_clips: int = 5
@@ -395,15 +468,38 @@ def resize_crop(image, size, crop_round):
     return image.crop((left, top, left + size, top + size))
 
 
-def normalise(x):
-    """(..., 3, H, W) or, with frames, (..., 3, F, H, W) in 0..1 -> CLIP's mean and deviation taken off; channel axis 0."""
+def normalise(x, mean=CLIP_MEAN, std=CLIP_STD):
+    """(3, H, W) or, with frames, (3, F, H, W): mean and deviation of each channel taken off; CLIP's are of 0..1."""
     shape = (3,) + (1,) * (x.ndim - 1)
-    return (x - torch.tensor(CLIP_MEAN).view(shape)) / torch.tensor(CLIP_STD).view(shape)
+    return (x - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
 
 
 def image_tensor(image, spec=MediaSpec()):
     """PIL picture -> (3, size, size) float32."""
-    pixels = np.array(resize_crop(image.convert("RGB"), spec.image_size, spec.crop_round))  # (H, W, 3)
+    image = image.convert("RGB")
+    if spec.square:
+        image = Geometry(*image.size).pad(image)
+    pixels = np.array(resize_crop(image, spec.image_size, spec.crop_round))                 # (H, W, 3)
+    return normalise(torch.from_numpy(pixels).permute(2, 0, 1).float() / 255)
+
+
+def stretch(pixels, size):
+    """uint8 (H, W, 3) -> (size, size, 3) as OpenCV does it: two neighbours a side without smoothing, whole-number weights."""
+    def neighbours(n):
+        at = ((np.arange(size) + 0.5) * (n / size) - 0.5).astype(np.float32)
+        low = np.floor(at).astype(int)
+        weight = np.rint((at - low) * 2048).astype(int)
+        return low.clip(0, n - 1), (low + 1).clip(0, n - 1), 2048 - weight, weight
+    (top, bottom, a, b), (left, right, c, d) = map(neighbours, pixels.shape[:2])
+    wide = pixels.astype(int)
+    wide = (wide[:, left] * c[:, None] + wide[:, right] * d[:, None]) >> 4                  # (H, size, 3)
+    tall = (wide[top] * a[:, None, None] >> 16) + (wide[bottom] * b[:, None, None] >> 16)
+    return (tall + 2 >> 2).astype(np.uint8)
+
+
+def stretched_tensor(image, spec=MediaSpec()):
+    """PIL picture -> (3, size, size) float32, nothing cropped."""
+    pixels = stretch(np.array(image.convert("RGB")), spec.image_size)
     return normalise(torch.from_numpy(pixels).permute(2, 0, 1).float() / 255)
 
 
@@ -426,6 +522,83 @@ def depth_tensor(metres, focal_baseline=None, spec=MediaSpec()):
 def imu_tensor(samples, steps=2000):
     """Accelerometer and gyroscope (6, n) -> (6, steps) by linear interpolation."""
     return F.interpolate(torch.as_tensor(samples, dtype=torch.float32)[None], steps, mode="linear", align_corners=True)[0]
+
+
+# ---- Geometry
+
+@dataclass(frozen=True)
+class Geometry:
+    """A picture of width x height pixels in the middle of its square. Boxes are xyxy.
+
+    The square scaled to 0..1 is the frame in which models think: CLIP's picture (`MediaSpec.square`), SAM's picture and
+    masks and all normalised boxes fill it at their own sizes.
+    """
+    width: int
+    height: int
+    square: bool = True                 # False: the frame is the picture itself (ChatterBox)
+
+    @property
+    def sides(self):
+        """Width and height of the frame, pixels."""
+        return (max(self.width, self.height),) * 2 if self.square else (self.width, self.height)
+
+    @property
+    def offset(self):
+        """Left and top of the picture in the frame, pixels."""
+        return (self.sides[0] - self.width) // 2, (self.sides[1] - self.height) // 2
+
+    def pad(self, image):
+        """The white square around a PIL picture. Raises MediaError for one so thin that its square is huge."""
+        if max(self.sides) ** 2 > 4 * MAX_PIXELS:
+            raise MediaError(f"a picture of {self.width}x{self.height} is too long and thin")
+        square = Image.new("RGB", self.sides, (255, 255, 255))
+        square.paste(image, self.offset)
+        return square
+
+    def to_frame(self, boxes_px):
+        """Pixel boxes -> (n, 4) float64 of the frame, clamped to 0..1."""
+        boxes = torch.as_tensor(boxes_px, dtype=torch.float64).reshape(-1, 4)
+        return ((boxes + torch.tensor(self.offset * 2)) / torch.tensor(self.sides * 2)).clamp(0, 1)
+
+    def to_pixels(self, boxes):
+        """(n, 4) of the frame -> (n, 4) float64 pixels, which may lie outside the picture."""
+        return torch.as_tensor(boxes, dtype=torch.float64) * torch.tensor(self.sides * 2) - torch.tensor(self.offset * 2)
+
+    def masks_to_pixels(self, logits):
+        """Mask logits (n, 1, S, S) of the frame -> bool (n, H, W) of the picture."""
+        square = F.interpolate(logits.float(), self.sides[::-1], mode="bilinear", align_corners=False)[:, 0] > 0
+        left, top = self.offset
+        return square[:, top:top + self.height, left:left + self.width]
+
+
+def sam_resize(image, size):
+    """PIL picture -> uint8 (h, w) or (h, w, 3) whose longer side is `size`."""
+    scale = size / max(image.size)
+    return np.array(image.resize([int(n * scale + 0.5) for n in image.size], Image.BILINEAR))
+
+
+def centre(x, size):
+    """(C, h, w) -> (C, size, size) with zeros around. parity: SAM itself pads at the right and the bottom."""
+    h, w = x.shape[1:]
+    left, top = (size - w) // 2, (size - h) // 2
+    return F.pad(x, (left, size - w - left, top, size - h - top))
+
+
+def sam_tensor(image, spec):
+    """PIL picture -> (3, S, S), what SAM's image encoder reads."""
+    pixels = torch.from_numpy(sam_resize(image.convert("RGB"), spec.sam_size)).permute(2, 0, 1).float()     # (3, h, w)
+    return centre(normalise(pixels, SAM_MEAN, SAM_STD), spec.sam_size)
+
+
+def det_tensor(image, spec):
+    """PIL picture -> (3, S, S), stretched, what ChatterBox's locator reads."""
+    pixels = np.array(image.convert("RGB").resize((spec.det_size,) * 2, Image.BILINEAR))    # (S, S, 3)
+    return normalise(torch.from_numpy(pixels).permute(2, 0, 1).float(), SAM_MEAN, SAM_STD)
+
+
+def sam_mask(mask, size):
+    """(H, W) uint8 -> (1, S, S) float32, a true mask in SAM's frame."""
+    return centre(torch.from_numpy(sam_resize(Image.fromarray(mask), size))[None].float(), size)
 
 
 # ---- Video
@@ -645,11 +818,15 @@ def sniff(path):
     return "video" if head[4:8] == b"ftyp" or head.startswith(b"\x1aE\xdf\xa3") or head[8:12] == b"AVI " else ""
 
 
+STILL_TENSORS = {"image": image_tensor, "stretched": stretched_tensor, "thermal": thermal_tensor, "sam": sam_tensor,
+                 "det": det_tensor}
+
+
 @guarded
 def read_media(path, kind, spec=MediaSpec()):
     """The tensor an encoder reads for one medium. Raises MediaError naming the file."""
-    if kind in ("image", "thermal"):
-        return (image_tensor if kind == "image" else thermal_tensor)(read_image(path), spec)
+    if kind in STILL_TENSORS:
+        return STILL_TENSORS[kind](read_image(path), spec)
     if kind == "video":
         return read_video(path, spec)
     if kind == "audio":
@@ -665,11 +842,36 @@ class Medium:
     kind: str                           # image, video, audio, depth, thermal, imu
     path: str = ""
     tensor: torch.Tensor | None = None
+    stretch: bool = False               # to the encoder's square, where its spec would crop (some sets of ChatterBox)
+    size: tuple = ()                    # width and height of a picture, pixels
+    sam: torch.Tensor | None = None     # the same picture for SAM
+    det: torch.Tensor | None = None     # and for the locator
+
+
+@dataclass(eq=False)
+class Box:
+    """A box in a turn. In an answer it is what the model shall say as well, with its mask where that is known."""
+    xyxy_px: tuple                      # pixels of the picture
+    mask: np.ndarray | None = None      # (H, W) uint8
+    tensor: torch.Tensor | None = None  # (4,) of the frame
+    sam_mask: torch.Tensor | None = None                        # (1, S, S) of the frame
+    picture: Medium | None = None       # that it lies in
+    kind: str = "box"                   # region: read from the picture there, not from its coordinates (ChatterBox);
+                                        # find: what a question asks for, a target of the question's last token
+    path = "a box"                      # what messages call it
+
+
+@dataclass(eq=False)
+class Signal:
+    """What an answer asks a diffusion model for: the signal tokens of a writer."""
+    writer: str                         # img, vid, aud
+    path: str = ""                      # of its caption embedding
+    embeds: torch.Tensor | None = None  # (tokens, width) or (width,), from the diffusion model's own text tower
 
 
 @dataclass
 class Sample:
-    """A conversation: turns of user and assistant in turn, each a list of strings and Media."""
+    """A conversation: turns of user and assistant in turn, each a list of strings, Media, Boxes and, in answers, Signals."""
     turns: list[list]
     id: str = ""
     meta: dict = field(default_factory=dict)
@@ -678,7 +880,8 @@ class Sample:
 class Rendered(NamedTuple):
     ids: list[int]
     labels: list[int]
-    slots: list                         # (Medium, position of its first placeholder)
+    slots: list                         # (Medium or Box, position of its first placeholder)
+    targets: list = ()                  # (Box, position of the token that asks for it) and (Signal, positions of its tokens)
 
 
 class Batch(NamedTuple):
@@ -686,20 +889,83 @@ class Batch(NamedTuple):
     labels: torch.Tensor                # (B, T), IGNORE where nothing is learned
     media: dict                         # kind -> stacked payloads of M media
     slots: dict                         # kind -> (2, M * n) rows and columns of their placeholders
+    targets: dict = {}                  # writer -> what its signal tokens should give; `slots` (2, m) says where they are
+    attn_mask: torch.Tensor | None = None       # (B, T) bool; None: padding is on the right and needs no mask
+    segments: torch.Tensor | None = None        # (B, T) int32: 1, 2, ... for the samples of a packed row, 0 for padding
+
+
+def load_medium(medium, spec):
+    """Fill in what encoders and writers read of a medium. Raises MediaError."""
+    medium.tensor = read_media(medium.path, "stretched" if medium.stretch else medium.kind, spec)
+    if medium.kind == "image":
+        medium.size = open_image(medium.path).size
+        medium.sam = read_media(medium.path, "sam", spec) if spec.sam_size else None
+        medium.det = read_media(medium.path, "det", spec) if spec.det_size else None
+
+
+def load_media(turns, spec):
+    """Fill in the tensors of the media and boxes of a conversation. Raises MediaError, or DataError for boxes."""
+    parts = [part for turn in turns for part in turn or () if not isinstance(part, str)]
+    media, boxes = ([part for part in parts if isinstance(part, kind)] for kind in (Medium, Box))
+    for medium in media:
+        load_medium(medium, spec)
+    if boxes:
+        pictures = [medium for medium in media if medium.kind == "image"]
+        if len(pictures) != 1:
+            raise DataError(f"boxes need one picture to lie in, there are {len(pictures)}")
+        place_boxes(boxes, Geometry(*pictures[0].size, spec.square), spec)
+
+
+def place_boxes(boxes, geometry, spec):
+    """Fill in where boxes and their masks lie in the frame of their picture. Raises DataError for one outside."""
+    for box in boxes:
+        check_box(box.xyxy_px, geometry.width, geometry.height)
+        box.tensor = geometry.to_frame(box.xyxy_px)[0].float()
+        if box.mask is not None and spec.sam_size:
+            if box.mask.shape != (geometry.height, geometry.width):
+                raise DataError(f"a mask of {box.mask.shape} for a picture of {geometry.height, geometry.width}")
+            box.sam_mask = sam_mask(box.mask, spec.sam_size)
+
+
+def check_box(box, width=math.inf, height=math.inf):
+    """The four pixel coordinates of a box from a file, as floats. A pixel outside is let pass. Raises DataError."""
+    if not (isinstance(box, (list, tuple)) and len(box) == 4
+            and all(type(x) in (int, float) and abs(x) < 1e9 for x in box)):                # nor is NaN below 1e9
+        raise DataError(f"box {box!r:.80}: four finite numbers x1, y1, x2, y2 are expected")
+    x1, y1, x2, y2 = map(float, box)
+    if x2 < x1 or y2 < y1:
+        raise DataError(f"box {box}: its right or lower edge comes first")
+    if min(x1, y1) < -1 or x2 > width + 1 or y2 > height + 1:
+        raise DataError(f"box {box}: outside its picture of {width}x{height}")
+    return x1, y1, x2, y2
+
+
+BOX_REFERENCE = re.compile(r"\[\s*((?:0|[1-9]\d*)(?:\s*,\s*(?:0|[1-9]\d*))*)\s*,?\s*\]")
+
+
+def box_references(text):
+    """"Compare [0] and [1, 2]" -> ["Compare ", [0], " and ", [1, 2], ""]: box numbers between stretches of text."""
+    return [[int(n) for n in part.split(",")] if i % 2 else part for i, part in enumerate(BOX_REFERENCE.split(text))]
 
 
 def pieces_of(content, tok, system, n_token, learn=False):
-    """Pieces of one turn: strings stay plain text, media become framed placeholders."""
+    """Pieces of one turn: strings stay plain text, media become framed placeholders, boxes and Signals the system's tokens."""
     before, place, after = system.frame
     out = []
     for part in content:
-        if isinstance(part, str):
-            out.append(Piece(part, learn=learn))
+        if isinstance(part, (str, Piece)):
+            out.append(part if isinstance(part, Piece) else Piece(part, learn=learn))
+        elif isinstance(part, Box):
+            if not system.box:
+                raise ValueError("this system has no tokens for boxes; leave the boxes out of the turn")
+            *signal, reader = [system.find] if part.kind == "find" else system.box
+            out += [Piece(token, True, learn) for token in signal]
+            out.append(Piece(reader, True, medium=part))        # given, so never learned
+        elif isinstance(part, Signal):
+            out += [Piece(token, True, learn, medium=part) for token in system.signals[part.writer]]
         else:
-            framed = before in tok.special
-            out += [Piece(before, True)] * framed
-            out.append(Piece(place, True, count=n_token(part.kind), medium=part))
-            out += [Piece(after, True)] * framed
+            placeholder = Piece(place, True, count=n_token(part.kind), medium=part)
+            out += [*tok.parse(before), placeholder, *tok.parse(after)]
     return out
 
 
@@ -712,18 +978,20 @@ def media_in_front(content, template):
 
 def conversation_pieces(turns, tok, system, template, n_token):
     """Pieces of a conversation, one list per turn, the system text first. An answer that is None is left open."""
-    out = [tok.parse(template.system)]
+    out, cut = [tok.parse(template.system)], [CUT] * template.apart
+    system = replace(system, frame=template.frame or system.frame)
     opening = [[text] for pair in template.first for text in pair]
     for i, content in enumerate(opening + turns):
         before, after = template.bot if i % 2 else template.user
         if content is None:
             out.append(tok.parse(before.rstrip(" ")))
         elif i % 2 == 0:
-            out.append(tok.parse(before) + pieces_of(content, tok, system, n_token) + tok.parse(after))
+            first_text = cut if i == 0 and content and isinstance(content[0], str) else []
+            out.append(tok.parse(before) + first_text + pieces_of(content, tok, system, n_token) + tok.parse(after))
         else:
-            role = before.rstrip(" ")
+            role = before if template.apart else before.rstrip(" ")
             answer = [Piece(before[len(role):], learn=True), *pieces_of(content, tok, system, n_token, learn=True)]
-            out.append(tok.parse(role) + answer + tok.parse(after, learn=True))
+            out.append(tok.parse(role) + cut + answer + tok.parse(after, learn=True) + cut)
     return out
 
 
@@ -741,47 +1009,156 @@ def drift_labels(ids, turns, tok):
     return labels
 
 
+def until_role_text(turns, template):
+    """parity: labels are found by the assistant's role, so they end before the round in which a speaker says it."""
+    for i in range(1, len(turns), 2):
+        spoken = "".join(piece.text for turn in turns[i:i + 2] for piece in turn)
+        if spoken.count(" " + template.bot[0]) != 1:
+            return turns[:i] + [[piece._replace(learn=False) for piece in turn] for turn in turns[i:]]
+    return turns
+
+
 def render(turns, tok, system, template, n_token, train=False):
     """Conversation -> Rendered. turns alternate user, assistant; a last assistant turn of None asks for an answer.
 
     n_token: kind -> placeholders per medium. Labels are the answers and what ends them; all IGNORE unless train.
     """
     pieces = conversation_pieces(turns, tok, system, template, n_token)
+    if train and template.role_once:
+        pieces = until_role_text(pieces, template)
     end = tok.parse(template.end if train else "", learn=True)
     ids, learn, slots = tok.encode_pieces([p for turn in pieces for p in turn] + end)
     if train and template.drift:
         labels = drift_labels(ids, pieces, tok)
     else:
         labels = [id if flag and train else IGNORE for id, flag in zip(ids, learn)]
-    return Rendered(ids, labels, slots)
+    boxes = [(box, at) for box, at in slots if isinstance(box, Box)]
+    said = [(box, at - len(system.box) + 1) for box, at in boxes if box.kind == "box"]
+    targets = [(box, at) for box, at in said if labels[at] != IGNORE]
+    targets += [(box, at) for box, at in boxes if box.kind == "find" and train]
+    signals = {}                                                # a Signal has a slot per token
+    for part, at in slots:
+        if isinstance(part, Signal):
+            signals.setdefault(part, []).append(at)
+    slots = [(x, at) for x, at in slots if x not in signals and x.kind != "find"]
+    return Rendered(ids, labels, slots, targets + list(signals.items()))
 
 
-def collate(rendered, n_token, pad=0, max_len=2048):
+def signal_targets(rendered, places, lengths):
+    """The Signals within the lengths of their samples -> {writer: slots (2, m * n), embeds (m, ...) float32}.
+
+    One that is cut off is left out, its tokens stay; the original's run ends there.
+    """
+    found = {}
+    for r, (row, start), n in zip(rendered, places, lengths):
+        for signal, at in r.targets:
+            if isinstance(signal, Signal) and at[-1] < n:
+                slots = [[row] * len(at), [start + i for i in at]]
+                found.setdefault(signal.writer, []).append((slots, signal.embeds))
+    return {writer: {"slots": torch.cat([torch.tensor(slots) for slots, _ in signals], 1),
+                     "embeds": torch.stack([embeds for _, embeds in signals]).float()}
+            for writer, signals in found.items()}
+
+
+def truncate(r, length, protected):
+    """At most `length` ids of a Rendered: the last ones go, save those in `protected`, so media and boxes stay whole."""
+    excess = len(r.ids) - length
+    if excess <= 0:
+        return r
+    gone = set([i for i, id in enumerate(r.ids) if id not in protected][-excess:])
+    kept = [i for i in range(len(r.ids)) if i not in gone]
+    place = {old: new for new, old in enumerate(kept)}
+    ids, labels = ([row[i] for i in kept] for row in (r.ids, r.labels))
+    return Rendered(ids, labels, *([(x, place[at]) for x, at in things] for things in (r.slots, r.targets)))
+
+
+def box_targets(rendered, places, given):
+    """-> {} or {"at": what is to be said there}: slots (2, m), boxes (m, 4) of the frame, all boxes given (R, 4), and where
+    masks are known masks (m, 1, S, S) and image (B, 3, S, S), the pictures for SAM."""
+    found = [(row, start + at, box) for r, (row, start) in zip(rendered, places) for box, at in r.targets
+             if isinstance(box, Box) and box.kind == "box"]
+    if not found:
+        return {}
+    rows, columns, boxes = zip(*found)
+    out = {"slots": torch.tensor([rows, columns]), "boxes": torch.stack([box.tensor for box in boxes]), "given": given}
+    if all(box.sam_mask is not None for box in boxes):
+        out["masks"] = torch.stack([box.sam_mask for box in boxes])
+        out["image"] = torch.stack([m.sam for r in rendered for m, _ in r.slots if m.kind == "image"])
+    return {"at": out}
+
+
+def find_targets(rendered, places):
+    """-> {} or {"vg": what is to be found}: slots (2, m) of the tokens that ask, boxes_cxcywh (m, 4) of the frame, image
+    (m, 3, S, S), the picture of each for the locator."""
+    found = [(row, start + at, box) for r, (row, start) in zip(rendered, places) for box, at in r.targets
+             if isinstance(box, Box) and box.kind == "find"]
+    if not found:
+        return {}
+    rows, columns, boxes = zip(*found)
+    corners = torch.stack([box.tensor for box in boxes]).view(-1, 2, 2)                     # (m, 2, 2)
+    pictures = {row: m.det for r, (row, _) in zip(rendered, places) for m, _ in r.slots if m.kind == "image"}
+    return {"vg": {"slots": torch.tensor([rows, columns]), "image": torch.stack([pictures[row] for row in rows]),
+                   "boxes_cxcywh": torch.cat([corners.mean(1), corners[:, 1] - corners[:, 0]], 1)}}
+
+
+def with_pictures(boxes, rows, pictures, picture_rows):
+    """Boxes (R, 4) of the batch's rows (R,), and pictures (M, 3, H, W) of rows (M,) -> what a reader of regions wants."""
+    return {"boxes": boxes, "image": pictures, "image_of": (rows[:, None] == picture_rows).int().argmax(1)}
+
+
+def pack_rows(lengths, width):
+    """Place samples in rows of `width` tokens (or of the longest sample's), longest first, each in the first with room.
+
+    -> places [(row, first column)] in the order of `lengths`, and how full each row is.
+    """
+    places, rows, width = [None] * len(lengths), [], max(width, *lengths)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((row for row, full in enumerate(rows) if full + lengths[i] <= width), len(rows))
+        rows += [0] * (row == len(rows))
+        places[i] = row, rows[row]
+        rows[row] += lengths[i]
+    return places, rows
+
+
+def collate(rendered, n_token, pad=0, max_len=2048, mask_pad=False, pack=0):
     """Rendered samples -> Batch: cut at max_len (never inside media), pad on the right, stack media by kind.
 
+    pack: put short samples into common rows of about so many tokens, told apart by `segments`; 0 = a row for each.
     Raises ValueError if a sample has nothing to learn or its media do not fit.
     """
-    width = min(max(len(r.ids) for r in rendered), max_len)
-    ids, labels = torch.full((len(rendered), width), pad), torch.full((len(rendered), width), IGNORE)
-    media, slots = {}, {}
-    for row, r in enumerate(rendered):
-        n = min(len(r.ids), width)
-        ids[row, :n], labels[row, :n] = torch.tensor(r.ids[:n]), torch.tensor(r.labels[:n])
-        if (labels[row] == IGNORE).all():
+    lengths = [min(len(r.ids), max_len) for r in rendered]
+    places, rows = pack_rows(lengths, pack) if pack else ([(i, 0) for i in range(len(lengths))], lengths)
+    ids, labels = (torch.full((len(rows), max(rows)), value) for value in (pad, IGNORE))
+    segments, media, slots = torch.zeros_like(ids, dtype=torch.int32), {}, {}
+    for r, n, (row, at) in zip(rendered, lengths, places):
+        here = row, slice(at, at + n)
+        ids[here], labels[here], segments[here] = torch.tensor(r.ids[:n]), torch.tensor(r.labels[:n]), segments[row].max() + 1
+        labels[row, at] = IGNORE                                # nothing comes before it to predict it from
+        if (labels[here] == IGNORE).all():
             raise ValueError(f"a sample of {len(r.ids)} tokens has no answer within max_len = {max_len}")
         for medium, start in r.slots:
             columns = torch.arange(start, start + n_token(medium.kind))
-            if columns[-1] >= width:
+            if columns[-1] >= n:
                 raise ValueError(f"{medium.path}: its tokens end at {columns[-1] + 1}, beyond max_len = {max_len}")
             media.setdefault(medium.kind, []).append(medium.tensor)
-            slots.setdefault(medium.kind, []).append(torch.stack([torch.full_like(columns, row), columns]))
-    return Batch(ids, labels, {k: torch.stack(v) for k, v in media.items()}, {k: torch.cat(v, 1) for k, v in slots.items()})
+            slots.setdefault(medium.kind, []).append(torch.stack([torch.full_like(columns, row), at + columns]))
+    media, slots = {k: torch.stack(v) for k, v in media.items()}, {k: torch.cat(v, 1) for k, v in slots.items()}
+    targets = box_targets(rendered, places, media.get("box")) | find_targets(rendered, places)
+    targets |= signal_targets(rendered, places, lengths)
+    if "region" in media:
+        picture_rows = slots["image"][0, ::n_token("image")]
+        media["region"] = with_pictures(media["region"], slots["region"][0], media["image"], picture_rows)
+    return Batch(ids, labels, media, slots, targets, ids != pad if mask_pad else None, segments if pack else None)
 
 
 # ---- Data sets
 
 class DataError(ValueError):
     """A record that cannot be used. The message names the file and the record."""
+
+
+class Unfit(DataError):
+    """A sound record that holds nothing for this format: no box to find, say. Another one takes its place."""
 
 
 OUTSIDE = re.compile(r"[/~]|[A-Za-z]:|.*[\\\0]", re.S)         # absolute, a drive, a backslash, a NUL
@@ -794,16 +1171,17 @@ def safe_join(root, name):
     return Path(root) / name
 
 
-def read_records(path):
-    """The list in a .json file, or the lines of a .jsonl file. Raises DataError naming file and line."""
+def read_records(path, unpack=lambda whole: whole):
+    """The list in a .json file, after `unpack` of what it holds, or the lines of a .jsonl file. Raises DataError naming file
+    and line."""
     path, rows = Path(path), []
     try:
         if path.suffix != ".jsonl":
-            rows = json.loads(path.read_text())
+            rows = unpack(json.loads(path.read_text()))
         else:
             for number, line in enumerate(path.open(), 1):
                 rows.append(json.loads(line))
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         where = f"line {len(rows) + 1}: " if path.suffix == ".jsonl" else ""
         raise DataError(f"{path}: {where}{error}") from None
     if not isinstance(rows, list):
@@ -852,6 +1230,18 @@ def caption_sample(record, root, ask="generate a caption"):
     return Sample([[f"{ask}\n", medium], [record["caption"]]], str(record.get("id", "")), record)
 
 
+@contextmanager
+def naming(path, i, record):
+    """Whatever is wrong with record i of a file becomes a DataError that says where."""
+    try:
+        yield
+    except (DataError, KeyError, TypeError, AttributeError, IndexError) as error:
+        name = record.get("id", "") if isinstance(record, dict) else repr(record)
+        what = f"no {error}" if isinstance(error, KeyError) else error
+        kind = Unfit if isinstance(error, Unfit) else DataError
+        raise kind(f"{path}: record {i} ({name!s:.40}): {what}") from None
+
+
 class Conversations:
     """A data set file as Samples. Records of the LLaVA and of the caption format may stand in one file.
 
@@ -865,52 +1255,68 @@ class Conversations:
     def __len__(self):
         return len(self.records)
 
+    def sizes(self):
+        return [len(str(record)) for record in self.records]
+
     def __getitem__(self, i):
         record = self.records[i]
-        try:
+        with naming(self.path, i, record):
             return (llava_sample if "conversations" in record else caption_sample)(record, self.root)
-        except (DataError, KeyError, TypeError, AttributeError) as error:
-            name = record.get("id", "") if isinstance(record, dict) else repr(record)
-            raise DataError(f"{self.path}: record {i} ({name!s:.40}): {error}") from None
 
 
 class Prepared(torch.utils.data.Dataset):
     """Data sets -> Rendered samples with their media loaded. An unusable record is replaced by the next one and counted.
 
     max_bad: how many may be replaced before DataError or MediaError ends the run. media_front: see media_in_front.
+    where: a mixture, the (set, record) numbers in their order; default: every record of every set.
     """
 
-    def __init__(self, sets, tok, system, template, n_token, spec, max_bad=0, media_front=False):
+    def __init__(self, sets, tok, system, template, n_token, spec, max_bad=0, media_front=False, where=None):
         self.sets, self.tok, self.system, self.template = sets, tok, system, template
         self.n_token, self.spec, self.max_bad, self.media_front = n_token, spec, max_bad, media_front
-        self.where = [(s, i) for s in range(len(sets)) for i in range(len(sets[s]))]
-        self.sizes = [len(str(sets[s].records[i])) for s, i in self.where]     # rough length of each sample
-        self.bad = {}
+        everything = [(s, i) for s in range(len(sets)) for i in range(len(sets[s]))]
+        self.where = everything if where is None else where
+        sizes = [one.sizes() for one in sets]
+        self.sizes = [sizes[s][i] for s, i in self.where]       # rough length of each sample
+        self.bad = {}                                           # number of an unusable record: why
+        self.is_bad = torch.zeros(len(self.where), dtype=torch.bool).share_memory_()        # what all loader workers found
 
     def __len__(self):
         return len(self.where)
 
     def __getitem__(self, i):
-        for j in range(i, i + self.max_bad + 1):
+        for j in range(i, i + len(self)):
             number = j % len(self)
             try:
                 return self.prepare(number)
+            except Unfit:
+                continue
             except (DataError, MediaError) as error:
-                self.bad[number] = str(error)
-                if len(self.bad) > self.max_bad:
+                known = bool(self.is_bad[number])
+                self.bad[number], self.is_bad[number] = str(error), True
+                if self.is_bad.sum() > self.max_bad:
                     raise
-        raise DataError(f"no usable record at {i} or within {self.max_bad} after it: {self.bad[i]}")
+                if not known:
+                    print(f"passing over {error}", file=sys.stderr, flush=True)
+        raise DataError(f"{self.sets[0].path}: no usable record in the whole data set {self.bad or ''}")
 
     def prepare(self, number):
         s, i = self.where[number]
-        turns = self.sets[s][i].turns
-        for turn in turns:
-            for medium in turn:
-                if isinstance(medium, Medium):
-                    medium.tensor = read_media(medium.path, medium.kind, self.spec)
+        sample = self.sets[s][i]
+        turns = sample.turns
+        with naming(self.sets[s].path, i, sample.meta):
+            load_media(turns, self.spec)
         if self.media_front:
             turns = [media_in_front(turn, self.template) for turn in turns]
         return render(turns, self.tok, self.system, self.template, self.n_token, train=True)
+
+    def show(self, i):
+        """A sample as the model sees it, what it learns in brackets."""
+        tok, out = self.tok, self[i]
+        runs = [(label != IGNORE, tok.names.get(id) or tok.sp.id_to_piece(id)) for id, label in zip(out.ids, out.labels)]
+        text = "".join(("[" if on and not before else "]" if before and not on else "") + piece
+                       for (on, piece), (before, _) in zip(runs, [(False, "")] + runs))
+        return text.replace("▁", " ") + "]" * runs[-1][0]
 
 
 def epoch_batches(sizes, batch, seed, epoch):

@@ -1,0 +1,1058 @@
+"""Data set files of the published systems -> Samples.
+
+In order: masks (COCO polygons and run lengths), records, parts of turns, prompts, NExT-Chat's formats, mixtures; NExT-GPT
+(caption pairs, conversations that show or ask for media, the order of its batches); ChatterBox. Nothing in a file is
+trusted: text stays text, numbers are checked, whatever is wrong is a DataError that names file and record. Boxes are xyxy
+pixels of the picture. Formats: Shikra (arXiv 2306.15195), NExT-Chat (arXiv 2311.04498), NExT-GPT (arXiv 2309.05519) and
+ChatterBox (arXiv 2401.13307).
+"""
+import json
+import math
+import re
+import sys
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Callable, NamedTuple
+
+import numpy as np
+import torch
+
+from data import (KINDS, MAX_PIXELS, TAGS, Box, Conversations, DataError, MediaError, Medium, Sample, Signal, Unfit, check_box,
+                  check_file, llava_sample, naming, read_records, safe_join)
+
+
+# ---- Masks
+
+def edge(a, b):
+    """Lattice points from a to b (each int (2,)), one a step along the longer axis, as COCO's routine draws them."""
+    axis = int(abs(b - a)[1] > abs(b - a)[0])
+    if a[axis] > b[axis]:
+        return edge(b, a)[::-1]
+    steps = np.arange(b[axis] - a[axis] + 1)
+    slope = (b - a)[1 - axis] / max(len(steps) - 1, 1)
+    points = np.empty((len(steps), 2), int)
+    points[:, axis] = a[axis] + steps
+    points[:, 1 - axis] = (a[1 - axis] + slope * steps + 0.5).astype(int)
+    return points
+
+
+def polygon_mask(xy, height, width):
+    """Corners (n, 2) in pixels -> uint8 (H, W). The outline is drawn five times larger; columns flip where it crosses."""
+    corners = (5 * xy + 0.5).astype(int)
+    line = np.concatenate([edge(a, b) for a, b in zip(corners, np.roll(corners, -1, axis=0))])
+    (x0, y0), (x1, y1) = line[:-1].T, line[1:].T
+    x = (np.where(x1 < x0, x1, x1 - 1) + 0.5) / 5 - 0.5
+    y = np.ceil(((np.minimum(y0, y1) + 0.5) / 5 - 0.5).clip(0, height))
+    crossing = (x0 != x1) & (x == np.floor(x)) & (x >= 0) & (x < width)
+    flips = np.bincount((x * height + y)[crossing].astype(int), minlength=height * width)[:height * width]
+    return (flips.cumsum() % 2).astype(np.uint8).reshape(width, height).T                   # pixels go column by column
+
+
+def rle_counts(text):
+    """COCO's compressed run lengths -> a list: five bits a character, low ones first, differences from two runs back."""
+    counts, value, shift = [], 0, 0
+    for c in text.encode():
+        if not 48 <= c < 112 or shift > 30:
+            raise DataError(f"run lengths {text!r:.40}: not COCO's compressed form")
+        value |= (c - 48 & 31) << shift
+        shift += 5
+        if not c - 48 & 32:
+            value -= (c - 48 & 16) << shift - 4                 # the sign
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise DataError(f"run lengths {text!r:.40}: cut off")
+    return counts
+
+
+def rle_text(counts):
+    """The compressed form of run lengths, see rle_counts."""
+    out = []
+    for i, count in enumerate(counts):
+        value, more = count - (counts[i - 2] if i > 2 else 0), True
+        while more:
+            low, value = value & 31, value >> 5
+            more = value != (-1 if low & 16 else 0)
+            out.append(chr(48 + low + 32 * more))
+    return "".join(out)
+
+
+def rle_mask(rle):
+    """COCO run lengths {size: [H, W], counts: text or list} -> uint8 (H, W). Raises DataError."""
+    size, counts = rle["size"], rle["counts"]
+    if not is_list(size, int) or len(size) != 2 or min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
+        raise DataError(f"run lengths of size {size!r:.40}")
+    counts = rle_counts(counts) if isinstance(counts, str) else counts
+    if not is_list(counts, int) or min(counts, default=0) < 0 or sum(counts) != size[0] * size[1]:
+        raise DataError(f"run lengths that do not fill {size[0]}x{size[1]}")
+    return np.repeat(np.arange(len(counts)) % 2, counts).astype(np.uint8).reshape(size[1], size[0]).T
+
+
+def mask_rle(mask):
+    """Mask (H, W) -> COCO's compressed run lengths."""
+    flat = np.asarray(mask, bool).T.reshape(-1)
+    ends = [*(np.flatnonzero(flat[1:] != flat[:-1]) + 1).tolist(), flat.size]
+    counts = np.diff([0, *ends]).tolist()
+    return {"size": list(mask.shape), "counts": rle_text([0, *counts] if flat[0] else counts)}
+
+
+def segmentation_mask(parts, height, width):
+    """A list of polygons [x1, y1, x2, ...] or of run lengths -> their sum, uint8 (H, W). Raises DataError.
+
+    parity: where polygons overlap the sum is above 1.
+    """
+    if not all(type(n) is int and n > 0 for n in (height, width)) or height * width > MAX_PIXELS:
+        raise DataError(f"a picture of {width!r:.20}x{height!r:.20}")
+    total = np.zeros((height, width), np.uint8)
+    for part in parts:
+        mask = rle_mask(part) if isinstance(part, dict) else polygon_mask(corners(part, height, width), height, width)
+        if mask.shape != total.shape:
+            raise DataError(f"a mask of {mask.shape} for a picture of {total.shape}")
+        total += mask
+    return total
+
+
+def corners(numbers, height, width):
+    """A polygon of a file as (n, 2), not further outside than the picture is large. Raises DataError."""
+    if not is_list(numbers, (int, float)) or len(numbers) % 2 or not 6 <= len(numbers) <= 20000:
+        raise DataError(f"polygon {numbers!r:.60}: three or more pairs of numbers are expected")
+    xy = np.array(numbers, float).reshape(-1, 2)
+    if not (abs(xy) <= 2 * max(height, width)).all():
+        raise DataError(f"polygon {numbers!r:.60}: far outside its picture of {width}x{height}")
+    return xy
+
+
+# ---- Records
+
+class Lines:
+    """The records of a .jsonl file, read when asked for: only the places of the lines are held. Raises DataError."""
+    LONGEST = 1 << 20                   # bytes of a record
+
+    def __init__(self, path):
+        self.path = path
+        with open(path, "rb") as file:
+            self.ends = np.cumsum([0, *(len(line) for line in file)])
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self.path}: no line {i + 1}")
+        start, end = self.ends[i:i + 2].tolist()
+        if end - start > self.LONGEST:
+            raise DataError(f"{self.path}: line {i + 1}: longer than a megabyte")
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            line = file.read(end - start)
+        try:
+            return json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self.path}: line {i + 1}: {error}") from None
+
+
+def field(row, key, kind=str):
+    """row[key], which must be of a kind. Raises DataError or KeyError."""
+    value = row[key]
+    if not isinstance(value, kind):
+        raise DataError(f"{key} is {value!r:.40}, not of type {getattr(kind, '__name__', 'str or int')}")
+    return value
+
+
+def texts(row, key):
+    """row[key], one or more texts. Raises DataError or KeyError."""
+    if not row[key] or not is_list(row[key], str):
+        raise DataError(f"{key} is {row[key]!r:.40}, not one or more texts")
+    return row[key]
+
+
+def is_list(value, kind):
+    """Whether a value is a list of one kind (bool does not count as a number)."""
+    return isinstance(value, list) and all(isinstance(x, kind) and not isinstance(x, bool) for x in value)
+
+
+# ---- Parts of turns
+
+MAX_BOXES = 100                         # in a record
+
+
+def box_of(row, mask=None):
+    """The box of a record, inside its picture where the record says how large that is. Raises DataError."""
+    return Box(check_box(row["bbox"], row.get("width", np.inf), row.get("height", np.inf)), mask)
+
+
+def boxes_of(row, key="boxes"):
+    """The boxes of a record as tuples. Raises DataError for one that is malformed or for more than MAX_BOXES."""
+    rows = field(row, key, list)
+    if len(rows) > MAX_BOXES:
+        raise DataError(f"{len(rows)} {key}, more than {MAX_BOXES}")
+    return [check_box(box) for box in rows]
+
+
+def pick(boxes, numbers):
+    """Fresh Boxes of a list of box numbers. Raises DataError."""
+    if not is_list(numbers, int) or not all(0 <= n < len(boxes) for n in numbers):
+        raise DataError(f"box numbers {numbers!r:.40}, there are {len(boxes)} boxes")
+    return [Box(boxes[n]) for n in numbers]
+
+
+def phrases(text, groups, boxes):
+    """"<ph_st>a dog<ph_ed> runs", [[0]] -> ["a dog", Box, " runs"]. Raises DataError if a phrase has no group."""
+    chunks = text.replace("<ph_st>", "").split("<ph_ed>")
+    if len(chunks) - 1 != len(groups):
+        raise DataError(f"{len(chunks) - 1} phrases with boxes, {len(groups)} lists of box numbers")
+    return chunks[:1] + [part for chunk, group in zip(chunks[1:], groups) for part in [*pick(boxes, group), chunk]]
+
+
+def bare(text):
+    """A text without the marks of its phrases."""
+    return text.replace("<ph_st>", "").replace("<ph_ed>", "")
+
+
+def words(tokens, boxes):
+    """VCR's lists of words and of lists of box numbers -> parts with blanks between them."""
+    if not isinstance(tokens, list):
+        raise DataError(f"words {tokens!r:.40}: a list is expected")
+    parts = [[token] if isinstance(token, str) else pick(boxes, token) for token in tokens]
+    return [part for i, group in enumerate(parts) for part in [*[" "] * (i > 0), *group]]
+
+
+def answer_is(text):
+    """The answer of a short question."""
+    return [f"The answer is {text}."]
+
+
+# ---- Prompts
+
+PROMPTS = {
+    "REC": ("<image> Where is <expr> in the image?", "<image> Where is <expr>?", "<image> Can you point out <expr>?",
+            "<image> What is the position of <expr>?", "<image> In this picture, where is <expr>?",
+            "<image> Show me the location of <expr>."),
+    "REG": ("<image> What is region <objs>?", "<image> What is <objs>?", "<image> Can you say in short what <objs> is?",
+            "<image> In one phrase, who or what is at <objs>?", "<image> How would you tell <objs> from the rest?"),
+    "GC": ("<image> What is at <objs>?", "<image> What can be seen in region <objs>?",
+           "<image> In a few words, what does <objs> show?", "<image> Can you caption the region <objs>?"),
+    "VQA": ("<image> <question>", "<image> <question> Answer in short.", "<image> In a word or two: <question>",
+            "<image> Can you answer this? <question>"),
+    "VQA_CoT": ("<image> <question> Please explain.", "<image> <question> Think first, then answer.",
+                "<image> <question> Say why.", "<image> Can you reason about this? <question>"),
+    "VQA_BCoT": ("<image> <question> Please mention related object locations.",
+                 "<image> <question> Please include object locations and explain.",
+                 "<image> <question> Point at what you speak of, and say why."),
+    "flickr30k": ("<image> Can you describe the image and include object locations?",
+                  "<image> What is going on here, and where is each thing?",
+                  "<image> In one sentence with locations: what is shown?"),
+    "image_cap": ("<image> What is in the image?", "<image> Can you describe the image?",
+                  "<image> In one sentence, what does this show?", "<image> How would you caption this picture?"),
+}
+PLACES = {"image", "expr", "objs", "question"}
+
+
+def load_prompts(path):
+    """Prompts from JSON in the layout of the originals, {task: [prompt, ...]}, perhaps under "v1"; ours for other tasks.
+
+    Raises DataError naming file and prompt if it has not exactly one <image>, or a place that nothing fills.
+    """
+    tables, out = json.loads(Path(path).read_text()), dict(PROMPTS)
+    if not isinstance(tables, dict):
+        raise DataError(f"{path}: lists of prompts by task are expected, not {type(tables).__name__}")
+    for task, prompts in tables.get("v1", tables).items():
+        for prompt in prompts:
+            places = re.findall(r"<(\w+)>", prompt)
+            if places.count("image") != 1 or not set(places) <= PLACES:
+                raise DataError(f"{path}: {task}: {prompt!r:.80}: places are one <image> and some of {sorted(PLACES)}")
+        out[task] = tuple(prompts)
+    return out
+
+
+class Ask(NamedTuple):
+    """Makes the first question of a sample from one of its prompts."""
+    prompts: tuple
+    picture: Medium
+    rng: np.random.Generator
+
+    def __call__(self, **values):
+        """Parts of a prompt drawn at random, each <name> in it replaced by the parts of that name."""
+        values["image"] = [self.picture]
+        chunks = re.split(r"<(\w+)>", str(self.rng.choice(self.prompts)))
+        return [part for i, chunk in enumerate(chunks) for part in (values[chunk] if i % 2 else [chunk]) if part != ""]
+
+
+# ---- Formats: (record, ask) -> turns
+
+def caption(row, ask):
+    """COCO captions."""
+    return [ask(), [field(row, "caption")]]
+
+
+def flickr(row, ask):
+    """Flickr30k: captions whose phrases have boxes."""
+    return [ask(), phrases(field(row, "sentence"), field(row, "boxes_seq", list), boxes_of(row))]
+
+
+def rec(row, ask):
+    """RefCOCO and Visual Genome: an expression, find its box."""
+    return [ask(expr=[field(row, "expression")]), ["Answer: ", box_of(row), " ."]]
+
+
+def res(row, ask):
+    """As rec, with a mask, about one of several expressions."""
+    mask = segmentation_mask(field(row, "mask", list), row["height"], row["width"])
+    return [ask(expr=[str(ask.rng.choice(texts(row, "expressions")))]), ["Answer: ", box_of(row, mask), " ."]]
+
+
+def reg(row, ask):
+    """RefCOCO and Visual Genome: a box, say what it holds."""
+    text = field(row, "expression") if "expression" in row else texts(row, "expressions")[0]
+    return [ask(objs=[box_of(row)]), [text]]
+
+
+def vqa(row, ask):
+    """VQAv2; its test questions come without annotation."""
+    answer = field(row["annotation"], "multiple_choice_answer") if row.get("annotation") else "UNKNOWN"
+    return [ask(question=[field(row, "question")]), answer_is(answer)]
+
+
+def vqa_e(row, ask):
+    """VQA-E: an answer with the first of its explanations."""
+    why, answer = texts(row, "explanation")[0], field(row, "multiple_answers")
+    return [ask(question=[field(row, "question")]), [f"{why} So the answer is {answer}."]]
+
+
+def vqa_x(row, ask):
+    """VQA-X: an answer with its justification."""
+    why, answer = "".join(texts(row, "justification")), field(row, "multiple_choice_answer")
+    return [ask(question=[field(row, "question")]), [f"{why} So the answer is {answer}."]]
+
+
+def pope(row, ask):
+    """POPE: is some object in the picture?"""
+    return [ask(question=[field(row, "text")]), answer_is(field(row, "label") + " ")]
+
+
+def llava(row, ask):
+    """LLaVA's conversations as they are, <image> marking the place of the picture."""
+    turns = llava_sample({**row, "image": "picture"}, "").turns
+    return [[ask.picture if isinstance(part, Medium) else part for part in turn] for turn in turns]
+
+
+def gpt4gen(row, ask, version):
+    """Shikra's reasoned answers: a the answer alone, c reasons without boxes, bc reasons with boxes."""
+    boxes = boxes_of(row)
+    question = phrases(field(row, "question"), field(row, "question_boxes_seq", list), boxes)
+    if version == "bc":
+        answer = phrases(field(row, "cot_with_ans"), field(row, "answer_boxes_seq", list), boxes)
+    else:
+        answer = [field(row, "answer") if version == "a" else bare(field(row, "cot_with_ans"))]
+    return [ask(question=question), answer]
+
+
+LETTERS = "ABCD"
+VCR_CHOOSE = " You should decide on the best choice{}and output the corresponding letter."
+VCR = {                                 # version -> its turns, each the names of parts of vcr
+    "q-a": ("question", "answer"),
+    "q-ra": ("question", "rationale answer"),
+    "qc-a": ("question options", "letter"),
+    "qc-ra": ("question options", "rationale letter"),
+    "qc-rac": ("question options", "rationale answer letter"),
+    "qa-r": ("question given why", "rationale"),
+    "q-a-q-r": ("question", "answer", "why", "rationale"),
+    "qac-r": ("question given choices", "reason"),
+    "qc-a-qc-r": ("question options", "letter", "choices", "reason"),
+}
+
+
+def vcr(row, ask, version):
+    """Visual commonsense reasoning: questions about boxes, four answers and four rationales to choose from."""
+    boxes = [check_box(box[:4]) for box in field(row, "boxes", list)[:MAX_BOXES]]           # the fifth is a score
+    answers, rationales = ([words(text, boxes) for text in field(row, f"{kind}_choices", list)]
+                           for kind in ("answer", "rationale"))
+    a, r = (label_of(row, f"{kind}_label") for kind in ("answer", "rationale"))
+    parts = {
+        "question": ["QUESTION: ", *words(field(row, "question", list), boxes)],
+        "options": ["OPTIONS: ", *lettered(answers), VCR_CHOOSE.format(" ")],
+        "choices": ["RATIONALE OPTIONS: ", *lettered(rationales),
+                    VCR_CHOOSE.format(" that explains the above answer ")],
+        "given": ["ANSWER: ", *answers[a]],
+        "why": ["You should explain the reason for the above answer."],
+        "answer": answers[a], "rationale": rationales[r],
+        "letter": answer_is(f"({LETTERS[a]})"), "reason": answer_is(f"({LETTERS[r]})"),
+    }
+    turns = []
+    for names in VCR[version]:
+        turn = []
+        for name in names.split():
+            turn += [" \n" if name in ("options", "choices", "given") else " "] * bool(turn) + parts[name]
+        turns.append(turn)
+    return [ask(question=turns[0]), *turns[1:]]
+
+
+def lettered(choices):
+    """"(A) ... (B) ..." of lists of parts."""
+    return [part for i, (letter, choice) in enumerate(zip(LETTERS, choices))
+            for part in [" " * (i > 0) + f"({letter}) ", *choice]]
+
+
+def label_of(row, key):
+    """Which of four choices is right. Raises DataError."""
+    if row[key] not in range(4) or type(row[key]) is not int:
+        raise DataError(f"{key} {row[key]!r:.20}: 0, 1, 2 or 3 is expected")
+    return row[key]
+
+
+def point_qa(row, ask, key="question"):
+    """A question about what lies in a box. The original's variants with points in place of boxes are left out."""
+    return [ask(question=[field(row, key), box_of(row)]), answer_is(str(field(row, "answer", (str, int))) + " ")]
+
+
+def visual7w(row, ask):
+    """Which of some boxes? They are listed in a random order."""
+    boxes, order = boxes_of(row, "candidates"), list(range(len(row["candidates"])))
+    answer = check_box(row["answer"])
+    if answer not in boxes:
+        raise DataError(f"answer {answer} is none of the candidates")
+    ask.rng.shuffle(order)
+    listed = [part for n in order for part in [Box(boxes[n]), " "]]
+    return [ask(question=[field(row, "question"), " Candidates: ", *listed, "answer in box format."]),
+            ["The answer is ", Box(answer), " ."]]
+
+
+def gqa(row, ask, version):
+    """a the answer, c reasons, bc reasons with boxes, s the steps of the question's program. Forms that need the scene
+    graphs are left out; no published model was trained on them."""
+    answer = answer_is(field(row, "answer"))
+    if version in ("c", "bc"):
+        cot = field(row, "cot", dict)
+        text = field(cot, "value")
+        answer = [bare(text)] if version == "c" else phrases(text, field(cot, "seq", list), boxes_of(cot))
+    elif version == "s":
+        steps = [re.sub(r" \([^()]*\)$", "", step) for step in field(row, "semanticStr").split("->")]
+        answer = ["->".join(steps) + ". ", *answer]
+    return [ask(question=[field(row, "question")]), answer]
+
+
+class Format(NamedTuple):
+    turns: Callable                     # (record, ask) -> turns
+    prompts: str = ""                   # task in PROMPTS
+    picture: str = "img_path"           # key of the picture's name
+    name: str = "*"                     # its file, * being the name
+    unpack: Callable = lambda whole: whole                      # what a .json file holds -> its records
+    stretch: bool = False               # the picture, see data.Medium
+
+
+FORMATS = {
+    "caption": Format(caption, "image_cap"),
+    "flickr": Format(flickr, "flickr30k", "image_id", "*.jpg"),
+    "rec": Format(rec, "REC"), "res": Format(res, "REC"), "reg": Format(reg, "REG"), "gc": Format(reg, "GC"),
+    "vqa": Format(vqa, "VQA", "image_path"),
+    "vqa-e": Format(vqa_e, "VQA_CoT", "file_path"), "vqa-x": Format(vqa_x, "VQA_CoT", "file_path"),
+    "pope": Format(pope, "VQA", "image"),
+    "llava": Format(llava, picture="image", name="COCO_train2014_*"),
+    "pointqa-local": Format(point_qa, "VQA", "file_path"),
+    "v7w": Format(visual7w, "VQA", "file_path"),
+} | {
+    f"gpt4gen-{v}": Format(partial(gpt4gen, version=v), task)
+    for v, task in (("a", "VQA"), ("c", "VQA_CoT"), ("bc", "VQA_BCoT"))
+} | {
+    f"vcr-{v}": Format(partial(vcr, version=v), "VQA" if "r" not in v else "VQA_BCoT", "img_fn") for v in VCR
+} | {
+    f"pointqa-twice-{v}": Format(partial(point_qa, key=f"{key}_question"), "VQA", "file_path")
+    for v, key in (("oq", "obj"), ("sq", "super"), ("gq", "general"))
+} | {
+    f"gqa-{v}": Format(partial(gqa, version=v), task, "imageId", "*.jpg")
+    for v, task in (("a", "VQA"), ("c", "VQA_CoT"), ("bc", "VQA_BCoT"), ("s", "VQA_CoT"))
+}
+
+
+class Rows:
+    """A data set file in one of FORMATS as Samples, pictures in the folder `images`.
+
+    Prompts and other choices depend on seed and record number alone. Raises ValueError for an unknown format, DataError
+    naming file and record for a record that is malformed.
+    """
+
+    def __init__(self, path, format, images, prompts=PROMPTS, seed=0):
+        if format not in FORMATS:
+            raise ValueError(f"{path}: no format {format!r}; there are: {', '.join(FORMATS)}")
+        self.path, self.images, self.format, self.seed = Path(path), images, FORMATS[format], seed
+        self.prompts = (TALKS | prompts).get(self.format.prompts, ())
+        self.records = Lines(path) if self.path.suffix == ".jsonl" else read_records(path, self.format.unpack)
+
+    def __len__(self):
+        return len(self.records)
+
+    def sizes(self):
+        """Rough length of each record."""
+        if isinstance(self.records, Lines):
+            return np.diff(self.records.ends).tolist()
+        return [len(str(record)) for record in self.records]
+
+    def __getitem__(self, i):
+        row = self.records[i]
+        with naming(self.path, i, row):
+            return to_sample(row, self.format, self.images, self.prompts, np.random.default_rng([self.seed, i]))
+
+
+def open_set(name, media="", draw=False):
+    """The data set FILE (LLaVA or caption records), nextgpt:FILE (see Dialogs) or FORMAT:FILE, a row of FORMATS; its media in
+    the folder `media`, default beside the file."""
+    format, _, path = name.rpartition(":")
+    if format == "nextgpt":
+        return Dialogs(path, media or None, draw)
+    return Rows(path, format, media or Path(path).parent) if format else Conversations(path, media or None)
+
+
+def to_sample(row, format, images, prompts, rng):
+    """A record -> Sample. Raises DataError (and what the standard types raise for a record that is no dict)."""
+    name = str(field(row, format.picture, (str, int)))
+    picture = Medium("image", str(safe_join(images, format.name.replace("*", name))), stretch=format.stretch)
+    return Sample(format.turns(row, Ask(prompts, picture, rng)), str(row.get("id", row.get("question_id", ""))), row)
+
+
+# ---- Mixtures: lists of items in, a list of items out
+
+def items(sets):
+    """Data sets {name: set} -> {name: its (set number, record number) pairs}, what Prepared takes as `where`."""
+    return {name: [(s, i) for i in range(len(one))] for s, (name, one) in enumerate(sets.items())}
+
+
+def subset(source, portion, seed=None):
+    """The first int(portion * n) items, shuffled before if there is a seed."""
+    order = np.arange(len(source))
+    if seed is not None:
+        np.random.default_rng(seed).shuffle(order)
+    return [source[i] for i in order[:int(len(source) * portion)]]
+
+
+def shuffled(sources, seed=42, portion=1):
+    """One list of all items in a random order; a portion above 1 repeats them."""
+    whole = sum(sources, [])
+    order = list(range(len(whole))) * math.ceil(portion)
+    np.random.default_rng(seed).shuffle(order)
+    return [whole[i] for i in order[:int(len(whole) * portion)]]
+
+
+def interleave(sources, p=None, seed=None, all_exhausted=False):
+    """Items of several sources, the next one's drawn with probabilities p, until the first source is used up.
+
+    all_exhausted: until each has been, shorter ones starting again. Without p they take turns, in whole rounds.
+    """
+    lengths = [len(source) for source in sources]
+    if p is None:
+        return [source[i % len(source)] for i in range((max if all_exhausted else min)(lengths)) for source in sources]
+    draws, at, out = draw(len(sources), p, seed), [0] * len(sources), []
+    while not (all if all_exhausted else any)(i >= n for i, n in zip(at, lengths)):
+        s = next(draws)
+        out.append(sources[s][at[s] % lengths[s]])
+        at[s] += 1
+    return out
+
+
+def draw(n, p, seed):
+    """Endless source numbers."""
+    rng = np.random.default_rng(seed)
+    while True:
+        yield from rng.choice(n, 1000, p=p).tolist()
+
+
+def nextchat_1(s):
+    """The first stage, to be shuffled by the trainer."""
+    whole = ("vqa", "caption", "rec", "reg", "flickr", "vcr", "v7w")
+    return sum((s[name] for name in whole), subset(s["gc"], 1 / 20, 42) + subset(s["recvg"], 1 / 10, 43))
+
+
+def nextchat_2(s, seed=0):
+    """The second stage. The original draws the two interleavings without a seed."""
+    talk = shuffled([s["gpt4gen"], s["gpt4gen-rd"], subset(s["llava"], 1 / 3, 42)])
+    tasks = [s["flickr"], s["rec"], shuffled([s["vqa"], s["vqa-e"], s["vqa-x"]], 43), shuffled([s["vcr"]], 44),
+             shuffled([s["caption"], subset(s["gc"], 1 / 15, 42)], 47)]
+    return interleave([talk, interleave(tasks, [0.2] * 5, seed)], [0.5, 0.5], seed)
+
+
+MIXTURES = {                            # (system, stage) -> {name: items} -> items
+    ("nextchat", 1): nextchat_1, ("nextchat", 2): nextchat_2, ("nextchat", 3): lambda s: s["res"],
+}
+
+
+def mock(image_size):
+    """The sample that NExT-Chat puts last in every batch of stages 1 and 2: its box parts then always have a gradient."""
+    box = Box((), tensor=torch.tensor([0.08, 0.194, 0.381, 0.739]))
+    picture = Medium("image", tensor=torch.zeros(3, image_size, image_size))
+    return Sample([[picture, " Where is it?"], ["Answer: ", box, " ."]])
+
+
+# ---- NExT-GPT
+# A root folder holds images/, videos/, audios/ and embed/. What a medium's caption becomes in the text tower of the
+# diffusion model that draws such media lies in embed/<its file name>.npy.
+
+WRITERS = {"image": "img", "video": "vid", "audio": "aud"}     # kind of medium -> its writer
+CAPTION_MARKS = re.compile(r'["()*#:;~]')
+INLINE = re.compile(r"<(Image|Video|Audio)>(.*?)</\1>", re.S)
+
+
+def process_caption(text):
+    """A caption as NExT-GPT's pairs have it: lower case, some marks blanked, white space squeezed."""
+    text = re.sub(r"\s{2,}", " ", CAPTION_MARKS.sub(" ", text.lower()))
+    return text.rstrip("\n").strip(" ")
+
+
+def shown(kind, name, root):
+    """The Medium of a file name."""
+    return Medium(kind, str(safe_join(root / f"{kind}s", name)))
+
+
+def drawn(kind, name, root):
+    """The Signal that asks for a medium like the one of a file name."""
+    return Signal(WRITERS[kind], str(safe_join(root / "embed", PurePosixPath(name).name + ".npy")))
+
+
+def pair_turns(row, root, draw):
+    """{image_name|video_name|audio_name, caption} -> turns that ask for the caption, or (draw) for the medium."""
+    kind = next((kind for kind in KINDS if f"{kind}_name" in row), None)
+    if kind is None:
+        raise DataError("neither image_name, video_name nor audio_name")
+    caption, name = process_caption(row["caption"]), row[f"{kind}_name"]
+    if draw:
+        return [[caption], [caption, drawn(kind, name, root)]]
+    return [[shown(kind, name, root), "generate a caption"], [caption]]
+
+
+def alpaca_turns(row, root):
+    """{instruction, input, output}. parity: nothing stands between the first two."""
+    return [[row["instruction"] + row["input"]], [row["output"]]]
+
+
+def spoken(row):
+    """The rows of a conversation. Raises DataError unless user and assistant alternate and an answer ends it."""
+    turns = row["conversation"] if "conversation" in row else row["conversations"]
+    users = [turn["from"].lower() in ("human", "user") for turn in turns]
+    if not turns or users != [True, False] * (len(turns) // 2):
+        raise DataError(f"user and assistant must alternate, and an answer end the conversation: {users}")
+    return turns
+
+
+def dialog_turns(row, root):
+    """PandaGPT's and NExT-GPT's conversations -> turns.
+
+    A turn's medium follows from its modality or its <image> tag; where there is neither, the first question shows the
+    record's picture, unless that is called 00000000000.
+    """
+    out, pictured = [], (row.get("image_name") or row.get("image") or "").strip("0")
+    for i, turn in enumerate(spoken(row)):
+        text, tag = turn["value"], TAGS.search(turn["value"])
+        kind = turn.get("output_modality" if i % 2 else "input_modality")
+        kind = kind or (tag[0][1:-1] if tag else "image" if pictured and i == 0 else "text")
+        text = TAGS.sub("", text).strip() if tag else text
+        asked, given = ("mm_name", f"output_{kind}", f"{kind}_name"), (f"{kind}_name", f"input_{kind}", kind, "mm_name")
+        name = next((row[key] for key in (asked if i % 2 else given) if key in row), None)
+        if kind != "text" and (kind not in WRITERS or name is None):
+            raise DataError(f"turn {i + 1}: no file of the kind {kind!r:.40}; there are {', '.join(WRITERS)}")
+        if kind == "text":
+            out.append([text])
+        else:
+            out.append([text, drawn(kind, name, root)] if i % 2 else [shown(kind, name, root), text])
+    return out
+
+
+def mosit_turns(row, root):
+    """MosIT's raw dialogs, {image_list, video_list, audio_list, conversation}, with <Image>its caption</Image> in texts."""
+    names = {(kind, item["caption"]): item[f"{kind}_name"] for kind in KINDS for item in row[f"{kind}_list"]}
+    out = []
+    for i, turn in enumerate(spoken(row)):
+        text, *found = INLINE.split(turn["value"])
+        content = [text]
+        for kind, caption, text in zip(found[::3], found[1::3], found[2::3]):
+            make = drawn if i % 2 else shown
+            content += [make(kind.lower(), names[kind.lower(), caption], root), text]
+        out.append([part for part in content if part != ""])
+    return out
+
+
+def turns_of(row, root, draw=False):
+    """Turns of a record in any format of this section, told by its keys. Raises DataError, KeyError, TypeError."""
+    if "caption" in row:
+        return pair_turns(row, root, draw)
+    if "instruction" in row:
+        return alpaca_turns(row, root)
+    return (mosit_turns if "image_list" in row else dialog_turns)(row, root)
+
+
+def read_embedding(path):
+    """Caption embedding of an .npy file, float32 (tokens, width) or (width,). Raises MediaError."""
+    try:
+        x = np.load(check_file(path), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise MediaError(f"{path}: not an array of numbers ({error!s:.80})") from None
+    if x.dtype.kind != "f" or x.ndim not in (1, 2) or not np.isfinite(x).all():
+        raise MediaError(f"{path}: not a caption embedding but {x.dtype} {x.shape}, or its numbers are not finite")
+    return torch.from_numpy(x.astype(np.float32))
+
+
+class Dialogs:
+    """A file of NExT-GPT's formats as Samples. Records whose media are absent are passed over and named once, on stderr.
+
+    root: see above; default: beside the file. draw: caption pairs teach to draw, not to caption. Raises DataError
+    naming file and record for one that is malformed.
+    """
+
+    def __init__(self, path, root=None, draw=False):
+        self.path, self.root, self.draw = Path(path), Path(root or Path(path).parent), draw
+        rows = read_records(path)
+        absent = [self.absent(row) for row in rows]
+        self.records = [row for row, name in zip(rows, absent) if not name]
+        if names := sorted(set(filter(None, absent))):
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            print(f"{path}: passing over {len(rows) - len(self)} of {len(rows)} records; absent: {shown}", file=sys.stderr)
+
+    def absent(self, row):
+        """A file that the record needs and that is not there, or "". A malformed record raises when it is asked for."""
+        try:
+            turns = turns_of(row, self.root, self.draw)
+        except (DataError, KeyError, TypeError, AttributeError, IndexError):
+            return ""
+        paths = (part.path for turn in turns for part in turn if not isinstance(part, str))
+        return next((path for path in paths if not Path(path).is_file()), "")
+
+    def __len__(self):
+        return len(self.records)
+
+    def sizes(self):
+        """Rough length of each record."""
+        return [len(str(record)) for record in self.records]
+
+    def __getitem__(self, i):
+        row = self.records[i]
+        with naming(self.path, i, row):
+            turns = turns_of(row, self.root, self.draw)
+        for part in (part for turn in turns for part in turn if isinstance(part, Signal)):
+            part.embeds = read_embedding(part.path)
+        return Sample(turns, str(row.get("id", "")), row)
+
+
+def in_turns(sizes, batch, seed):
+    """Batches of one epoch over several data sets in NExT-GPT's order, as sample numbers counted through all sets.
+
+    A batch is of one set. The sets take turns until the largest was seen; one that is used up starts again in another
+    order. Raises ValueError for a set that fills no batch.
+    """
+    if min(sizes) < batch:
+        raise ValueError(f"data sets of {sizes} samples: each must fill a batch of {batch}")
+    rng = torch.Generator().manual_seed(seed)
+
+    def batches(start, n):
+        while True:
+            own = torch.Generator().manual_seed(torch.empty((), dtype=torch.int64).random_(generator=rng).item())
+            order = (start + torch.randperm(n, generator=own)).tolist()
+            yield from (order[i:i + batch] for i in range(0, n - n % batch, batch))
+    starts = np.cumsum([0, *sizes]).tolist()
+    sets = [batches(start, n) for start, n in zip(starts, sizes)]
+    return [next(one) for _ in range(-(-max(sizes) // batch)) for one in sets]
+
+
+# ---- ChatterBox
+# A Box of kind "region" is what a question is about, one of kind "find" at the end of a question is what it asks for.
+
+class Round(NamedTuple):
+    question: str
+    given: list                         # [(name, xyxy)] of the question's annotation
+    answer: str
+    shown: list                         # and of the answer's
+
+
+ANNOTATION = re.compile(r"<(?!it>|region>)(.+?)>")
+IGNORED = re.compile(r";|x1|\?|\[\]|\[0,0,0,0\]")
+PLACE = re.compile(r"[<\[](it|region)[>\]]")
+
+
+def corners_of(box, width=math.inf, height=math.inf):
+    """x, y, width, height of a box from a file -> xyxy. Raises DataError."""
+    if is_list(box, (int, float)) and len(box) == 4:
+        box = [*box[:2], box[0] + box[2], box[1] + box[3]]
+    return check_box(box, width, height)
+
+
+def annotated(text, read):
+    """"A cup. <cup:[1, 2, 3, 4], red jar:[5, 6, 7, 8]>" -> "A cup. ", [("cup", box), ("red jar", box)]. Raises DataError."""
+    found, boxes = ANNOTATION.search(text), []
+    if not found:
+        return text, []
+    for part in [] if IGNORED.search(found[1]) else found[1].split("]")[:-1]:
+        name, _, numbers = part.partition("[")
+        try:
+            boxes.append((name.strip(" ,:"), read([float(x) for x in numbers.split(",")])))
+        except ValueError as error:
+            raise DataError(f"annotation {found[0]!r:.80}: {error}") from None
+    return text[:found.start()], boxes
+
+
+def rounds(row, read=check_box, cut=True):
+    """The rounds of a record's conversation. read: numbers of an annotation -> xyxy. Raises DataError.
+
+    parity: a leading answer is left out; with `cut` a question without annotation loses its last character.
+    """
+    turns = field(row, "conversation", list)
+    turns = turns[1:] if turns and turns[0]["from"] == "gpt" else turns
+    if [turn["from"] for turn in turns] != (["human", "gpt"] * len(turns))[:len(turns)]:
+        raise DataError("turns of human and gpt must alternate")
+    texts = [field(turn, "value") for turn in turns]
+    out = [Round(*annotated(q if "<" in q or not cut else q[:-1], read), *annotated(a, read))
+           for q, a in zip(texts[::2], texts[1::2])]
+    if not out:
+        raise DataError("no question with an answer")
+    return out
+
+
+def talk(rows, prefix, picture):
+    """Turns of rounds (question, answer), each a list of parts, with the prefix and the picture in it in front."""
+    before, after = prefix.split("<image>")
+    turns = [list(turn) for pair in rows for turn in pair]
+    turns[0] = [before, picture, after, *turns[0]]
+    return [[part for part in turn if part != ""] for turn in turns]
+
+
+FRONT = "<image>\n "
+
+
+def plain(r):
+    """A round without boxes."""
+    return [PLACE.sub(r"\1", r.question)], [r.answer]
+
+
+def asking(r):
+    """A round that asks for the first box of its answer."""
+    return [*plain(r)[0], Box(r.shown[0][1], kind="find")], [r.answer]
+
+
+def late_start(rng, n, last):
+    """Where a talk of n rounds begins: anywhere, oftener early, but not after the round `last`."""
+    places = [rng.integers(2 * n), *(2 * n // part for part in (2, 4, 6, 8))]               # counted in turns
+    return min(int(rng.choice(places)) // 2, last) if n > 1 else 0
+
+
+def cb_gnd(row, ask, read=check_box):
+    """A question, find the box of its answer."""
+    first = rounds(row, read, cut=False)[0]
+    if not first.shown:
+        raise Unfit("the first answer has no box")
+    return talk([asking(first)], FRONT, ask.picture)
+
+
+def cb_chain(row, ask, late=False):
+    """A talk up to the first question whose answer has just one box: find it. (The original's loader finds none.)"""
+    whole = rounds(row)
+    fit = [i for i, r in enumerate(whole) if len(r.shown) == 1]
+    if not fit:
+        raise Unfit("no answer has just one box")
+    start = late_start(ask.rng, len(whole), fit[-1]) if late else 0
+    end = min(i for i in fit if i >= start)
+    return talk([*map(plain, whole[start:end]), asking(whole[end])], FRONT, ask.picture)
+
+
+def cb_vqa(row, ask):
+    """A talk without its boxes."""
+    return talk(map(plain, rounds(row)), FRONT, ask.picture)
+
+
+def cb_mrg(row, ask):
+    """A talk up to a question that names one box, if the lot falls on it: "the region" stands there for the name."""
+    whole, rows = rounds(row), []
+    for r in whole[late_start(ask.rng, len(whole), len(whole) - 1):]:
+        name = re.compile(rf"(?<!\w)(?:the )?{re.escape(r.given[0][0])}(?!\w)") if len(r.given) == 1 else None
+        if name and name.search(r.question) and ask.rng.random() < 0.3:
+            instead = str(ask.rng.choice(["the region", "this region"]))
+            before, after = name.split(r.question, 1)
+            region = Box(r.given[0][1], kind="region")
+            rows.append(([before + instead + " ", region, " " + after], [name.sub(instead, r.answer)]))
+            break
+        rows.append(plain(r))
+    return talk(rows, FRONT, ask.picture)
+
+
+def cb_ref(row, ask, read=check_box, late=True):
+    """A talk up to the first question that says <it> or <region>, once for each of its boxes."""
+    whole = rounds(row, read)
+    fit = [i for i, r in enumerate(whole) if 0 < len(r.given) == len(PLACE.findall(r.question))]
+    if not fit:
+        raise Unfit("no question says <it> or <region> once for each of its boxes")
+    start = late_start(ask.rng, len(whole), fit[-1]) if late else 0
+    end = min(i for i in fit if i >= start)
+    chunks = PLACE.split(whole[end].question)                   # text, it, text, region, text
+    regions = [part for text, word, (_, box) in zip(chunks[::2], chunks[1::2], whole[end].given)
+               for part in (f"{text}{word} ", Box(box, kind="region"), " ")]
+    return talk([*map(plain, whole[start:end]), ([*regions, chunks[-1]], [whole[end].answer])], FRONT, ask.picture)
+
+
+class Talk(NamedTuple):
+    """How to speak about the regions of a picture."""
+    prefix: str                         # with <image>
+    questions: tuple                    # one is drawn for each region, <objs> its place
+    heads: tuple                        # before what an answer says
+    tails: tuple                        # and after it
+    name: str = "region{i} "            # of a region in a question
+    limit: int = 15                     # regions
+    first: tuple = ()                   # questions about all of them, which the caption answers
+
+
+QUESTIONS = ("What is at <objs>?", "Can you say what <objs> shows?", "Please tell me about <objs>.",
+             "How would you describe <objs>?")
+HEADS, TAILS = ("It is a ", "There is a "), (".", " there.")
+ONE = Talk("<image>\n Describe the region so that nobody can take another thing for it.", ("<objs>",), HEADS, TAILS,
+           name=" ")
+TALKS = {                               # ours; load_talks reads the originals'
+    "talk-coco": Talk("<image>\nName the kind of thing in each region.\n", ("<objs>",), HEADS, TAILS, "", 60),
+    "talk-refcoco": ONE,
+    "talk-refcoco+": ONE._replace(prefix=ONE.prefix + " Do not say where it is."),
+    "talk-refcocog": Talk("Here is a picture: <image>\n", QUESTIONS, HEADS, TAILS),
+    "talk-vg": Talk("Here is a picture: <image>\n", QUESTIONS, HEADS, TAILS),
+    "talk-flickr30k": Talk("Here is a picture: <image>\n", ("Which words speak of <objs>?", "What did you say of <objs>?"),
+                           ("It is the ", "There is the "), TAILS, limit=150,
+                           first=("What do <objs> show?", "Describe <objs>.")),
+}
+
+
+def load_talks(path):
+    """TALKS of the originals' own words, from JSON {set: {prefix, questions, heads, tails, ...}}. Raises DataError."""
+    tables, out = json.loads(Path(path).read_text()), {}
+    for task in (name.removeprefix("talk-") for name in TALKS):
+        try:
+            row = tables["refcoco"] | {key: value for key, value in tables[task].items() if value != "as refcoco"}
+            first, questions = ([q.replace(tables["placeholder"], "<objs>") for q in qs]
+                                for qs in (row.get("first_questions", ()), row.get("follow_questions", row["questions"])))
+            prefix = re.sub("{.*?}", ", ".join(row.get("classes", ())), row["prefix"])
+            one = Talk(prefix, tuple(questions), tuple(row["heads"]), tuple(row["tails"]),
+                       "region{i} " if first else row["replace_with"].replace("<bbox>", ""), row["max_boxes"], tuple(first))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}: {task}: {type(error).__name__} {error}") from None
+        if one.prefix.count("<image>") != 1 or any(q.count("<objs>") != 1 for q in one.questions + one.first):
+            raise DataError(f"{path}: {task}: one <image> in the prefix and one placeholder in each question are expected")
+        out["talk-" + task] = one
+    return out
+
+
+def under_data(whole):
+    """The records of {"data": [...]}."""
+    return whole["data"]
+
+
+def by_picture(whole):
+    """COCO's {images, annotations, categories} -> the images as records, each with its `boxes`: annotations without crowds."""
+    names, boxes = {kind["id"]: kind["name"] for kind in whole["categories"]}, {}
+    for one in whole["annotations"]:
+        if not one.get("iscrowd"):
+            kept = {key: value for key, value in one.items() if key != "segmentation"}      # most of the file
+            boxes.setdefault(one["image_id"], []).append(kept | {"name": names.get(one["category_id"])})
+    return [picture | {"boxes": boxes.get(picture["id"], [])} for picture in whole["images"]]
+
+
+def regions(row, ask, label):
+    """[(label, Box)] in a random order, without those that are hardly to be seen. Raises DataError."""
+    width, height, found = field(row, "width", int), field(row, "height", int), []
+    for one in field(row, "boxes", list):
+        x1, y1, x2, y2 = box = corners_of(one["bbox"], width, height)
+        if min(x2 - x1, y2 - y1) >= 1 and 224 * min((x2 - x1) / width, (y2 - y1) / height) >= 2:
+            found.append((label(row, one), Box(box, kind="region")))
+    if not found:
+        raise Unfit("no box that is two pixels large when the picture is 224")
+    return [found[i] for i in ask.rng.permutation(len(found))[:ask.prompts.limit]]
+
+
+def answer_about(what, ask):
+    """An answer with a head and a tail."""
+    return [str(ask.rng.choice(ask.prompts.heads)) + what + str(ask.rng.choice(ask.prompts.tails))]
+
+
+def question_about(questions, parts, rng):
+    """One of some questions, the parts in its place for regions."""
+    before, after = str(rng.choice(questions)).split("<objs>")
+    return [before, *parts, after]
+
+
+def by_region(row, ask, label):
+    """A round for each region."""
+    rows = []
+    for i, (what, box) in enumerate(regions(row, ask, label), 1):
+        question = question_about(ask.prompts.questions, [ask.prompts.name.replace("{i}", str(i)), box], ask.rng)
+        rows.append((question, answer_about(what, ask)))
+    return talk(rows, ask.prompts.prefix, ask.picture)
+
+
+def ref_caption(row, one):
+    """RefCOCO: the caption of the picture's entry, which is about one thing."""
+    if len(field(row, "caption").split()) < 3:
+        raise Unfit("a caption of less than three words")
+    return row["caption"]
+
+
+def own_caption(row, one):
+    """Visual Genome."""
+    return field(one, "caption").removeprefix("a ")
+
+
+def category(row, one):
+    """COCO."""
+    return field(one, "name")
+
+
+def low(text):
+    """A sentence made part of another."""
+    return text.lower().removesuffix(".")
+
+
+def span(row, one):
+    """Flickr30k: the first stretch of the caption that speaks of a box. Raises DataError."""
+    (start, end), caption = one["tokens_positive"][0], field(row, "caption")
+    if not 0 <= start < end <= len(caption):
+        raise DataError(f"tokens_positive {one['tokens_positive']!r:.40}: outside the caption")
+    return low(caption[start:end])
+
+
+def flickr_regions(row, ask):
+    """The caption for all regions together, then which words of it speak of each."""
+    found, rng = regions(row, ask, span), ask.rng
+    together = [part for i, (_, box) in enumerate(found, 1)
+                for part in (ask.prompts.name.replace("{i}", str(i)), box, ",")]
+    rows = [(question_about(ask.prompts.first, together, rng), answer_about(low(field(row, "caption")), ask))]
+    for i, (what, _) in enumerate(found, 1):
+        rows.append((question_about(ask.prompts.questions, [f"region {i}"], rng), answer_about(what, ask)))
+    return talk(rows, ask.prompts.prefix, ask.picture)
+
+
+CHATTERBOX = {
+    name: Format(turns, picture="image", unpack=under_data) for name, turns in {
+        "cb-refcoco-gnd": partial(cb_gnd, read=corners_of), "cb-coco-gnd": cb_gnd, "cb-gnd": partial(cb_chain, late=True),
+        "cb-lc-gnd": cb_chain, "cb-lc": cb_vqa, "cb-mrg": cb_vqa, "cb-mrg-ref": cb_mrg, "cb-ref": cb_ref,
+        "cb-refcoco-ref": partial(cb_ref, read=corners_of, late=False)}.items()
+} | {
+    f"{name}-regions": Format(turns, f"talk-{name}", "file_name", unpack=by_picture, stretch=True) for name, turns in {
+        "coco": partial(by_region, label=category), "refcoco": partial(by_region, label=ref_caption),
+        "refcoco+": partial(by_region, label=ref_caption), "refcocog": partial(by_region, label=ref_caption),
+        "vg": partial(by_region, label=own_caption), "flickr30k": flickr_regions}.items()
+} | {"llava-instruct": Format(llava, picture="image")}
+FORMATS |= CHATTERBOX
+
+GROUNDING = {"cb-refcoco-gnd": 5, "cb-coco-gnd": 8, "cb-gnd": 1, "cb-lc-gnd": 1}            # how often each is drawn
+REFERRING = {"cb-mrg-ref": 3, "cb-ref": 2, "cb-refcoco-ref": 3, "coco-regions": 1, "refcoco-regions": 1,
+             "refcoco+-regions": 1, "refcocog-regions": 1, "vg-regions": 1, "flickr30k-regions": 1}
+TALKING = {"cb-lc": 2, "cb-mrg": 1, "llava-instruct": 7}
+
+
+def draws(s, rates, n, rng):
+    """n items: sources drawn by their rates, an item of each evenly."""
+    sources, p = [s[name] for name in rates], np.array([*rates.values()]) / sum(rates.values())
+    return [sources[k][rng.integers(len(sources[k]))] for k in rng.choice(len(rates), n, p=p)]
+
+
+def chatterbox_1(s, n=10 ** 6, seed=0):
+    """The first stage."""
+    return draws(s, GROUNDING, n, np.random.default_rng(seed))
+
+
+def chatterbox_2(s, steps=10, batch=960, seed=0):
+    """The second stage, in whole batches of one kind each, to be kept in this order: a batch that asks for boxes teaches no
+    text. A step is a batch of grounding; every fifth brings one of talks and every tenth one of regions as well."""
+    rng = np.random.default_rng(seed)
+    return [item for step in range(1, steps + 1) for rates, every in ((GROUNDING, 1), (REFERRING, 10), (TALKING, 5))
+            if step % every == 0 for item in draws(s, rates, batch, rng)]
+
+
+MIXTURES |= {("chatterbox", 1): chatterbox_1, ("chatterbox", 2): chatterbox_2}

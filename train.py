@@ -1,34 +1,38 @@
-"""One training loop for every system and stage. A stage is a row of STAGES: what learns, on what, with which numbers.
+"""One training loop for every system and stage, on one core or many GPUs. A stage is a row of STAGES: what learns, how fast.
 
-    python train.py system=tiny stage=1 data=shapes/captions.json tokenizer=shapes/tokenizer.model out=runs/tiny1
+    python train.py system=tiny stage=1 data=shapes/words.json tokenizer=shapes/tokenizer.model out=runs/tiny1
     python train.py system=tiny stage=2 data=shapes/conversations.json init=runs/tiny1/weights out=runs/tiny2
-    python train.py system=chatbind stage=1 init=weights/chatbind data=cc3m/chat.json media=cc3m/images out=runs/stage1
+    torchrun --standalone --nproc-per-node 8 train.py system=chatbind stage=2 init=weights/chatbind data=chat.json out=runs/stage2
 
-In order: settings, stages, what learns and how fast, one step, checkpoints, the loop.
-Flags are the fields of Settings, written --steps 100, --steps=100 or steps=100. Running the same command again resumes.
+In order: settings, stages, schedules, what learns and how fast, one step, preparing, the loop.
+Flags are the fields of Settings, written --steps 100, --steps=100 or steps=100. Running the same command again resumes, on
+any number of processes: they share out weights, gradients and optimizer (ranks.py) and compute what one would.
 """
 import argparse
-import hashlib
 import json
 import math
 import random
 import re
+import resource
 import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
 import torch
 import torch.nn as nn
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
+import datasets
 import model as M
+from ranks import FULL, fill, find_checkpoint, join, leave_ranks, local, ranks, restore, rows, save_checkpoint, shard, share, whole
 
 
 # ---- Settings and stages
@@ -37,31 +41,35 @@ import model as M
 class Settings:
     system: str = "tiny"                # with stage: the row of STAGES
     stage: int = 1
-    data: str = "shapes/conversations.json"     # one or more LLaVA or caption files, separated by commas
+    data: str = "shapes/conversations.json"     # LLaVA or caption files, or FORMAT:FILE (see datasets.py), with commas between
     media: str = ""                     # folder that media names start from; default: beside each file
     init: str = ""                      # weights folder to start from; empty: a new model of the preset called `system`
     tokenizer: str = ""                 # tokenizer.model for a new model
     projector: str = ""                 # stage 1's learned tensors (its model.safetensors), laid over init
     out: str = "runs/tiny"              # checkpoints, metrics.jsonl and, at the end, the folder `weights`
-    epochs: float = 0                   # this and the next six: 0 = the stage's own
-    steps: int = 0                      # overrides epochs
-    batch: int = 0                      # samples per update, whatever the number of devices
+    export: str = ""                    # write the model, as the newest checkpoint has it, as this weights folder, and leave
+    epochs: float = 0                   # this and the next eight: 0 = the stage's own
+    batch: int = 0                      # samples per update, whatever the number of processes
     lr: float = 0.0
+    warmup: float = 0.0                 # share of steps in which lr rises
+    weight_decay: float = 0.0
+    beta2: float = 0.0                  # of AdamW
     save_every: int = 0
     keep: int = 0                       # newest checkpoints kept
-    micro: int = 0                      # samples per forward; batch / micro are accumulated; 0 = batch
+    steps: int = 0                      # overrides epochs
+    micro: int = 0                      # samples per forward of a process; the rest is accumulated; 0 = all at once
     max_len: int = 2048                 # tokens per sample
-    warmup: float = 0.03                # share of steps in which lr rises
+    pack: int = 0                       # put short samples into common rows of so many tokens; 0 = a row for each
     clip: float = 1.0                   # gradient norm
-    weight_decay: float = 0.0
-    beta2: float = 0.999                # of AdamW
     seed: int = 0
-    workers: int = 2
+    workers: int = 2                    # loader processes; the order of the data does not depend on them
     log_every: int = 10
     max_bad: int = 100                  # unusable records that may be replaced
     resume: str = "auto"                # auto, none, or a checkpoint folder
     device: str = ""                    # default: cuda if there is one
     precision: str = ""                 # of the maths: bf16 or fp32; default: bf16 on a GPU, else fp32
+    checkpoint: str = ""                # recompute in the backward pass: block = all of a block, select = all but its products
+    compile: int = 0                    # 1 = torch.compile every block
     save_dtype: str = ""                # of the final weights: float16, bfloat16; default as trained
     stop_after: int = 0                 # leave after so many steps with a checkpoint, as a signal would
 
@@ -75,19 +83,51 @@ class Stage:
     rows: tuple[str, ...] = ()          # of the embedding, only the rows of these tokens learn
     slow: str = ""                      # parameters (regex) that learn at `slow_lr` times the rate
     slow_lr: float = 1.0
+    schedule: str = "cosine"            # row of SCHEDULES
+    warmup: float = 0.03
+    first_lr: float = 0.0               # of the very first update, whatever the schedule says; 0 = as it says
+    weight_decay: float = 0.0
+    beta2: float = 0.999
+    draw: bool = False                  # caption files teach to draw, not to caption
     save_every: int = 1000
     keep: int = 3
+    weights: dict = field(default_factory=dict)     # of losses by name; the others count once
+    hush: str = ""                      # a batch with losses of this writer teaches no text
+    words: bool = False                 # learn no sentences but which words each has, see Model.word_loss
 
 
+OWN = "epochs", "batch", "lr", "warmup", "weight_decay", "beta2", "save_every", "keep"      # what a flag may override
 PROJECTOR = r"readers\.\w+\.projector\..*"
+NEXTCHAT = PROJECTOR + r"|llm\..*|readers\.box\..*|writers\.at\.loc_decoder\..*"
+NEXTCHAT_BOXES = {"at_l1": 2, "at_giou": 0.2}
+# parity: ChatterBox's Swin runs without gradient. All rows of the vocabulary learn.
+CHATTERBOX = (r"llm\..*\.lora_[AB]|llm\.embed\.weight|llm\.lm_head\.weight|readers\.region\..*|writers\.vg\.query\..*"
+              r"|writers\.vg\.locator\.(?!swin\.).*")
+CHATTERBOX_STAGE = dict(lr=3e-5, batch=960, schedule="linear", warmup=1 / 300, beta2=0.95, save_every=50,
+                        weights={"vg_focal": 2, "vg_l1": 5, "vg_giou": 2}, hush="vg_")
 TOWER = r"readers\.\w+\.tower\..*"
+TINY_WORDS = r"readers\.imagebind\..*|llm\.norm\.weight|llm\.embed\.weight"
+TOKENS, SIGNALS, LORA = r"llm\.embed\.weight|llm\.lm_head\.weight|", r"writers\.\w+\.proj\..*", r"llm\..*\.lora_[AB]"
+# parity: all of the embedding and of lm_head learn in every stage, and the first update has a rate of its own
+NEXTGPT = Stage(TOKENS + PROJECTOR, lr=5e-4, batch=18, schedule="logarithmic", warmup=0.1, first_lr=4e-4,
+                weight_decay=1e-3, beta2=0.95)
 STAGES = {
     ("chatbind", 1): Stage(PROJECTOR + r"|llm\.embed\.weight", lr=2e-3, batch=128, rows=("<im_start>", "<im_end>"),
                            save_every=2400, keep=1),
     ("chatbind", 2): Stage(PROJECTOR + r"|llm\..*", lr=2e-5, batch=32, epochs=3, save_every=5000),
-    # A new encoder at the full rate learns within 100 steps to say the same of every picture, and stays there long.
-    ("tiny", 1): Stage(r".*", lr=1.5e-3, batch=48, slow=TOWER, slow_lr=0.1),
-    ("tiny", 2): Stage(r".*", lr=1e-3, batch=48, slow=TOWER, slow_lr=0.3),
+    ("nextchat", 1): Stage(NEXTCHAT, lr=2e-5, batch=64, epochs=2, save_every=5000, weights=NEXTCHAT_BOXES),
+    ("nextchat", 2): Stage(NEXTCHAT, lr=2e-5, batch=64, epochs=3, save_every=4950, weights=NEXTCHAT_BOXES),
+    ("nextchat", 3): Stage(r"writers\.at\.seg_prompt_mlp\..*|writers\.at\.sam\.mask_decoder\..*", lr=2e-5, batch=64, epochs=3,
+                           save_every=5000, weights={"lm": 0, "at_focal": 20}),
+    ("chatterbox", 1): Stage(CHATTERBOX, **CHATTERBOX_STAGE),
+    ("chatterbox", 2): Stage(CHATTERBOX, **CHATTERBOX_STAGE),
+    ("nextgpt", 1): NEXTGPT,
+    ("nextgpt", 2): replace(NEXTGPT, learn=TOKENS + SIGNALS, batch=8, draw=True),
+    ("nextgpt", 3): replace(NEXTGPT, learn=TOKENS + "|".join((LORA, PROJECTOR, SIGNALS)), batch=4, first_lr=5e-4,
+                            weights={"vid_l2": 2}),
+    # Encoders first learn words: with a language model that knows nothing yet they would learn to say the same of all.
+    ("tiny", 1): Stage(TINY_WORDS, lr=1e-3, batch=48, warmup=0.05, beta2=0.99, words=True),
+    ("tiny", 2): Stage(r".*", lr=1.5e-3, batch=48, warmup=0.05, beta2=0.99, slow=TOWER, slow_lr=0.3, weights=NEXTCHAT_BOXES),
 }
 
 
@@ -101,6 +141,31 @@ def parse_settings(argv):
                        metavar=f.type.__name__, help=note)
     argv = [a if a.startswith("-") or "=" not in a else f"--{a}" for a in argv]
     return Settings(**vars(p.parse_args(argv)))
+
+
+# ---- Schedules: factor of the learning rate at an update
+
+def schedule(step, steps, warmup):
+    """Linear from 0 over ceil(warmup * steps), then half a cosine to 0."""
+    rise = math.ceil(warmup * steps)
+    if step < rise:
+        return step / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
+
+
+def linear(step, steps, warmup):
+    """Linear from 0 over ceil(warmup * steps), then linear to 0 (ChatterBox)."""
+    rise = math.ceil(warmup * steps)
+    return step / rise if step < rise else max(0, steps - step) / max(steps - rise, 1)
+
+
+def logarithmic(step, steps, warmup):
+    """Logarithmic over max(10, warmup * steps), then linear to 0. parity: NExT-GPT's scheduler runs one update late."""
+    rise, step = max(10, int(warmup * steps)), max(step - 1, 0)
+    return math.log(step + 1) / math.log(rise) if step < rise else max(0, steps - step) / max(steps - rise, 1)
+
+
+SCHEDULES = {"cosine": schedule, "linear": linear, "logarithmic": logarithmic}
 
 
 # ---- What learns and how fast
@@ -117,10 +182,14 @@ def learn(model, stage):
     for name, p in named.items():
         p.requires_grad_(re.fullmatch(stage.learn, name) is not None)
     if stage.rows:
-        rows = torch.tensor([model.cfg.added_tokens[token] for token in stage.rows])
-        keep = torch.zeros(len(model.llm.embed.weight), 1, device=model.llm.embed.weight.device)
-        keep[rows] = 1
-        model.llm.embed.weight.register_hook(lambda grad: grad * keep)
+        embed = model.llm.embed.weight
+        keep = torch.zeros(len(embed), 1)
+        keep[[model.cfg.added_tokens[token] for token in stage.rows]] = 1
+        keep = keep[rows(embed)].to(embed.device)
+
+        def only_rows(p):
+            local(p.grad).mul_(keep)
+        embed.register_post_accumulate_grad_hook(only_rows)
     return {name: p for name, p in named.items() if p.requires_grad}
 
 
@@ -129,137 +198,69 @@ def optimizer(learned, stage, s):
     slow = [bool(stage.slow) and re.fullmatch(stage.slow, name) is not None for name in learned]
     groups = [{"params": [p for p, is_slow in zip(learned.values(), slow) if is_slow == which], "factor": factor}
               for which, factor in ((False, 1.0), (True, stage.slow_lr))]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0, betas=(0.9, s.beta2), weight_decay=s.weight_decay)
-
-
-def parameter_table(model):
-    """Lines 'part, parameters, of which learn, dtype', one per part of the model."""
-    parts = {}
-    for name, p in model.named_parameters():
-        row = parts.setdefault(".".join(name.split(".")[:3 if name.startswith("readers") else 1]), [0, 0, p.dtype])
-        row[0] += p.numel()
-        row[1] += p.numel() * p.requires_grad
-    lines = [f"{part:32}{n:>16,}{k:>16,}  {str(dtype)[6:]}" for part, (n, k, dtype) in parts.items()]
-    return "\n".join([f"{'part':32}{'parameters':>16}{'learn':>16}", *lines])
-
-
-def schedule(step, steps, warmup):
-    """Factor of the learning rate: linear from 0 over ceil(warmup * steps), then half a cosine to 0."""
-    rise = math.ceil(warmup * steps)
-    if step < rise:
-        return step / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0, betas=(0.9, s.beta2), weight_decay=s.weight_decay,
+                             fused=True)
 
 
 # ---- One step
 
 def to_device(batch, device):
     def move(x):
-        return {k: move(v) for k, v in x.items()} if isinstance(x, dict) else x.to(device, non_blocking=True)
+        if isinstance(x, dict):
+            return {k: move(v) for k, v in x.items()}
+        return x if x is None else x.to(device, non_blocking=True)
     return data.Batch(*map(move, batch))
 
 
-def update(model, learned, opt, batches, lr, clip, step=0, bf16=False):
-    """One optimizer step over micro-batches of equal weight -> mean named losses, gradient norm before clipping.
+def with_kinds(batch, shapes):
+    """The batch with no media, none instead of nothing, of kinds that only other ranks have: all must run the same parts."""
+    media = {kind: batch.media.get(kind, torch.zeros(0, *shape)) for kind, shape in sorted(shapes.items())}
+    return batch._replace(media=media, slots={kind: batch.slots.get(kind, torch.zeros(2, 0, dtype=torch.long)) for kind in media})
 
-    Raises FloatingPointError naming step and loss before a weight is touched if anything is not finite.
+
+def total_loss(losses, stage):
+    """The weighted sum of named losses. Where a loss is there that the stage lets hush the text, the text's does not count."""
+    hushed = any(name.startswith(stage.hush) for name in losses) if stage.hush else False
+    weights = stage.weights | ({"lm": 0} if hushed else {})
+    return sum(weights.get(name, 1) * value for name, value in losses.items())
+
+
+def update(model, learned, opt, batches, lr, clip, stage, step=0, bf16=False):
+    """One optimizer step over the micro-batches of all ranks -> named losses, gradient norm before clipping.
+
+    A micro-batch weighs as much as it has labelled tokens: however a batch is cut up, its loss is the mean over its tokens.
+    Raises FloatingPointError naming step and loss, on every rank and before a weight is touched, if anything is not finite.
     """
-    device, total = next(iter(learned.values())).device, {}
+    device, world, total = next(iter(learned.values())).device, ranks()[1], {}
     amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)         # weights stay float32
-    for batch in batches:
+    labelled = [(b.labels[:, 1:] != data.IGNORE).sum().item() or len(b.ids) for b in batches]
+    notes = share([(n, {kind: x.shape[1:] for kind, x in b.media.items() if torch.is_tensor(x)}) for n, b in zip(labelled, batches)])
+    all_labelled = sum(n for rank in notes for n, _ in rank)
+    for i, batch in enumerate(batches):
+        if world > 1:
+            model.set_requires_gradient_sync(i == len(batches) - 1)
+            batch = with_kinds(batch, {kind: shape for rank in notes for kind, shape in rank[i][1].items()})
         with amp:
-            losses = model(to_device(batch, device))
+            losses = model(to_device(batch, device), words=stage.words)
+        part = labelled[i] / all_labelled
         for name, value in losses.items():
-            if not torch.isfinite(value):
-                raise FloatingPointError(f"step {step}: loss {name} is {value.item()}; the last checkpoint is untouched")
-            total[name] = total.get(name, 0) + value.item() / len(batches)
-        (sum(losses.values()) / len(batches)).backward()
+            total[name] = total.get(name, 0) + value.detach() * part
+        (total_loss(losses, stage) * (part * world)).backward()             # FSDP takes the mean over ranks
     norm = nn.utils.clip_grad_norm_(learned.values(), clip)
-    if not torch.isfinite(norm):
-        raise FloatingPointError(f"step {step}: the gradient norm is {norm.item()}; the last checkpoint is untouched")
+    norm = next(whole([norm])).item()
+    all_totals = share({name: value.item() for name, value in total.items()})
+    total = {name: sum(t[name] for t in all_totals) for name in total}
+    for name, value in [*((f"loss {name}", value) for name, value in total.items()), ("the gradient norm", norm)]:
+        if not math.isfinite(value):
+            raise FloatingPointError(f"step {step}: {name} is {value}; the last checkpoint is untouched")
     for group in opt.param_groups:
         group["lr"] = lr * group.get("factor", 1.0)
     opt.step()
     opt.zero_grad(set_to_none=True)
-    return total, norm.item()
+    return total, norm
 
 
-# ---- Checkpoints
-
-def sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else \
-            hashlib.sha256(f.read()).hexdigest()
-
-
-def names_of(learned, opt):
-    """Parameter names in the order in which the optimizer numbers them."""
-    names = {id(p): name for name, p in learned.items()}
-    return [names[id(p)] for group in opt.param_groups for p in group["params"]]
-
-
-def save_checkpoint(out, step, learned, opt, settings, keep):
-    """Write out/step_N, whole or not at all: what learned, optimizer, random states, hashes. Then drop the oldest."""
-    names, (version, key, *rest) = names_of(learned, opt), random.getstate()
-    moments = {f"{k}.{names[i]}": v.contiguous() for i, s in opt.state_dict()["state"].items() for k, v in s.items()}
-    rng = {"rng.torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        rng["rng.cuda"] = torch.cuda.get_rng_state()
-    with M.new_folder(Path(out) / f"step_{step:06}") as folder:
-        save_file({k: v.detach().contiguous() for k, v in learned.items()}, folder / "model.safetensors")
-        save_file(moments | rng, folder / "optim.safetensors")
-        state = {"step": step, "settings": asdict(settings), "random": [version, list(key), *rest],
-                 "sha256": {p.name: sha256(p) for p in sorted(folder.iterdir())}}
-        state["self"] = hashlib.sha256(json.dumps(state).encode()).hexdigest()
-        (folder / "state.json").write_text(json.dumps(state, allow_nan=False))
-    for old in sorted(p for p in Path(out).glob("step_*") if valid(p))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def valid(folder):
-    """The state of a complete, undamaged checkpoint, else None."""
-    try:
-        state = json.loads((Path(folder) / "state.json").read_text())
-        whole = state.pop("self") == hashlib.sha256(json.dumps(state).encode()).hexdigest()
-        whole = whole and all(sha256(Path(folder) / name) == digest for name, digest in state["sha256"].items())
-        return state if whole else None
-    except (OSError, ValueError, KeyError, AttributeError):
-        return None
-
-
-def find_checkpoint(out, resume):
-    """The folder to resume from, or None. auto: the newest valid one in `out`; says which damaged ones it passes over."""
-    if resume not in ("auto", "none"):
-        if not valid(resume):
-            raise SystemExit(f"train: {resume} is not a complete checkpoint")
-        return Path(resume)
-    for folder in sorted(Path(out).glob("step_??????"), reverse=True) if resume == "auto" else ():
-        if valid(folder):
-            return folder
-        print(f"passing over {folder}: damaged", file=sys.stderr)
-
-
-def restore(folder, learned, opt):
-    """Put a checkpoint back, exactly; returns the number of steps done. Raises ValueError if other tensors learned then."""
-    state, weights = valid(folder), load_file(Path(folder) / "model.safetensors")
-    if odd := sorted(weights.keys() ^ learned.keys()):
-        raise ValueError(f"{folder}: holds other tensors than this stage learns, such as {odd[0]}")
-    with torch.no_grad():
-        for name, p in learned.items():
-            p.copy_(weights[name])
-    saved, names = load_file(Path(folder) / "optim.safetensors"), names_of(learned, opt)
-    moments = {i: {k: saved[f"{k}.{name}"] for k in ("step", "exp_avg", "exp_avg_sq")} for i, name in enumerate(names)
-               if f"step.{name}" in saved}
-    opt.load_state_dict({**opt.state_dict(), "state": moments})
-    torch.set_rng_state(saved["rng.torch"])
-    if "rng.cuda" in saved and torch.cuda.is_available():
-        torch.cuda.set_rng_state(saved["rng.cuda"])
-    version, key, *rest = state["random"]
-    random.setstate((version, tuple(key), *rest))
-    return state["step"]
-
-
-# ---- The loop
+# ---- Preparing
 
 def new_model(system, tokenizer):
     """A random model of a preset, its vocabulary taken from a tokenizer."""
@@ -271,19 +272,39 @@ def new_model(system, tokenizer):
     return model
 
 
+def load_model(s, stage, spread):
+    """The model of `init`, `spread` over the ranks before each reads only its part of every tensor.
+
+    What learns is float32. In bf16 maths the other matrices stay in the type of the file, and so are saved as they came.
+    """
+    model, files = M.skeleton(s.init)
+    learn(model, stage)
+    for layer in model.modules():
+        for p in layer.parameters(recurse=False):
+            if p.requires_grad or s.precision == "fp32" or not isinstance(layer, nn.Linear):
+                p.data = p.data.float()
+    spread(model).to_empty(device=s.device)
+    M.tie(model)
+    for path in set(files.values()):
+        fill({name: x for name, x in M.tensors_of(model).items() if files[name] == path}, path)
+    return model
+
+
 def batches(prepared, s, start):
-    """Micro-batches from update number `start` on, in an order that depends on nothing but the seed."""
-    micro = s.micro or s.batch
+    """This rank's micro-batches from update number `start` on, in an order that depends on nothing but the seed."""
+    rank, world = ranks()
+    n = s.batch // s.micro              # micro-batches per update, of all ranks
 
     def indices():
         for epoch in count():
             for batch in data.epoch_batches(prepared.sizes, s.batch, s.seed, epoch):
-                yield from (batch[i:i + micro] for i in range(0, len(batch), micro))
-    per_update = s.batch // micro
-    return DataLoader(prepared, batch_sampler=islice(indices(), start * per_update, s.steps * per_update),
+                parts = [batch[i::n] if s.pack else batch[i * s.micro:(i + 1) * s.micro] for i in range(n)]
+                yield from parts[rank::world]
+    return DataLoader(prepared, batch_sampler=islice(indices(), start * n // world, s.steps * n // world),
                       num_workers=s.workers, pin_memory=torch.cuda.is_available(),
-                      collate_fn=lambda r: data.collate(r, prepared.n_token, max_len=s.max_len),
-                      generator=torch.Generator())              # its own, so that the global random state resumes exactly
+                      collate_fn=partial(data.collate, n_token=prepared.n_token, max_len=s.max_len, pack=s.pack,
+                                         mask_pad=prepared.system.mask_pad),
+                      generator=torch.Generator())              # its own, so that it draws nothing from the step's
 
 
 def prepare(s):
@@ -295,76 +316,131 @@ def prepare(s):
     torch.manual_seed(s.seed)
     random.seed(s.seed)
     tokenizer = s.tokenizer or f"{s.init}/tokenizer.model"
-    model = M.load(s.init, dtype=torch.float32) if s.init else new_model(s.system, tokenizer)
-    if s.projector:
-        extra = load_file(s.projector)
-        if unknown := model.load_state_dict(extra, strict=False).unexpected_keys:
-            raise SystemExit(f"train: {s.projector}: {unknown[0]} is no tensor of this model")
+    device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    s = replace(s, tokenizer=tokenizer, device=device, precision=s.precision or ("fp32" if device == "cpu" else "bf16"))
+    spread = partial(shard, device=device, bf16=s.precision == "bf16", recompute=s.checkpoint, compile=s.compile)
+    model = load_model(s, stage, spread) if s.init else spread(new_model(s.system, tokenizer).to(device))
     cfg = model.cfg
+    if s.projector:
+        named = dict(model.named_parameters())
+        with safe_open(s.projector, "pt") as f:
+            if unknown := f.keys() - named.keys():
+                raise SystemExit(f"train: {s.projector}: {min(unknown)} is no tensor of this model")
+            fill({name: named[name] for name in f.keys()}, s.projector)
     system = data.SYSTEMS[cfg.system]
     tok, template = data.Tokenizer(tokenizer, cfg.added_tokens, system.legacy), data.TEMPLATES[system.train_template]
-    sets = [data.Conversations(path, s.media or None) for path in s.data.split(",")]
+    sets = [datasets.open_set(name, s.media, draw=stage.draw) for name in s.data.split(",")]
     prepared = data.Prepared(sets, tok, system, template, cfg.n_token, data.MediaSpec(**cfg.media), s.max_bad)
-    own = {name: getattr(s, name) or getattr(stage, name) for name in ("epochs", "batch", "lr", "save_every", "keep")}
-    steps = s.steps or max(int(own["epochs"] * len(prepared)) // own["batch"], 1)
-    device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    precision = s.precision or ("bf16" if device == "cuda" else "fp32")
-    s = replace(s, **own, steps=steps, tokenizer=tokenizer, device=device, precision=precision)
-    if s.micro and s.batch % s.micro:
-        raise SystemExit(f"train: batch = {s.batch} is not a multiple of micro = {s.micro}")
-    return s, stage, model.to(device).train(), prepared
+    own = {name: getattr(s, name) or getattr(stage, name) for name in OWN}
+    own["batch"] = min(own["batch"], len(prepared))
+    world, steps = ranks()[1], s.steps or max(int(own["epochs"] * len(prepared)) // own["batch"], 1)
+    s = replace(s, **own, steps=steps, micro=s.micro or own["batch"] // world)
+    if not s.micro or s.batch % (s.micro * world):
+        raise SystemExit(f"train: batch = {s.batch} is not a multiple of micro = {s.micro} times {world} processes")
+    return s, stage, model.train(), prepared
 
 
-def first_sample(prepared):
-    """The first sample as the model sees it, what it learns in brackets."""
-    tok, out = prepared.tok, prepared[0]
-    runs = [(label != data.IGNORE, tok.names.get(id) or tok.sp.id_to_piece(id)) for id, label in zip(out.ids, out.labels)]
-    text = "".join(("[" if on and not before else "]" if before and not on else "") + piece
-                   for (on, piece), (before, _) in zip(runs, [(False, "")] + runs))
-    return text.replace("▁", " ") + "]" * runs[-1][0]
+# ---- The loop
+
+PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}        # bf16 operations a second, from the datasheets
 
 
-def main(argv=None):
-    s, stage, model, prepared = prepare(parse_settings(argv if argv is not None else sys.argv[1:]))
-    learned, out = learn(model, stage), Path(s.out)
-    out.mkdir(parents=True, exist_ok=True)
-    for left in out.glob("*.tmp-*"):
-        shutil.rmtree(left)             # of a run that was killed while saving
+def speed(model, device, counts, seconds):
+    """Named numbers from (tokens, places) of every rank: tokens a second, share of padding, of the device's peak, memory."""
+    (tokens, places), cuda = map(sum, zip(*counts)), device.startswith("cuda")
+    peak = next((peak for name, peak in PEAK.items() if cuda and name in torch.cuda.get_device_name()), None)
+    # per weight: forward 2, backward 2, its own gradient 2 more; recomputing does not count
+    flops = sum(p.numel() * (4 + 2 * p.requires_grad) for name, p in model.llm.named_parameters() if "embed" not in name)
+    memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"tokens_per_s": round(tokens / seconds), "padding": round(1 - tokens / places, 4),
+            "mfu": peak and round(tokens / seconds * flops / peak / len(counts), 4), "memory_gb": round(memory / 1e9, 3)}
+
+
+def write_weights(model, s, folder):
+    """The model as a weights folder. Every rank takes part."""
+    model.to(dtype=getattr(torch, s.save_dtype) if s.save_dtype else None)
+    values = whole(M.tensors_of(model).values())
+    if ranks()[0]:
+        return sum(1 for _ in values)                           # hand over the parts that lie here
+    M.save(model, folder, extra=[s.tokenizer], values=values)
+    print(f"wrote {folder}; talk to it with: python chat.py {folder}")
+
+
+def train(s):
+    """A run from its settings to its weights folder, or to the checkpoint at which it was asked to leave."""
+    s, stage, model, prepared = prepare(s)
+    learned, out, (rank, world) = learn(model, stage), Path(s.out), ranks()
     opt = optimizer(learned, stage, s)
-    print(parameter_table(model), first_sample(prepared), sep="\n\n")
-    (out / "settings.json").write_text(json.dumps(asdict(s), indent=1))
-    folder = find_checkpoint(out, s.resume)
-    first = restore(folder, learned, opt) if folder else 0
-    print(f"\n{len(prepared):,} samples, {s.steps:,} steps of {s.batch}", f"from step {first:,} of {folder}" if folder else "")
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        for left in out.glob("*.tmp-*"):
+            shutil.rmtree(left)         # of a run that was killed while saving
+        (out / "settings.json").write_text(json.dumps(asdict(s), indent=1))
+        print(M.parameter_table(model), prepared.show(0), sep="\n\n")
+    folder = share(find_checkpoint(out, s.resume) if rank == 0 else None)[0]
+    start = restore(folder, learned, opt) if folder else 0
+    if s.export:
+        return write_weights(model, s, Path(s.export))
+    if rank == 0:
+        print(f"\n{len(prepared):,} samples, {s.steps:,} steps of {s.batch} on {world} processes",
+              f"from step {start:,} of {folder}" if folder else "", flush=True)
 
     leave = []                          # signals that came: finish the step, save, go
     handlers = {number: signal.signal(number, lambda n, _: leave.append(n))
                 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    loader, per_update = iter(batches(prepared, s, first)), s.batch // (s.micro or s.batch)
-    bar, log = tqdm(range(first, s.steps), initial=first, total=s.steps, disable=None), open(out / "metrics.jsonl", "a")
-    began, tokens = time.time(), 0
+    loader, since, tokens, places, done = iter(batches(prepared, s, start)), time.time(), 0, 0, start
+    bar = tqdm(range(start, s.steps), initial=start, total=s.steps, disable=None if rank == 0 else True)
     for step in bar:
-        micro = list(islice(loader, per_update))
-        lr = s.lr * schedule(step, s.steps, s.warmup)
-        losses, norm = update(model, learned, opt, micro, lr, s.clip, step, s.precision == "bf16")
-        tokens += sum(b.ids.numel() for b in micro)
+        random.seed(f"{s.seed}/{step}/{rank}")                  # so a step's dropout depends on nothing else, and resumes
+        torch.manual_seed(random.getrandbits(63))
+        micro = list(islice(loader, s.batch // s.micro // world))
+        lr = stage.first_lr if step == 0 and stage.first_lr else s.lr * SCHEDULES[stage.schedule](step, s.steps, s.warmup)
+        try:
+            losses, norm = update(model, learned, opt, micro, lr, s.clip, stage, step, s.precision == "bf16")
+        except FloatingPointError as error:
+            epoch, i = divmod(step, len(prepared) // s.batch)
+            samples = data.epoch_batches(prepared.sizes, s.batch, s.seed, epoch)[i]
+            raise FloatingPointError(f"{error}, samples {samples}") from None
         done = step + 1
+        tokens, places = tokens + sum(int((b.ids != 0).sum()) for b in micro), places + sum(b.ids.numel() for b in micro)
         if done % s.log_every == 0 or done == s.steps:
-            speed = round(tokens / (time.time() - began))
-            row = {"step": done, **losses, "lr": lr, "grad_norm": norm, "tokens_per_s": speed}
-            print(json.dumps(row, allow_nan=False), file=log, flush=True)
-            bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k != "step"})
-        if done % s.save_every == 0 or done == s.steps or leave or done == s.stop_after:
-            save_checkpoint(out, done, learned, opt, s, s.keep)
-        if leave or done == s.stop_after:
+            row = {"step": done, **losses, "lr": lr, "grad_norm": norm, "bad": int(prepared.is_bad.sum()),
+                   **speed(model, s.device, share((tokens, places)), time.time() - since)}
+            if rank == 0:
+                with open(out / "metrics.jsonl", "a") as log:
+                    print(json.dumps(row, allow_nan=False), file=log)
+            bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k != "step" and v is not None})
+            since, tokens, places = time.time(), 0, 0
+        leaving = any(share(bool(leave) or done == s.stop_after))
+        if done % s.save_every == 0 or done == s.steps or leaving:
+            save_checkpoint(out, done, learned, opt, asdict(s), s.keep)
+        if leaving:
             break
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if leave or done < s.steps:
-        return print(f"stopped after step {done}; the same command goes on from there")
-    model.to(dtype=getattr(torch, s.save_dtype) if s.save_dtype else None)
-    M.save(model, out / "weights", extra=[s.tokenizer])
-    print(f"wrote {out / 'weights'}; talk to it with: python chat.py {out / 'weights'}")
+    if done == s.steps:
+        write_weights(model, s, out / "weights")
+    elif rank == 0:
+        print(f"stopped after step {done}; the same command goes on from there")
+
+
+def main(argv=None):
+    """Run with the command line's settings; a run that cannot go on says what to do, its last checkpoint untouched."""
+    s = parse_settings(argv if argv is not None else sys.argv[1:])
+    s.device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    join(s.device)
+    try:
+        train(s)
+    except (FloatingPointError, OSError, RuntimeError, MemoryError) as error:
+        memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+        if not (memory or isinstance(error, FloatingPointError) or getattr(error, "errno", 0) in FULL):
+            raise
+        advice = "lower micro (the batch stays as it is) or max_len, or set checkpoint=block" if memory else \
+            "lower lr, or look at these samples" if isinstance(error, FloatingPointError) else f"make room in {s.out}"
+        print(f"train: {error!s:.300}: {advice}; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(4) from None
+    finally:
+        leave_ranks()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
-"""Talk with a model about pictures, sounds and clips.
+"""Talk with a model about pictures, sounds and clips, and about boxes in pictures.
 
-In order: command line, Session (the conversation), terminal (text, pictures, typing), Chat (commands), start.
-A Session knows no terminal, so any front end can use it. It keeps the keys and values of all that was said: a new
-message costs only its own tokens, and each medium is read and encoded once. Letters: T tokens, C width, n features.
+In order: command line, Session (the conversation), overlay, terminal (text, pictures, typing), Chat (commands), start.
+A Session knows no terminal, so any front end can use it:
+
+    session = chat.open_session("weights/nextchat-7b-336")
+    text, boxes, masks, picture = session.ask("What is [0] looking at?", "dog.jpg", boxes=[(34, 50, 210, 333)])
+
+It keeps the keys and values of all that was said: a new message costs only its own tokens, and each medium is read and
+encoded once. Letters: T tokens, C width, n features, m boxes. Boxes are x1, y1, x2, y2 in pixels of the last picture.
 Text typed by a user never becomes a special token. Text that is not ours loses its control characters before printing.
 """
 import argparse
@@ -18,8 +23,8 @@ import shlex
 import sys
 import time
 from contextlib import closing, suppress
-from dataclasses import dataclass
-from itertools import chain, groupby
+from dataclasses import dataclass, field
+from itertools import chain, count, cycle, groupby
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -40,6 +45,7 @@ EXAMPLES = """examples:
   python chat.py weights/chatbind-7b --temperature 0.2    chat with converted weights
   python chat.py -p "What is this?" --image dog.jpg       one question; stdout gets the answer, nothing else
   python chat.py -p "What do you hear?" --audio a.wav --json
+  python chat.py weights/nextchat-7b-336 -p "What is [0]?" --image dog.jpg --box 34 50 210 333 --out found
   python chat.py < questions.txt                          a turn per line
 
 In the chat, /help lists the commands, and a file dragged into the terminal is attached."""
@@ -68,7 +74,11 @@ def parse_args():
     for kind in KINDS:
         add(f"--{kind}", dest="media", metavar="FILE", action="append", default=[],
             type=lambda path, kind=kind: (path, kind), help=f"attach {kind} to the first message; repeatable")
+    add("--box", dest="boxes", nargs=4, metavar=("X1", "Y1", "X2", "Y2"), action="append", default=[],
+        help="box in the picture, pixels; [0] in the message is the first one; repeatable")
+    add("--find", action="store_true", help="let the model look for a box that answers the message (ChatterBox)")
     add("--json", action="store_true", help="print each answer as a JSON object")
+    add("--out", type=Path, metavar="FOLDER", help="write the picture of each answer with boxes, and its masks, as PNG")
     add = parser.add_argument_group("sampling").add_argument
     for name, (default, _, _, meaning) in SETTINGS.items():
         add(f"--{name.replace('_', '-')}", metavar="N", default=default, help=f"{meaning} ({default})")
@@ -86,14 +96,18 @@ def parse_args():
 if __name__ == "__main__":
     ARGS = parse_args()                 # before the imports that take seconds, so that --help answers at once
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 
 import data
-from model import KVCache, generate, load
+from datasets import mask_rle
+from model import KVCache, generate, load, read_out, signal_runs
 
 # ---- Session
 
+MIN_IOU, MIN_SCORE = 0.3, 0.3           # of masks by SAM's own estimate, of boxes that were looked for; below: none
 FITS = {"image": ("image", "animation"), "thermal": ("image",), "audio": ("audio", "video"),
         "video": ("video", "animation"), "depth": ("",), "imu": ("",)}          # what the file of a medium may hold
 
@@ -103,12 +117,39 @@ class Turn:
     """A message with its media, the answer, and what it took to make."""
     text: str
     media: list
-    answer: str = ""
+    answer: str = ""                    # boxes in it are spelled in pixels
+    given: list = ()                    # Boxes that the message names
+    found: list = field(default_factory=list)                   # Boxes that the model found
+    find: bool = False                  # the model shall look for a box
+    score: float = 0.0                  # probability of the best box that it looked for
+    picture: data.Medium | None = None  # in which boxes lie
     prompt: list = ()                   # ids that asked for the answer
     ids: list = ()                      # generated
+    made: dict = field(default_factory=dict)            # writer: what it made of its signal tokens among them
+    stray: list = ()                    # signal tokens that came in no complete run, so nothing was made of them
     reused: int = 0                     # prompt tokens whose keys and values were there already
     dropped: int = 0                    # oldest turns that went to make room
     clock: tuple = (0, 0, 0, 0)         # at the start, with media encoded, at the first and the last new id
+
+    @property
+    def boxes(self):
+        """Boxes that were found, [[x1, y1, x2, y2]] in pixels; they may reach out of the picture."""
+        return [list(box.xyxy_px) for box in self.found]
+
+    @property
+    def masks(self):
+        """Bool masks (m, H, W) of those boxes; None if the model makes none."""
+        masks = [box.mask for box in self.found if box.mask is not None]
+        return np.stack(masks) if masks else None
+
+
+def spell(box):
+    """A box as text, whole pixels."""
+    return "[" + ", ".join(f"{x:.0f}" for x in box.xyxy_px) + "]"
+
+
+def last_picture(media):
+    return next((medium for medium in reversed(media) if medium.kind == "image"), None)
 
 
 class Session:
@@ -125,7 +166,7 @@ class Session:
         for name, row in SETTINGS.items():
             self.set(name, settings.get(name, row[0]))
         self.system_text = ""                           # in place of the template's
-        self.turns, self.pending = [], []               # pending: media that go with the next message
+        self.turns, self.pending, self.boxes = [], [], []       # pending, boxes: what goes with the next message
         self.cache, self.held = None, []                # held: for each place of the cache, its id or the Medium there
         self.features = WeakKeyDictionary()             # Medium -> (n, C)
 
@@ -151,7 +192,26 @@ class Session:
             raise data.MediaError(f"{path}: not readable as {kind or 'a medium'}, its type is {found or 'unknown'}")
         if kind not in reads:
             raise data.MediaError(f"{path}: this model reads {', '.join(reads) or 'only text'}, not {kind}")
-        return data.Medium(kind, path, data.read_media(path, kind, self.spec))
+        medium = data.Medium(kind, path)
+        data.load_medium(medium, self.spec)
+        return medium
+
+    def box(self, xyxy_px, picture):
+        """The Box of a user's pixels in a picture. Raises ValueError if it is none, or if the model reads no boxes."""
+        kind = next((kind for kind in ("box", "region") if kind in self.model.cfg.reads), None)
+        if kind is None:
+            raise ValueError("this model reads no boxes")
+        if picture is None:
+            raise ValueError("a box needs a picture; attach one first")
+        box = data.Box(data.check_box([float(x) for x in xyxy_px]), picture=picture, kind=kind)
+        data.place_boxes([box], data.Geometry(*picture.size, self.spec.square), self.spec)
+        return box
+
+    def found(self, frame, picture):
+        """The Box of a place (4,) in the frame of a picture, where the model put it."""
+        geometry = data.Geometry(*(picture.size if picture else (1, 1)), self.spec.square)  # without a picture: 0..1
+        kind = "region" if "region" in self.model.cfg.reads else "box"
+        return data.Box(tuple(geometry.to_pixels(frame.cpu()).tolist()), tensor=frame, picture=picture, kind=kind)
 
     def last(self):
         """The last turn. Raises ValueError if there is none."""
@@ -159,13 +219,32 @@ class Session:
             raise ValueError("nothing was said yet")
         return self.turns[-1]
 
-    def say(self, text, media=()):
-        """Answer a message with the pending and the given media. Closing the iterator keeps what was said so far."""
-        return self.answer([*self.turns, Turn(text, [*self.pending, *media])])
+    def say(self, text, media=(), boxes=(), find=False):
+        """Answer a message with the pending and the given media. Closing the iterator keeps what was said so far.
+
+        boxes: pixels of the last picture. "[0]" or "[1, 2]" in the text names boxes of the message, or if it has none, of
+        the last turn with boxes. find: look for a box that answers the message (ChatterBox's [VG]).
+        """
+        picture = last_picture([*self.media, *media])
+        given = [*self.boxes, *(self.box(box, picture) for box in boxes)]
+        if not given and len(data.box_references(text)) > 1:
+            given = next((boxes for turn in self.turns[::-1] if (boxes := turn.found or turn.given)), [])
+        if find and ("vg" not in self.model.writers or picture is None):
+            raise ValueError("a search needs a picture; attach one first" if "vg" in self.model.writers else
+                             "this model does not look for boxes on demand; ask it in words")
+        return self.answer([*self.turns, Turn(text, [*self.pending, *media], given=given, find=find, picture=picture)])
+
+    def ask(self, text, image=None, boxes=(), find=False):
+        """One turn in one call -> its text, boxes [[x1, y1, x2, y2]], masks (m, H, W) or None, overlay picture or None."""
+        "".join(self.say(text, [self.read(image)] if image else [], boxes, find))
+        turn = self.last()
+        return turn.answer, turn.boxes, turn.masks, overlay(turn)
 
     def retry(self):
         """Answer the last message anew."""
-        return self.answer([*self.turns[:-1], Turn(self.last().text, self.last().media)])
+        last = self.last()
+        anew = Turn(last.text, last.media, given=last.given, find=last.find, picture=last.picture)
+        return self.answer([*self.turns[:-1], anew])
 
     def undo(self):
         """Forget the last turn; returns it."""
@@ -180,12 +259,13 @@ class Session:
 
     def clear(self):
         """Forget all turns and media; settings and the system text stay."""
-        self.turns, self.pending = [], []
+        self.turns, self.pending, self.boxes = [], [], []
 
     def save(self, path):
         """Write the conversation as JSON, media by their paths. Never replaces a file."""
         turns = [{"text": turn.text, "media": [{"path": os.path.abspath(m.path), "kind": m.kind} for m in turn.media],
-                  "answer": turn.answer} for turn in self.turns]
+                  "answer": turn.answer, "find": turn.find, "given": [box.tensor.tolist() for box in turn.given],
+                  "found": [box.tensor.tolist() for box in turn.found]} for turn in self.turns]
         with open(os.path.expanduser(path), "x", encoding="utf-8") as file:
             json.dump({"system": self.system_text, "turns": turns}, file, indent=1)
 
@@ -193,22 +273,52 @@ class Session:
         """Go on with a saved conversation; its media are read again."""
         try:
             saved = json.loads(data.check_file(os.path.expanduser(path)).read_text(encoding="utf-8"))
-            turns = [Turn(str(row["text"]), [self.read(str(m["path"]), str(m["kind"])) for m in row["media"]],
-                          str(row["answer"])) for row in saved["turns"]]
+            turns, media = [], []
+            for row in saved["turns"]:
+                turn = Turn(str(row["text"]), [self.read(str(m["path"]), str(m["kind"])) for m in row["media"]],
+                            str(row["answer"]), find=bool(row.get("find")) and "vg" in self.model.writers)
+                media += turn.media
+                turn.picture = last_picture(media)
+                turn.given, turn.found = ([self.found(torch.tensor(box).float().view(4), turn.picture)
+                                           for box in row.get(key, ())] for key in ("given", "found"))
+                turns.append(turn)
             system = str(saved["system"])
             self.tok.encode("".join([system, *(turn.text + turn.answer for turn in turns)]))    # refuses odd unicode
         except data.MediaError:
             raise
-        except (LookupError, TypeError, ValueError, RecursionError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path}: not a saved conversation ({type(error).__name__}: {error})") from None
-        self.turns, self.pending, self.system_text = turns, [], system
+        self.turns, self.pending, self.boxes, self.system_text = turns, [], [], system
+
+    def question(self, turn, current):
+        """Parts of a message: its text, with Boxes where it names them or else at its end. Raises ValueError."""
+        parts = data.box_references(turn.text) if turn.given else [turn.text]
+        named = parts[1::2] or [range(len(turn.given))]
+        if (most := max(chain(*named), default=-1)) >= len(turn.given) > 0:
+            raise ValueError(f"there is no box {most}; boxes are counted from 0 to {len(turn.given) - 1}")
+        boxes = [[turn.given[i] for i in numbers] for numbers in named]
+        parts = [part for text, some in zip(parts[::2], [*boxes, []]) for part in (text, *some)]
+        if not current:                                 # parity: ChatterBox forgets regions and [VG] of earlier rounds
+            return [part for part in parts if getattr(part, "kind", "") != "region"]
+        return parts + [data.Piece(name, special=True) for name in self.model.cfg.writes["vg"]] if turn.find else parts
+
+    def reply(self, turn):
+        """Parts of an answer: its text, with Boxes where they are spelled in it."""
+        parts = [turn.answer]
+        for box in () if turn.find else turn.found:     # what was looked for is not in the text
+            before, spelled, after = parts[-1].partition(spell(box))
+            parts[-1:] = [before, box, after] if spelled else [before]
+        return parts
 
     def prompt(self, turns):
         """-> ids that ask for the last turn's answer, [(Medium, its first place)]."""
         rows = []
         for turn in turns:
             below = [part for medium in turn.media for part in ("\n", medium)]
-            rows += [[turn.text, *below] if self.system.media_last else [*turn.media, turn.text], [turn.answer]]
+            text = self.question(turn, turn is turns[-1])
+            if turn is turns[-1] and self.template.ask:
+                text = [self.template.ask, *text]
+            rows += [[*text, *below] if self.system.media_last else [*turn.media, *text], self.reply(turn)]
         rows[-1] = None                                 # the answer that is asked for
         parts = data.conversation_pieces(rows, self.tok, self.system, self.template, self.model.cfg.n_token)
         if self.system_text:                            # a plain piece, since users type it
@@ -239,12 +349,12 @@ class Session:
             places[at:at + n] = [medium] * n
         same = next((i for i, (a, b) in enumerate(zip(places, self.held)) if a != b), min(len(places), len(self.held)))
         turn.prompt, turn.dropped = ids, len(turns) - len(kept)
-        turn.reused = min(same, len(ids) - 1)           # one token must run, to say what comes next
+        turn.reused = min(same, len(ids) - 1, self.asked(turn) - 1)             # what must run says what comes next
         if self.cache:
             self.cache.pos = turn.reused
         try:
             self.cache = self.cache or KVCache(self.model.llm, 1, self.max_len)
-            yield from self.decode(turn, slots)
+            yield from self.decode(turn, slots, places)
         except (KeyboardInterrupt, GeneratorExit):
             if turn.answer:
                 self.keep(kept)
@@ -255,36 +365,89 @@ class Session:
             self.cache = None
             raise MemoryError("out of memory: lower --context, attach less, or try --dtype bfloat16") from None
         finally:
-            self.held = [*places, *turn.ids][:self.cache.pos if self.cache else 0]
+            self.held = places[:self.cache.pos if self.cache else 0]
         self.keep(kept)
 
     def keep(self, turns):
-        """Make turns the history; media that went with the last one are no longer pending."""
+        """Make turns the history; media and boxes that went with the last one are no longer pending."""
         self.turns, self.pending = turns, [medium for medium in self.pending if medium not in turns[-1].media]
+        self.boxes = [box for box in self.boxes if box not in turns[-1].given]
 
-    def decode(self, turn, slots):
-        """Run the rest of the prompt, then yield the answer as its text becomes certain, without blanks around it."""
+    def decode(self, turn, slots, places):
+        """Run the rest of the prompt, then yield the answer as its text becomes certain, without blanks around it.
+
+        Adds what is fed to `places`. Whatever id follows `<at>` counts as `<boxes>`: the model is fed the box it meant.
+        """
         start = time.perf_counter()
         embeds = self.embed(turn.prompt, slots, turn.reused)
         encoded = first = time.perf_counter()
         options = {name: value for name, value in self.settings.items() if name != "seed"}
         options["max_new_tokens"] = min(options["max_new_tokens"], self.max_len - len(turn.prompt))
-        stream, turn.ids = data.TextStream(self.tok, [self.template.stop]), []
-        ids = generate(self.model, embeds, cache=self.cache, generator=self.generator, **options)
+        stream, said, turn.ids = data.TextStream(self.tok, [self.template.stop]), [], []
+        hidden, pointed, before, at = [], [], None, next(iter(self.model.feeds), -1)
+        ids = generate(self.model, embeds, cache=self.cache, generator=self.generator, hidden=hidden, **options)
         for id in chain(ids, [None]):                   # None: the end, when all that was held back comes out
-            if id is None:
+            if id is not None:
+                first = first if turn.ids else time.perf_counter()
+                if turn.find and not turn.ids:
+                    self.search(turn, hidden[0])
+                turn.ids.append(id)
+                places.append(id)
+            if id is not None and before == at:
+                pointed.append(hidden[-1][:, -1])                                            # (1, C)
+                turn.found.append(self.point(turn, pointed[-1]))
+                places[-1], turn.ids[-1] = turn.found[-1], self.tok.special[self.system.box[-1]]
+                said, stream = [turn.answer, spell(places[-1])], data.TextStream(self.tok, [self.template.stop])
+            elif id in (None, at):
                 stream.flush()
             else:
-                first = first if turn.ids else time.perf_counter()
-                turn.ids.append(id)
                 stream.push(id)
-                turn.clock = start, encoded, first, time.perf_counter()
-            text = stream.text[:stream.shown].strip()
+            before, turn.clock = id, (start, encoded, first, time.perf_counter())
+            text = " ".join(filter(None, [*said, stream.text[:stream.shown].strip()]))
             new, turn.answer = text[len(turn.answer):], text
             if new:
                 yield new
             if stream.done:
                 break
+        self.write(turn, hidden)
+        if pointed and turn.picture:
+            self.outline(turn, torch.cat(pointed))
+
+    def write(self, turn, hidden):
+        """Let the writers of media make what the answer asks for; hidden: what the model thought at each place."""
+        signals = {name: self.model.cfg.signal(name) for name in self.model.cfg.projections}
+        made = {name: read_out(self.model, [*turn.prompt, *turn.ids], hidden, name, len(turn.prompt)) for name in signals}
+        turn.made = {name: out for name, out in made.items() if out is not None}
+        stray = {at for signal in signals.values() for at in signal_runs(turn.ids[:-1], signal)[1]}
+        turn.stray = [self.tok.names[turn.ids[at]] for at in sorted(stray)]
+
+    @torch.inference_mode()
+    def point(self, turn, h):
+        """The Box that the hidden state (1, C) at `<at>` means."""
+        return self.found(self.model.writers["at"](h)[0], turn.picture)
+
+    @torch.inference_mode()
+    def outline(self, turn, h):
+        """Masks of the boxes that hidden states h (m, C) mean, if there is a SAM; empty where it doubts them."""
+        image = turn.picture.sam
+        if image is not None and self.model.cfg.sam:
+            _, logits, iou = self.model.writers["at"].write(h, self.model, image[None].to(h))
+            logits = logits * (iou >= MIN_IOU)[..., None, None]                             # (m, 1, S, S)
+            for box, mask in zip(turn.found, data.Geometry(*turn.picture.size).masks_to_pixels(logits)):
+                box.mask = mask.cpu().numpy()
+
+    def asked(self, turn):
+        """Where in its prompt a turn asks for a box; behind it if it does not."""
+        signal = self.tok.special[self.model.cfg.writes["vg"][0]] if turn.find else None
+        return max((i for i, id in enumerate(turn.prompt) if id == signal), default=len(turn.prompt))
+
+    @torch.inference_mode()
+    def search(self, turn, h):
+        """Look for the box that the message asks for. h (1, T', C): hidden states of the prompt's end."""
+        image = turn.picture.det[None].to(h)
+        boxes, score = read_out(self.model, [*turn.prompt, -1], [h], "vg", self.asked(turn), image=image)
+        turn.score = score.item()
+        turn.found = [self.found(boxes[0], turn.picture)] if turn.score > MIN_SCORE else []
 
     @torch.inference_mode()
     def embed(self, ids, slots, start):
@@ -299,7 +462,10 @@ class Session:
     def encode(self, medium):
         """Features (n, C) of a medium, computed once."""
         if medium not in self.features:
-            x = medium.tensor[None].to(self.weight.device, self.weight.dtype)
+            x = medium.tensor[None].to(self.weight)
+            if medium.kind == "region":
+                image = medium.picture.tensor[None].to(self.weight)
+                x = {"image": image, "boxes": x, "image_of": torch.zeros(1, dtype=torch.long, device=x.device)}
             self.features[medium] = self.model.read(medium.kind, x)[0]
         return self.features[medium]
 
@@ -317,6 +483,43 @@ def open_session(folder=TINY, device=None, dtype=None, **options):
         raise ValueError(f"{tok.path}: has more tokens than the model, {cfg.llm.vocab_size}")
     template = data.TEMPLATES[cfg.template or system.template]
     return Session(model, tok, system, template, data.MediaSpec(**cfg.media), **options)
+
+
+# ---- Overlay
+
+COLOURS = "#F76566", "#18ACBA", "#9400D3", "#454926", "#4E72B8"
+
+
+def overlay(turn):
+    """The picture of a turn with the boxes and masks that were found in it, numbered; None if there are none."""
+    if not (turn.found and turn.picture):
+        return None
+    picture = data.read_image(turn.picture.path)
+    em = max(10, min(36, max(picture.size) // 16))
+    font, limits = ImageFont.load_default(em), np.array(picture.size * 2) - 1
+    for box, colour in zip(turn.found, cycle(COLOURS)):
+        if box.mask is not None:
+            picture.paste(colour, mask=Image.fromarray(box.mask.astype(np.uint8) * 128))    # alpha 0.5
+    pen = ImageDraw.Draw(picture)
+    for i, (box, colour) in enumerate(zip(turn.found, cycle(COLOURS))):
+        x1, y1, x2, y2 = np.nan_to_num(np.array(box.xyxy_px)).clip(0, limits)
+        x1, x2, y1, y2 = *sorted((x1, x2)), *sorted((y1, y2))
+        pen.rectangle((x1, y1, x2, y2), outline=colour, width=max(1, em // 5))
+        pen.rectangle((x1, y2 - 1.2 * em, x1 + (len(str(i)) + 0.8) * 0.6 * em, y2), fill=colour)
+        pen.text((x1 + 0.24 * em, y2 - 0.6 * em), str(i), "white", font, anchor="lm")
+    return picture
+
+
+def write_overlay(turn, picture, folder):
+    """Overlay and masks of a turn as PNG files of a new number; never replaces a file. Returns the overlay's name."""
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    name = next(name for i in count(1) if not (name := folder / f"turn-{i:04}.png").exists())
+    masks = {f"-mask-{i}": Image.fromarray(box.mask) for i, box in enumerate(turn.found) if box.mask is not None}
+    for tail, image in ({"": picture} | masks).items():
+        with open(name.with_stem(name.stem + tail), "xb") as file:
+            image.save(file, "PNG")
+    return name
 
 
 # ---- Terminal
@@ -496,12 +699,21 @@ class Chat:
         """Describe a medium, with its picture where the terminal can show one."""
         facts, picture = preview(medium.path, medium.kind)
         log(f"#{self.session.media.index(medium) + 1} {medium.kind} {Path(medium.path).name} {facts}")
+        self.draw(picture)
+
+    def draw(self, picture):
         if picture and self.interactive and self.pictures != "off":
             print(draw(picture, self.pictures), end="", flush=True)
 
-    def say(self, text):
+    def say(self, text, find=False):
         if text.strip():
-            self.stream(self.session.say(text))
+            self.stream(self.session.say(text, find=find))
+
+    def add_box(self, text):
+        """A box for the next message, in pixels of the last picture."""
+        session, numbers = self.session, re.sub(r"[\[\](),]", " ", text).split()
+        session.boxes.append(session.box(numbers, last_picture(session.media)))
+        return f"[{len(session.boxes) - 1}] is {spell(session.boxes[-1])}"
 
     def stream(self, pieces):
         """Print an answer while it comes. Ctrl-C ends it and keeps what was said."""
@@ -515,11 +727,27 @@ class Chat:
             return print(" [stopped]")
         turn = self.session.last()
         report = {"prompt": turn.text, "text": turn.answer, "media": [medium.path for medium in turn.media],
+                  "boxes": turn.boxes, "masks": [mask_rle(box.mask) for box in turn.found if box.mask is not None],
                   "tokens": len(turn.ids), "seconds": round(turn.clock[3] - turn.clock[0], 3),
                   "seed": self.session.settings["seed"], "model": str(self.args.weights)}
         print(clean(json.dumps(report)) if self.args.json else "", flush=True)
+        if turn.stray:
+            log(f"asked for media, but not with a complete run of signal tokens: {' '.join(turn.stray)}")
+        self.report_boxes(turn)
         if turn.dropped:
             log(f"the context is full: the oldest {turn.dropped} turns are forgotten")
+
+    def report_boxes(self, turn):
+        """List the boxes that were found and show them, here and in the folder for them."""
+        for i, box in enumerate(turn.found):
+            log(f"box {i}: {spell(box)}" + (" of {}x{}".format(*turn.picture.size) if turn.picture else "")
+                + f" score {turn.score:.2f}" * turn.find)
+        if turn.find and not turn.found:
+            log(f"no box found, the best has a score of {turn.score:.2f}")
+        if picture := overlay(turn):
+            self.draw(picture)
+            if self.args.out:
+                log(f"written: {write_overlay(turn, picture, self.args.out)}")
 
     def medium(self, text):
         """The medium that `#2` means; `last` or nothing is the last."""
@@ -562,7 +790,8 @@ class Chat:
         model, weight = self.session.model, self.session.weight
         return (f"{self.args.weights}: {sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters, "
                 f"{str(weight.dtype)[6:]} on {weight.device}, context {self.session.max_len}, "
-                f"reads {', '.join(['text', *model.cfg.reads])}")
+                f"reads {', '.join(['text', *model.cfg.reads])}" + ", points" * ("at" in model.cfg.writes)
+                + ", masks" * bool(model.cfg.sam) + ", finds" * ("vg" in model.cfg.writes))
 
     def help(self, _):
         rows = {f"/{name} {usage}": text for name, (_, usage, text) in COMMANDS.items()
@@ -576,6 +805,8 @@ class Chat:
 COMMANDS = {                            # name: what runs, usage, help
     **{kind: (lambda chat, text, kind=kind: chat.add(file_names(text), kind), "FILE ...", f"attach {kind} files")
        for kind in KINDS},
+    "box": (Chat.add_box, "X1 Y1 X2 Y2", "a box for the next message, pixels; the first is [0]"),
+    "find": (lambda chat, text: chat.say(text, find=True), "QUESTION", "ask, and look for a box that answers"),
     "media": (Chat.list_media, "", "list what is attached"),
     "show": (lambda chat, text: chat.show(chat.medium(text)), "[#k|last]", "describe a medium and show its picture"),
     "drop": (lambda chat, text: chat.session.drop(chat.medium(text)), "[#k|last]", "take a medium out again"),
@@ -607,8 +838,10 @@ def main(args):
         chat = Chat(session, args)
         for path, kind in args.media:
             chat.add([path], kind)
+        for box in args.boxes:
+            log(chat.add_box(" ".join(box)))
         if args.prompt is not None:
-            chat.say(args.prompt)
+            chat.say(args.prompt, args.find)
             return 0
         if chat.interactive:
             use_readline(not args.no_history)

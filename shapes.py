@@ -1,19 +1,22 @@
 """A small world to learn from: pictures of coloured shapes, clips of a moving shape, rows of beeps, and talk about them.
 
     python shapes.py --out shapes                      # files to train on, in the formats of the real data sets
-    python shapes.py --out unseen --questions 1000     # single questions to test on
+    python shapes.py --out unseen --questions 1000     # single questions to test on, and the same annotations
 
-In order: words, pictures, clips, sounds, questions and captions, conversations, files.
-Everything follows from the seed. Colours, sizes, places, background and pitch jitter from one example to the next.
+In order: words, pictures, clips, sounds, measuring, questions and captions, pointing, dialogues and requests, files.
+Boxes are pixel x1 y1 x2 y2. Everything follows from the seed; colours, sizes, places, background and pitch jitter.
 """
 import argparse
 import json
 import math
 import random
 import wave
+from collections import Counter
 from dataclasses import dataclass
-from multiprocessing import Pool
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -40,6 +43,7 @@ class Thing:
     x: float                            # centre, pixels
     y: float
     radius: float
+    turn: float = 0.0                   # radians, known once it is drawn
 
     @property
     def name(self):
@@ -53,8 +57,8 @@ class Thing:
 
 # ---- Pictures
 
-def corners(thing, turn):
-    """Outline of a shape around its centre, in pixels."""
+def corners(thing):
+    """Corners of a shape, not of a circle, around its centre, in pixels."""
     n = SHAPES[thing.shape]
     if thing.shape == "cross":
         a, b = 0.33, 1.0
@@ -65,22 +69,40 @@ def corners(thing, turn):
         first = math.pi / 4 if n == 4 else -math.pi / 2
         unit = [(r * math.cos(t), r * math.sin(t)) for i in range(n)
                 for r, t in [(reach * (0.45 if n == 10 and i % 2 else 1), first + 2 * math.pi * i / n)]]
-    c, s = math.cos(turn), math.sin(turn)
+    c, s = math.cos(thing.turn), math.sin(thing.turn)
     return [(thing.x + thing.radius * (x * c - y * s), thing.y + thing.radius * (x * s + y * c)) for x, y in unit]
 
 
 def draw(things, rng, background):
-    """Picture (SIDE x SIDE) of things; drawn three times as large and shrunk, so that edges are smooth."""
+    """Picture (SIDE x SIDE) of things, notes their turn; drawn three times as large and shrunk, so edges are smooth."""
     image = Image.new("RGB", (3 * SIDE, 3 * SIDE), background)
     pen = ImageDraw.Draw(image)
     for thing in things:
         colour = tuple(max(0, min(255, c + rng.randint(-14, 14))) for c in COLOURS[thing.colour])
         if thing.shape == "circle":
-            box = [thing.x - thing.radius, thing.y - thing.radius, thing.x + thing.radius, thing.y + thing.radius]
-            pen.ellipse([3 * v for v in box], fill=colour)
+            x, y, r = thing.x, thing.y, thing.radius
+            pen.ellipse([3 * (x - r), 3 * (y - r), 3 * (x + r), 3 * (y + r)], fill=colour)
         else:
-            pen.polygon([(3 * x, 3 * y) for x, y in corners(thing, rng.uniform(-0.15, 0.15))], fill=colour)
+            thing.turn = rng.uniform(-0.15, 0.15)
+            pen.polygon([(3 * x, 3 * y) for x, y in corners(thing)], fill=colour)
     return image.resize((SIDE, SIDE), Image.BOX)
+
+
+def outline(thing):
+    """Polygon around a drawn thing. Pillow cuts to whole fine pixels, fills half of one more left and right."""
+    if thing.shape == "circle":
+        ends = [(int(3 * (c - thing.radius)) / 3, (int(3 * (c + thing.radius)) + 1) / 3) for c in (thing.x, thing.y)]
+        (x, a), (y, b) = [((low + high) / 2, (high - low) / 2) for low, high in ends]
+        return [(round(x + a * math.cos(t), 2), round(y + b * math.sin(t), 2))
+                for t in (math.pi * i / 12 for i in range(24))]
+    return [(round((int(3 * x) + 0.5) / 3 + math.copysign(1 / 6, x - thing.x), 2),
+             round((int(3 * y) + 0.5) / 3 + math.copysign(1 / 20, y - thing.y), 2)) for x, y in corners(thing)]
+
+
+def box(thing):
+    """The box around a drawn thing."""
+    xs, ys = zip(*outline(thing))
+    return [min(xs), min(ys), max(xs), max(ys)]
 
 
 def paper(rng):
@@ -154,6 +176,74 @@ def sound(rng):
     return count, pitch, voice, x
 
 
+# ---- Measuring
+# What a drawn picture, clip or sound shows, found by plain rules: the judge of models that draw.
+
+def blobs(picture):
+    """Picture of any size -> (fill colour, area, x, y, the blob alone at a fixed size (32, 32)) of all but specks."""
+    pixels, at, out = np.asarray(picture.convert("RGB").resize((SIDE, SIDE)), float), np.arange(SIDE), []
+    ground = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), 0)
+    parts = Image.fromarray((np.linalg.norm(pixels - ground, axis=2) > 25).astype("int32"))
+    while len(left := np.argwhere(np.asarray(parts) == 1)):
+        ImageDraw.floodfill(parts, tuple(left[0, ::-1].tolist()), 2)
+        region = np.asarray(parts) == 2
+        parts = Image.fromarray(np.asarray(parts) * ~region)
+        if region.sum() > 60:
+            fill = np.median(pixels[region], 0)
+            cover = region * np.clip((pixels - ground) @ (fill - ground) / np.sum((fill - ground) ** 2), 0, 1)
+            area = cover.sum()
+            x, y = cover.sum(0) @ at / area, cover.sum(1) @ at / area
+            grid = np.linspace(-1, 1, 32) * area ** 0.5
+            rows, columns = (np.rint(c + grid).clip(0, SIDE - 1).astype(int) for c in (y, x))
+            out.append((fill, area, x + 0.5, y + 0.5, cover[np.ix_(rows, columns)]))
+    return out
+
+
+@cache
+def patterns():
+    """Every shape in seven turns -> names, areas at radius 1, blobs (n, 32, 32)."""
+    drawn = [(shape, *blobs(draw([Thing(shape, "black", "big", 64, 64, 40)], random.Random(i), (255, 255, 255)))[0])
+             for shape in SHAPES for i in range(7)]
+    names, _, areas, _, _, stamps = zip(*drawn)
+    return names, [area / 40 ** 2 for area in areas], np.stack(stamps)
+
+
+def look(picture):
+    """The things in a picture, from the top down; a blob that is less than 0.7 (IoU) like every shape is none."""
+    names, areas, stamps = patterns()
+    things = []
+    for fill, area, x, y, seen in blobs(picture):
+        likeness = np.minimum(seen, stamps).sum((1, 2)) / np.maximum(seen, stamps).sum((1, 2))
+        best = likeness.argmax()
+        if likeness[best] > 0.7:
+            radius = (area / areas[best]) ** 0.5
+            colour = min(COLOURS, key=lambda c: np.linalg.norm(fill - COLOURS[c]))
+            things.append(Thing(names[best], colour, min(SIZES, key=lambda s: abs(SIZES[s] - radius)), x, y, radius))
+    return things
+
+
+def watch(frames):
+    """The thing that most frames show and the way it goes; None for what cannot be told."""
+    seen = [things[0] for frame in frames[::max(len(frames) // 4, 1)] + frames[-1:] if len(things := look(frame)) == 1]
+    if not seen:
+        return None, None
+    thing = max(seen, key=lambda t: sum((t.name, t.size) == (u.name, u.size) for u in seen))
+    x, y = seen[-1].x - seen[0].x, seen[-1].y - seen[0].y
+    way = max(WAYS, key=lambda w: x * WAYS[w][0] + y * WAYS[w][1])
+    return thing, way if math.hypot(x, y) > SIDE / 8 else None
+
+
+def listen(x, rate=RATE):
+    """Samples in -1..1 -> number of beeps and pitch; 0 and None if all is quiet."""
+    step = rate // 100
+    level = np.abs(x[:len(x) // step * step]).reshape(-1, step).max(1)          # of every 10 ms
+    loud = level > max(0.05, 0.15 * level.max())
+    count = sum(loud[i] and not loud[max(i - 8, 0):i].any() for i in range(len(loud)))
+    spectrum, hz = np.abs(np.fft.rfft(x)), np.fft.rfftfreq(len(x), 1 / rate)
+    peak = hz[(spectrum * (hz > 100)).argmax()]
+    return int(count), min(PITCHES, key=lambda p: abs(math.log(PITCHES[p] / peak))) if count else None
+
+
 # ---- Questions and captions
 # Each gives (kind, question, answer). Answers name what was asked about, so that they can be checked word by word.
 
@@ -161,9 +251,16 @@ def a(name):
     return ("an " if name[0] in "aeio" else "a ") + name
 
 
+def counted(n, noun):
+    return f"{NUMBERS[n]} {noun}" + ("" if n == 1 else "es" if noun.endswith("s") else "s")
+
+
 def plural(n, noun):
-    noun += "" if n == 1 else "es" if noun.endswith("s") else "s"
-    return f"There {'is' if n == 1 else 'are'} {NUMBERS[n]} {noun}."
+    return f"There {'is' if n == 1 else 'are'} {counted(n, noun)}."
+
+
+def listing(words):
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def only(things, key):
@@ -231,8 +328,7 @@ def ask_side(things, rng):
 
 
 def describe(things):
-    words = [f"{a(f'{t.size} {t.name}')} {t.place}" for t in things]
-    text = " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    text = listing([f"{a(f'{t.size} {t.name}')} {t.place}" for t in things])
     return text[0].upper() + text[1:] + "."
 
 
@@ -260,19 +356,156 @@ def sound_questions(count, pitch, voice, rng):
             ("caption", rng.choice(["Describe the sound.", "What do you hear?"]), beeps[0].upper() + beeps[1:] + ".")]
 
 
+# ---- Pointing
+
+NOUNS = ("thing", "{shape}", "{colour} thing", "{size} thing", "{colour} {shape}", "{size} {shape}",
+         "{size} {colour} {shape}")
+RELATIONS = [((-1, 0), "leftmost", "on the left of"), ((1, 0), "rightmost", "on the right of"),
+             ((0, -1), "highest", "above"), ((0, 1), "lowest", "below")]
+GAP = SIDE / 16                         # less than this between two things is no order
+
+
+def along(t, way):
+    return t.x * way[0] + t.y * way[1]
+
+
+def beyond(u, way, group):
+    """The one thing of a group that lies on that side of u; None if none or several do, or if it is hard to tell."""
+    there = [t for t in group if t is not u and along(t, way) - along(u, way) > -GAP]
+    return there[0] if len(there) == 1 and along(there[0], way) - along(u, way) > GAP else None
+
+
+def referring_expressions(t, things):
+    """All we can say that fits this thing alone -> lists: by name, by place, as the outermost, by another thing."""
+    nouns = [(text, [u for u in things if noun.format(**vars(u)) == text])
+             for noun in NOUNS for text in [noun.format(**vars(t))]]            # each with all the things that it fits
+    return [[f"the {noun}" for noun, group in nouns if len(group) == 1],
+            [f"the {noun} {t.place}" for noun, group in nouns if all(u is t or u.place != t.place for u in group)],
+            [f"the {most} {noun}" for noun, group in nouns if len(group) > 1 for way, most, _ in RELATIONS
+             if all(along(t, way) - along(u, way) > GAP for u in group if u is not t)],
+            [f"the {noun} {side} the {u.name}" for u in only(things, "name") for way, _, side in RELATIONS
+             if beyond(u, way, [t]) for noun, group in nouns if beyond(u, way, group) is t]]
+
+
+def box_rows(pictures, rng, task):
+    """All things that can be told apart: for REC an expression, for REG the full name, for RES expressions and mask."""
+    rows = []
+    for p, t in ((p, t) for p in pictures for t in p.things):
+        if found := [rng.choice(kind) for kind in referring_expressions(t, p.things) if kind]:
+            polygon = [v for point in outline(t) for v in point]            # x1, y1, x2, y2, ...
+            rows.append({"img_path": p.name, "bbox": box(t)} | {
+                "REC": {"expression": rng.choice(found)}, "REG": {"expression": a(f"{t.size} {t.name}")},
+                "RES": {"expressions": found, "height": SIDE, "width": SIDE, "mask": [polygon]}}[task])
+    return rows
+
+
+def flickr_row(p, rng):
+    """Caption with marked phrases and the boxes of each: every thing and its place, or things counted by shape."""
+    parts = [(a(f"{t.size} {t.name}"), f" {t.place}", [i]) for i, t in enumerate(p.things)]
+    if rng.random() < 0.5:
+        parts = [(counted(len(seq), shape) if len(seq) > 1 else a(shape), "", seq) for shape in SHAPES
+                 if (seq := [i for i, t in enumerate(p.things) if t.shape == shape])]
+    sentence = listing([f"<ph_st>{phrase}<ph_ed>{place}" for phrase, place, _ in parts])
+    return {"image_id": Path(p.name).stem, "sentence": f"The picture shows {sentence}.",
+            "boxes": [box(t) for t in p.things], "boxes_seq": [seq for *_, seq in parts]}
+
+
+def pope_rows(pictures, rng, kind):
+    """Two questions a picture: one after a thing in it, one after one that is not: any, a frequent or a similar one."""
+    frequency, rows = Counter(t.name for p in pictures for t in p.things), []
+    names = sorted((f"{colour} {shape}" for colour in COLOURS for shape in SHAPES), key=lambda name: -frequency[name])
+    for p in pictures:
+        here = sorted({t.name for t in p.things})
+        similar = [name for name in names if set(name.split()) & set(" ".join(here).split())]
+        others = {"random": names, "popular": names[:10], "adversarial": similar}[kind]
+        for name, label in ((rng.choice(here), "yes"), (rng.choice([n for n in others if n not in here]), "no")):
+            text = f"Is there {a(name)} in the picture?"
+            rows.append({"question_id": len(rows) + 1, "image": p.name, "text": text, "label": label})
+    return rows
+
+
+# ---- Dialogues and requests
+
+def turns(*texts):
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+def dialogue(p, rng, chain):
+    """Three rounds, each about what the last one found; None for pictures that give no such thing.
+
+    A chain says [it] and gives only shapes away, so that the rest must be seen; else questions name things with boxes.
+    """
+    def here(text, thing):
+        return f"{text} <{getattr(thing, key)}:{[round(v) for v in box(thing)]}>"
+    key = "shape" if chain else "name"
+    known = only(p.things, key)
+    links = [(t, side, u) for t in known for way, _, side in RELATIONS if (u := beyond(t, way, p.things)) in known]
+    if not links and not (chain and known):
+        return None
+    t, side, u = rng.choice(links or [(known[0], "", known[0])])
+    rounds = [(f"What is {side} {{}}?", t, f"A{a(getattr(u, key))[1:]} is {side} it.", u)] * bool(links)
+    asked = [("How big is {}?", u, f"It is {u.size}.", u), ("What colour is {}?", u, f"It is {u.colour}.", u)]
+    texts = [f"Where is the {getattr(t, key)}?", here(f"The {getattr(t, key)} is {t.place}.", t)]
+    for ask, about, answer, found in (rounds + (rng.sample(asked, 2) if chain else asked))[:2]:
+        texts += [ask.format("[it]") if chain else here(ask.format(f"the {about.name}"), about), here(answer, found)]
+    return {"image": p.name, "image_wh": [SIDE, SIDE], "conversation": turns(*texts)}
+
+
+WISHES = {"image": ["Draw {}.", "Can you draw {}?", "Show me a picture of {}."],
+          "video": ["Make a clip in which {}.", "Can you show me how {}?", "I want to see how {}."],
+          "audio": ["Play {}.", "Can you make a sound of {}?", "Let me hear {}."]}
+REPLIES = ["Here it is.", "Of course.", "Sure.", "How about this?"]
+
+
+def request(m, rng, year):
+    """A wish to see or hear a medium, in the format of NExT-GPT's sets of 2023 or of 2024."""
+    ask, reply = turns(rng.choice(WISHES[m.kind]).format(m.caption[0].lower() + m.caption[1:-1]), rng.choice(REPLIES))
+    if year == 2023:
+        return {"mm_name": m.name, "output_modality": m.kind, "conversation": [
+            ask | {"input_modality": "text"}, reply | {"caption": m.caption, "output_modality": m.kind}]}
+    reply["value"] += f" <{m.kind}>"
+    return {f"output_{m.kind}": m.name, f"{m.kind}_captions": m.caption,
+            f"{m.kind}_caption_embeddings": Path(m.name).name + ".npy", "conversations": [ask, reply]}
+
+
+def comprehension(m, rng):
+    return {f"input_{m.kind}": m.name, "conversations": turns(f"<{m.kind}>\n{m.questions[-1][1]}", m.caption)}
+
+
+def pair(m, rng):
+    return {f"{m.kind}_name": m.name, "caption": m.caption}
+
+
+def first_words(m, rng):
+    """The caption of a medium that shows one thing, without its place."""
+    if m.kind != "image":
+        return pair(m, rng)
+    if len(m.things) == 1:
+        (t,) = m.things
+        return pair(m._replace(caption=f"A{a(f'{t.size} {t.name}')[1:]}."), rng)
+
+
 # ---- Files
+
+class Medium(NamedTuple):
+    kind: str                           # image, video or audio
+    name: str                           # of the file, relative to the folder
+    questions: list                     # (kind, question, answer); the last one asks for the caption
+    caption: str
+    things: list                        # in a picture
+
 
 def write_picture(rng, path):
     things = scene(rng)
     draw(things, rng, paper(rng)).save(path, optimize=False)
-    return picture_questions(things, rng), describe(things)
+    return picture_questions(things, rng), describe(things), things
 
 
 def write_clip(rng, path):
     thing, way, frames = clip(rng)
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // FPS, loop=0)
     questions = clip_questions(thing, way, rng)
-    return questions, questions[-1][2]
+    return questions, questions[-1][2], []
 
 
 def write_sound(rng, path):
@@ -281,7 +514,7 @@ def write_sound(rng, path):
         f.setnchannels(1), f.setsampwidth(2), f.setframerate(RATE)
         f.writeframes((np.clip(x, -1, 1) * 32767).astype("<i2").tobytes())
     questions = sound_questions(*facts, rng)
-    return questions, questions[-1][2]
+    return questions, questions[-1][2], []
 
 
 MEDIA = {"image": ("pictures", "png", write_picture), "video": ("clips", "gif", write_clip),
@@ -289,32 +522,29 @@ MEDIA = {"image": ("pictures", "png", write_picture), "video": ("clips", "gif", 
 
 
 def write_medium(job):
-    """One file of the world -> (kind, its name, questions, caption)."""
+    """Writes one file of the world -> Medium."""
     kind, number, seed, out = job
     folder, ending, write = MEDIA[kind]
     name = f"{folder}/{number:06}.{ending}"
-    questions, caption = write(random.Random(f"{seed}/{kind}/{number}"), Path(out) / name)
-    return kind, name, questions, caption
+    return Medium(kind, name, *write(random.Random(f"{seed}/{kind}/{number}"), Path(out) / name))
 
 
 def conversation(media, rng):
     """LLaVA record: up to five questions about a medium, two about each of several, which are shown one after another."""
-    record, turns = {}, []
-    for kind, name, questions, _ in media:
+    record, texts = {}, []
+    for kind, name, questions, *_ in media:
         record.setdefault(kind, []).append(name)
         chosen = rng.sample(questions, min(5 if len(media) == 1 else 2, len(questions)))
         for i, (_, question, answer) in enumerate(chosen):
-            tag = f"\n<{kind}>" if i == 0 else ""
-            turns += [{"from": "human", "value": question + tag}, {"from": "gpt", "value": answer}]
-    return {**record, "conversations": turns}
+            texts += [question + f"\n<{kind}>" * (i == 0), answer]
+    return {**record, "conversations": turns(*texts)}
 
 
 def single_question(medium, rng):
     """LLaVA record of one question, with its kind."""
-    kind, name, questions, _ = medium
+    kind, name, questions, *_ = medium
     what, question, answer = rng.choice(questions)
-    turns = [{"from": "human", "value": f"{question}\n<{kind}>"}, {"from": "gpt", "value": answer}]
-    return {"kind": f"{kind} {what}", kind: name, "conversations": turns}
+    return {"kind": f"{kind} {what}", kind: name, "conversations": turns(f"{question}\n<{kind}>", answer)}
 
 
 def conversations(media, rng, mixed=0.15):
@@ -325,6 +555,32 @@ def conversations(media, rng, mixed=0.15):
         out.append(conversation(media[-n:], rng))
         del media[-n:]
     return out
+
+
+def each(media, rng, record):
+    return [row for m in media if (row := record(m, rng))]
+
+
+# File name ({}: train or test) -> media it is about, what makes its rows. As NExT-Chat, ChatterBox, NExT-GPT have them.
+FILES = {f"{task}_{{}}.jsonl": ("image", partial(box_rows, task=task)) for task in ("REC", "RES", "REG")}
+FILES |= {f"POPE_{k}.jsonl": ("image", partial(pope_rows, kind=k)) for k in ("random", "popular", "adversarial")}
+FILES |= {"CAP_{}.jsonl": ("image", partial(each, record=lambda p, rng: {"img_path": p.name, "caption": p.caption})),
+          "CWB_flickr_{}.jsonl": ("image", partial(each, record=flickr_row)),
+          "CB_MRG.json": ("image", partial(each, record=partial(dialogue, chain=False))),
+          "CB_LC.json": ("image", partial(each, record=partial(dialogue, chain=True)))}
+FILES |= {f"{kind}_{name}.json": (kind, partial(each, record=record)) for kind in MEDIA for name, record in (
+    ("pairs", pair), ("comprehension", comprehension), ("generation", partial(request, year=2024)),
+    ("instruction", partial(request, year=2023)))}
+
+
+def write_annotations(media, out, split, seed):
+    """Every file of FILES, each from random numbers of its own."""
+    for name, (kind, make) in FILES.items():
+        rows = make([m for m in media if m.kind == kind], random.Random(f"{seed}/{name}"))
+        text = json.dumps({"data": rows} if name.startswith("CB_") else rows, indent=0)
+        if name.endswith(".jsonl"):
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+        (out / name.format(split)).write_text(text)
 
 
 def write_tokenizer(records, path, vocab_size):
@@ -357,15 +613,18 @@ def main(argv=None):
         (args.out / folder).mkdir(parents=True, exist_ok=True)
     from tqdm import tqdm
     jobs = [(kind, i, seed, str(args.out)) for kind, n in counts.items() for i in range(n)]
-    with Pool() as pool:
+    with get_context("spawn").Pool() as pool:            # a fork of a program that decodes video may never wake up
         media = list(tqdm(pool.imap(write_medium, jobs, chunksize=64), total=len(jobs), desc="drawing", unit="file", disable=None))
+    write_annotations(media, args.out, "test" if args.questions else "train", seed)
     rng = random.Random(seed)
     if args.questions:
         return (args.out / "questions.json").write_text(json.dumps([single_question(m, rng) for m in media], indent=0))
     records = conversations(media, rng)
     (args.out / "conversations.json").write_text(json.dumps(records, indent=0))
-    captions = [{f"{kind}_name": name, "caption": caption} for kind, name, _, caption in media]
-    (args.out / "captions.json").write_text(json.dumps(captions, indent=0))
+    (args.out / "captions.json").write_text(json.dumps(each(media, rng, pair), indent=0))
+    words = each(media, rng, first_words)
+    (args.out / "words.json").write_text(json.dumps(words, indent=0))
+    (args.out / "picture_words.json").write_text(json.dumps([row for row in words if "image_name" in row], indent=0))
     write_tokenizer(records, args.out / "tokenizer.model", args.vocab_size)
 
 

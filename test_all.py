@@ -1,17 +1,20 @@
-"""Every test, in the order of the code: attention, vision, model, data, convert, train, shapes, chat, docs.
+"""Every test, in the order of the code: attention, vision, locate, generate, model, data, convert, train, shapes, chat, docs.
 
 Golden tests compare with what the original code computed (folder GOLDEN_DIR, default golden/): every size, seed and case
 comes from the fixtures. Vocabularies of others are found through LLAMA_TOKENIZER and CLIP_BPE.
 """
 import ast
+import enum
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import pickle
 import pty
 import random
 import re
+import resource
 import select
 import shutil
 import signal
@@ -22,8 +25,11 @@ import sys
 import time
 import zipfile
 import zlib
+from functools import lru_cache, partial
 from pathlib import Path
-from types import SimpleNamespace as Thing
+from types import ModuleType, SimpleNamespace as Thing
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")                  # tests run side by side, one to a core
 
 import numpy as np
 import pytest
@@ -34,11 +40,17 @@ import attention
 import chat
 import convert_weights as cw
 import data
+import datasets
 import evaluate
+import locate
+import generate as G
 import model as M
+import quantize
+import ranks
 import shapes
 import train
-from vision import CLIPConfig, CLIPVision, ImageBind, ImageBindConfig, HUGE
+import vision
+from vision import CLIPConfig, CLIPVision, ImageBind, ImageBindConfig, HUGE, SAMConfig, Swin, SwinConfig
 
 HERE = Path(__file__).parent
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", HERE / "golden"))
@@ -46,6 +58,7 @@ SHARED = HERE.parent / "shared"
 LLAMA_TOKENIZER = Path(os.environ.get("LLAMA_TOKENIZER", SHARED / "golden/tokenizer.model"))
 CLIP_BPE = Path(os.environ.get("CLIP_BPE", SHARED / "golden/imagebind/bpe_simple_vocab_16e6.txt.gz"))
 PARITY = 1e-4                           # of the output's scale: float32 sums in another order
+KINK = 5e-3                             # gradients behind a million ReLUs: rounding puts some on the other side
 
 
 # ---- Helpers
@@ -122,6 +135,146 @@ def close(meta, tensors, name, got, tol=PARITY, where=None):
     assert diff <= tol * scale, f"{name}: off by {diff:.3g} at scale {scale:.3g}"
 
 
+# ---- Attention
+
+FEATURES = ("plain", "causal", "bias", "segments", "rel", "short", "decode")
+
+
+def attention_case(feature, seed, dtype=torch.float32, device="cpu"):
+    """Random q, k, v, the output's gradient, and the keywords of one attention call that uses a feature."""
+    g = torch.Generator().manual_seed(seed)
+    B, nkv, group, T, more = (int(torch.randint(*ends, (), generator=g)) for ends in ((1, 3), (1, 3), (1, 3), (2, 50), (0, 70)))
+    hd, keys = (8, 40, 64, 72, 80, 88, 96, 128, 160)[seed % 9], {}
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g).to(device, dtype)
+    S = {"plain": more + 1, "segments": T, "short": T}.get(feature, T + more)
+    if feature == "short":
+        B, S = B + 2, (T := min(T, 32))
+    if feature == "decode":
+        T, S = 1, 1 + 5 * S
+    if feature == "bias":                                       # some dimensions do not vary
+        shape = [1 if seed >> i & 1 else n for i, n in enumerate((B, nkv * group, T))] + [S]
+        keys["bias"] = normal(*shape)
+    if feature == "segments":
+        keys["segments"] = torch.randint(0, 4, (B, T), generator=g).sort().values.int().to(device)
+    if feature == "rel":
+        group, W = 1, 1 + seed % 9
+        S = W * (S // W + 1)
+        keys["rel"] = [normal(B, nkv, T, n) for n in (S // W, W)]
+    q, k, v = (normal(B, t, n, hd).transpose(1, 2) for n, t in ((nkv * group, T), (nkv, S), (nkv, S)))
+    causal = feature in ("causal", "decode") or feature != "plain" and seed % 2 == 0
+    return (q, k, v), normal(B, nkv * group, T, hd), keys | {"causal": causal}
+
+
+def attention_errors(backend, feature, seed, *case):
+    """Largest errors of the output and of three gradients against float64, of each one's scale if above 1."""
+    inputs, do, keys = attention_case(feature, seed, *case)
+    inputs, (q, *kv) = ([x.detach().to(kind).requires_grad_(feature != "decode") for x in inputs]
+                        for kind in (do.dtype, torch.float64))
+    got, (k, v) = attention.BACKENDS[backend](*inputs, **keys), (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in kv)
+    T, S, place = q.shape[2], k.shape[2], torch.arange(k.shape[2], device=q.device)
+    scores = torch.einsum("bhtd,bhsd->bhts", q, k) / q.shape[3] ** 0.5 + keys.get("bias", torch.zeros(())).to(q)
+    if "rel" in keys:
+        rows, columns, W = *keys["rel"], keys["rel"][1].shape[-1]
+        scores = scores + rows[..., place // W] + columns[..., place % W]
+    if keys["causal"]:
+        scores = scores.masked_fill(place > place[:T, None] + S - T, -torch.inf)
+    if "segments" in keys:
+        one, other = keys["segments"][:, None, :, None], keys["segments"][:, None, None]
+        scores = scores.masked_fill(one != other, -torch.inf)
+    want = scores.softmax(-1) @ v
+    pairs = [(got, want)]
+    if feature != "decode":
+        pairs += zip(torch.autograd.grad(got, inputs, do), torch.autograd.grad(want, (q, *kv), do.double()))
+    return [((a - b).abs().max() / b.abs().max().clamp(min=1)).item() for a, b in pairs]
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_attention_equals_float64(backend, feature):
+    for seed in range(12):
+        assert max(attention_errors(backend, feature, seed)) < 1e-5, seed
+
+
+def test_attention_builds_a_long_rel_bias_a_few_heads_at_a_time(monkeypatch):
+    bias, heads = attention.relative_bias, []
+    monkeypatch.setattr(attention, "relative_bias", lambda *rel: heads.append(rel[0].shape[1]) or bias(*rel))
+    q, rel = torch.randn(1, 3, 4096, 8), [torch.randn(1, 3, 4096, 64) for _ in range(2)]
+    got = attention.torch_attention(q, q, q, rel=rel)
+    assert heads == [2, 1] and (got - attention.reference_attention(q, q, q, rel=rel)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("wrong", [dict(T=9, causal=True), dict(nkv=2), dict(segments=torch.zeros(2, 5)),
+                                   dict(rel=[torch.zeros(2, 3, 6, 2)] * 2)])
+def test_attention_refuses(wrong):
+    q, k = torch.zeros(2, 3, wrong.pop("T", 6), 8), torch.zeros(2, wrong.pop("nkv", 3), 8, 8)
+    with pytest.raises(ValueError, match="keys|heads|places"):
+        attention.attention(q, k, k, **wrong)
+
+
+def in_subprocess(call, **env):
+    """What print(json) of a call of this file gives in a process of its own."""
+    command = [sys.executable, "-c", f"import json, test_all; print(json.dumps(test_all.{call}))"]
+    done = subprocess.run(command, cwd=HERE, env=os.environ | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def interpret_kernels(feature):
+    """Worst error of our kernels per dtype, on a CPU."""
+    return {name: max(max(attention_errors("triton", feature, seed, getattr(torch, name))) for seed in range(first, first + 2))
+            for first, name in enumerate(("float32", "float16"))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("feature", FEATURES)
+def test_triton_interpreted_equals_float64(feature):
+    pytest.importorskip("triton")
+    worst = in_subprocess(f"interpret_kernels({feature!r})", TRITON_INTERPRET="1")
+    assert worst["float32"] < 1e-5 and worst["float16"] < 4e-3
+
+
+def compile_kernels(sm):
+    """Compile what calls of all features would launch on a GPU of compute capability sm -> name, shared bytes, wgmma."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+    here = Thing(get_current_target=lambda: GPUTarget("cuda", sm, 32), get_current_device=lambda: 0,
+                 get_current_stream=lambda device: 0)
+    triton.runtime.driver.set_active(here)
+    run, made = JITFunction.run, []
+    JITFunction.run = lambda self, *args, **more: made.append(run(self, *args, **more | {"warmup": True}))
+    attention.INTERPRETED = True                                # CPU tensors stand for the GPU's
+    cases = dict(causal=(2, "bfloat16"), segments=(7, "float16"), rel=(4, "bfloat16"), bias=(1, "float32"), decode=(7, "bfloat16"))
+    for feature, (seed, dtype) in cases.items():
+        inputs, do, keys = attention_case(feature, seed, getattr(torch, dtype))
+        learns = feature in ("causal", "rel")
+        out = attention.triton_attention(*(x.requires_grad_(learns) for x in inputs), **keys)
+        if learns:
+            out.backward(do)
+    return [(kernel.name, kernel.metadata.shared, "wgmma" in kernel.asm["ptx"]) for kernel in made]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", [80, 90])
+def test_triton_compiles_without_a_gpu(sm, tmp_path):
+    pytest.importorskip("triton")
+    made = in_subprocess(f"compile_kernels({sm})", TRITON_CACHE_DIR=str(tmp_path))
+    assert {name for name, _, _ in made} == {"forward_kernel", "dq_kernel", "dkdv_kernel", "join_kernel"} and len(made) == 10
+    assert max(shared for _, shared, _ in made) <= 99 * 1024    # what the smallest of these GPUs give one program
+    assert sm < 90 or any(wgmma for _, _, wgmma in made)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_triton_on_a_gpu_equals_float64(feature, dtype):
+    for seed in range(18):
+        worst = max(attention_errors("triton", feature, seed, getattr(torch, dtype), "cuda"))
+        assert worst < {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3}[dtype], seed
+
+
 # ---- Vision
 
 def golden_imagebind(config, weights, **more):
@@ -157,6 +310,956 @@ def test_golden_imagebind_model():
             close(meta, t, f"out.chatbind_tokens.{case}", bind(kind, x))
     bind.towers["audio"].log_scale = None                       # NExT-GPT's copy
     close(meta, t, "out.nextgpt.audio", bind("audio", t["in.audio"]))
+
+
+# ---- Locate
+
+def golden_sam(c):
+    return SAMConfig(
+        image_size=c["img_size"], patch_size=c["patch_size"], dim=c["embed_dim"], n_layer=c["depth"], n_head=c["num_heads"],
+        mlp_dim=int(c["embed_dim"] * c["mlp_ratio"]), window=c["window_size"], global_layers=tuple(c["global_attn_indexes"]),
+        prompt_dim=c["prompt_dim"], mask_dim=c["mask_in_chans"], n_mask=c["num_multimask_outputs"] + 1,
+        dec_layer=c["dec_depth"], dec_head=c["dec_heads"], dec_mlp_dim=c["dec_mlp"], iou_dim=c["iou_hidden"])
+
+
+def fill(module, state, prefix):
+    """`module` with those tensors of a renamed state that belong at `prefix` of a model."""
+    module.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    return module.eval()
+
+
+@torch.no_grad()
+def test_golden_nextchat_sam_encoder(monkeypatch):
+    meta, weights, t = read_golden("nextchat/sam")
+    encoder = fill(locate.SAM(golden_sam(meta["config"])), cw.rename(weights, cw.SAM), "writers.at.sam.").image_encoder
+    monkeypatch.setattr(vision, "QUERIES", 7)               # more than one piece
+    x = encoder.embed(t["in.images"])
+    close(meta, t, "enc.embed", x)
+    for i, block in enumerate(encoder.blocks):
+        x = block(x)
+        close(meta, t, f"enc.block_{i}", x)
+    close(meta, t, "enc.features", encoder(t["in.images"]))
+    side = t["relpos.q7_k7"].shape[0]
+    close(meta, t, "relpos.q7_k7", vision.relative_positions(t["relpos.in"], side))
+    assert torch.equal(t["relpos.in"], encoder.blocks[0].attn.rel_pos_h)
+
+
+@torch.no_grad()
+def test_golden_nextchat_sam_prompts_and_masks():
+    meta, weights, t = read_golden("nextchat/sam")
+    sam = fill(locate.SAM(golden_sam(meta["config"])), cw.rename(weights, cw.SAM), "writers.at.sam.")
+    encoder, boxes, points = sam.prompt_encoder, t["box.boxes"], (t["pt.points"], t["pt.labels"].long())
+    close(meta, t, "prompt.dense_pe", encoder.grid())
+    close(meta, t, "box.sparse", encoder(boxes_px=boxes))
+    close(meta, t, "pt.sparse", encoder(points=points))
+    close(meta, t, "ptbox.sparse", encoder(points=points, boxes_px=boxes))
+    close(meta, t, "box.dense", encoder.masks().expand(meta["full"]["box.dense"][0]))
+    close(meta, t, "pt.dense", encoder.masks(t["pt.masks"]))
+    features, extra, n = sam.encode(t["in.images"]), t["lm.extra_sparse"], meta["full"]["dec.paired"][0][0]
+    cases = {"single": (features[:1], encoder(extra, boxes), encoder.masks()),
+             "multi": (features[:1], encoder(points=points), encoder.masks(t["pt.masks"]), True),
+             "paired": (features[:n], encoder(boxes_px=boxes[:n]), encoder.masks())}
+    for name, (image, *args) in cases.items():
+        masks, iou = sam.mask_decoder(image, encoder.grid(), *args)
+        close(meta, t, f"dec.{name}", masks)
+        close(meta, t, f"dec.{name}_iou", iou)
+    masks, iou = sam.decode(features[:1], extra, boxes)
+    close(meta, t, "lm.mask_logits", masks)
+    close(meta, t, "lm.iou", iou)
+
+
+def random_boxes(n, seed):
+    """(n, 4) xyxy with whole corners in 0..20, none empty."""
+    r = np.random.RandomState(seed)
+    low = r.randint(0, 15, (n, 2))
+    return torch.from_numpy(np.concatenate([low, low + r.randint(1, 6, (n, 2))], 1)).double()
+
+
+def test_locate_overlap_equals_counted_cells():
+    a, b = random_boxes(23, 0), random_boxes(17, 1)
+
+    def cells(box):
+        x0, y0, x1, y1 = map(int, box)
+        return {(x, y) for x in range(x0, x1) for y in range(y0, y1)}
+    for p, ious, gious in zip(a, locate.iou(a[:, None], b), locate.giou(a[:, None], b)):
+        for q, iou, giou in zip(b, ious, gious):
+            inter, union = len(cells(p) & cells(q)), len(cells(p) | cells(q))
+            hull = len(cells(torch.cat([torch.minimum(p, q)[:2], torch.maximum(p, q)[2:]])))
+            assert iou.item() == pytest.approx(inter / union) and giou.item() == pytest.approx(inter / union - 1 + union / hull)
+
+
+def test_locate_box_functions_keep_their_bounds():
+    a, b = (random_boxes(500, seed) for seed in (2, 3))
+    iou, giou = locate.iou(a, b), locate.giou(a, b)
+    assert (0 <= iou).all() and (-1 <= giou).all() and (giou <= iou + 1e-9).all() and iou.max() <= 1
+    assert torch.allclose(giou, locate.giou(b, a)) and torch.allclose(giou, locate.giou(a * 7 + 3, b * 7 + 3))
+    assert torch.allclose(locate.giou(a, a), torch.ones(500).double()) and iou.min() == 0 and giou.min() < 0
+    assert torch.equal(locate.to_xyxy(locate.to_cxcywh(a)), a)
+    assert locate.giou(torch.zeros(1, 4), torch.zeros(1, 4)).isfinite().all()
+
+
+def test_locate_box_loss_without_a_valid_box_is_finite():
+    pred = torch.tensor([[0.5, 0.5, 0.2, 0.9]], requires_grad=True)
+    losses = locate.box_loss(pred, torch.tensor([[0.1, 0.1, 0.4, 0.4]]))
+    sum(losses.values()).backward()
+    assert losses["giou"] == 0 and losses["l1"] > 0 and pred.grad.isfinite().all()
+
+
+def test_locate_decode_refuses_pictures_that_do_not_pair():
+    sam = locate.SAM(PEER_SAMS[0])
+    with pytest.raises(ValueError, match="3 objects do not pair with 2 pictures"):
+        sam.decode(torch.zeros(2, 32, 4, 4), boxes_px=torch.zeros(3, 4))
+
+
+PEER_SAMS = [SAMConfig(64, 16, 32, 3, 2, 96, 3, (1,), 32, 8, 4, 2, 4, 40, 24),
+             SAMConfig(96, 8, 48, 2, 4, 100, 5, (0,), 16, 4, 4, 1, 2, 32, 16),
+             SAMConfig(80, 16, 24, 4, 3, 48, 7, (1, 3), 48, 16, 3, 3, 8, 64, 32),
+             SAMConfig(64, 8, 16, 2, 1, 64, 8, (), 24, 4, 5, 2, 3, 20, 8)]
+PEER_SAM = [                            # ours, as transformers names it
+    ("vision_encoder.pos_embed",                                "image_encoder.pos_embed"),
+    ("vision_encoder.patch_embed.projection.*",                 "image_encoder.patch_embed.proj.*"),
+    ("vision_encoder.layers.{}.layer_norm{1,2}.*",              "image_encoder.blocks.{}.norm{1,2}.*"),
+    ("vision_encoder.layers.{}.{attn,mlp}.*",                   "image_encoder.blocks.{}.{attn,mlp}.*"),
+    ("vision_encoder.neck.{conv1,layer_norm1,conv2,layer_norm2}.*", "image_encoder.neck.{0,1,2,3}.*"),
+    ("shared_image_embedding.positional_embedding",             "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"),
+    ("prompt_encoder.shared_embedding.positional_embedding",    None),
+    ("prompt_encoder.{not_a_point_embed,no_mask_embed}.*",      "prompt_encoder.{not_a_point_embed,no_mask_embed}.*"),
+    ("prompt_encoder.point_embed.*",                            "prompt_encoder.point_embeddings.*"),
+    ("prompt_encoder.mask_embed.{conv1,layer_norm1,conv2,layer_norm2,conv3}.*", "prompt_encoder.mask_downscaling.{0,1,3,4,6}.*"),
+    ("mask_decoder.{iou_token,mask_tokens}.*",                  "mask_decoder.{iou_token,mask_tokens}.*"),
+    ("mask_decoder.transformer.layers.{}.layer_norm{1,2,3,4}.*", "mask_decoder.transformer.layers.{}.norm{1,2,3,4}.*"),
+    ("mask_decoder.transformer.layers.{}.{self_attn,cross_attn_token_to_image,cross_attn_image_to_token,mlp}.*",
+     "mask_decoder.transformer.layers.{}.{self_attn,cross_attn_token_to_image,cross_attn_image_to_token,mlp}.*"),
+    ("mask_decoder.transformer.{final_attn_token_to_image,layer_norm_final_attn}.*",
+     "mask_decoder.transformer.{final_attn_token_to_image,norm_final_attn}.*"),
+    ("mask_decoder.{upscale_conv1,upscale_layer_norm,upscale_conv2}.*", "mask_decoder.output_upscaling.{0,1,3}.*"),
+    ("mask_decoder.output_hypernetworks_mlps.{}.{proj_in,layers.0,proj_out}.*",
+     "mask_decoder.output_hypernetworks_mlps.{}.layers.{0,1,2}.*"),
+    ("mask_decoder.iou_prediction_head.{proj_in,layers.0,proj_out}.*", "mask_decoder.iou_prediction_head.layers.{0,1,2}.*")]
+
+
+def peer_sam(cfg, seed=0):
+    """transformers' SAM of these sizes with random weights, and ours with the same."""
+    peer = pytest.importorskip("transformers")
+    vision_config = peer.SamVisionConfig(
+        hidden_size=cfg.dim, output_channels=cfg.prompt_dim, num_hidden_layers=cfg.n_layer, num_attention_heads=cfg.n_head,
+        image_size=cfg.image_size, patch_size=cfg.patch_size, window_size=cfg.window, mlp_dim=cfg.mlp_dim,
+        global_attn_indexes=list(cfg.global_layers), num_pos_feats=cfg.prompt_dim // 2)
+    prompt_config = peer.SamPromptEncoderConfig(hidden_size=cfg.prompt_dim, image_size=cfg.image_size,
+                                                patch_size=cfg.patch_size, mask_input_channels=cfg.mask_dim)
+    decoder_config = peer.SamMaskDecoderConfig(
+        hidden_size=cfg.prompt_dim, mlp_dim=cfg.dec_mlp_dim, num_hidden_layers=cfg.dec_layer,
+        num_attention_heads=cfg.dec_head, num_multimask_outputs=cfg.n_mask - 1, iou_head_hidden_dim=cfg.iou_dim,
+        layer_norm_eps=1e-5)                                # as in the original; transformers' default is 1e-6
+    torch.manual_seed(seed)
+    theirs = peer.SamModel(peer.SamConfig(vision_config=vision_config, prompt_encoder_config=prompt_config,
+                                          mask_decoder_config=decoder_config)).eval()
+    for p in theirs.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    ours = locate.SAM(cfg).eval()
+    ours.load_state_dict(cw.rename(theirs.state_dict(), PEER_SAM))
+    return theirs, ours
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cfg", PEER_SAMS)
+def test_locate_sam_equals_transformers(cfg):
+    theirs, ours = peer_sam(cfg)
+    image, points = torch.randn(1, 3, cfg.image_size, cfg.image_size), torch.rand(3, 2, 2) * cfg.image_size
+    labels, boxes = torch.tensor([[1, 0], [0, -1], [1, 1]]), torch.rand(3, 4) * cfg.image_size
+    masks = torch.randn(3, 1, 4 * cfg.grid, 4 * cfg.grid)
+    features = ours.encode(image)
+    want = theirs.get_image_embeddings(image)
+    assert (features - want).abs().max() <= PARITY * want.abs().max()
+    for multimask, with_boxes in itertools.product((False, True), repeat=2):
+        out = theirs(image_embeddings=want, input_points=points[None], input_labels=labels[None],
+                     input_boxes=boxes[None] if with_boxes else None, multimask_output=multimask)
+        logits, iou = ours.decode(features, None, boxes if with_boxes else None, (points, labels), None, multimask)
+        upscaled = torch.nn.functional.interpolate(out.pred_masks[0], (cfg.image_size,) * 2, mode="bilinear")
+        assert (logits - upscaled).abs().max() <= PARITY * upscaled.abs().max()
+        assert (iou - out.iou_scores[0]).abs().max() <= PARITY * out.iou_scores.abs().max()
+    prompt = theirs.prompt_encoder(None, None, boxes[None], masks)[1]
+    assert torch.allclose(ours.prompt_encoder.masks(masks), prompt, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, table", [("sam_vit_h", "SAM"), ("nextchat-7b-336", "NEXTCHAT")])
+def test_locate_public_keys_have_one_row(tmp_path, name, table):
+    """Each key of a public checkpoint matches one row, and those of SAM are the tensors of a SAM of ViT-H's sizes."""
+    manifest = header_only(name, tmp_path / f"{name}.safetensors")
+    source = cw.open_source(tmp_path, cw.open_files(tmp_path))
+    dropped = [key for key in manifest if cw.translate(key, getattr(cw, table)) is None]
+    assert {row.fate for row in source.rows} <= {"dropped"} and len(source.rows) == len(dropped)
+    assert len(source.tensors) + len(dropped) == len(manifest) and all("inv_freq" in key for key in dropped)
+    with torch.device("meta"):
+        want = {f"writers.at.sam.{k}": x.shape for k, x in locate.SAM(cw.sam_config(source)).state_dict().items()}
+    assert {k: x.like.shape for k, x in source.tensors.items() if k.startswith("writers.at.sam.")} == want
+    assert cw.sam_config(source) == SAMConfig()
+
+
+# ---- Ground
+
+def golden_swin(c, **more):
+    return SwinConfig(c["embed_dim"], tuple(c["depths"]), tuple(c["num_heads"]), c["window_size"], **more)
+
+
+def golden_locator_config(c):
+    return locate.LocatorConfig(golden_swin(c["swin"]), c["hidden_dim"], c["enc_layers"], c["dec_layers"], c["nheads"],
+                                c["dim_feedforward"], c["num_queries"])
+
+
+def golden_locator(c, weights):
+    """The locator of a fixture's sizes, filled from GroundingDINO's keys."""
+    return fill(locate.Locator(golden_locator_config(c)), cw.rename(weights, cw.GROUNDING_DINO), cw.LOCATOR)
+
+
+def test_golden_chatterbox_swin():
+    meta, weights, t = read_golden("chatterbox/swin")
+    c = meta["config"]
+    swin = Swin(golden_swin(c, patch_size=c["patch_size"], outputs=tuple(c["out_indices"])))
+    fill(swin, cw.rename(weights, cw.GROUNDING_DINO), cw.LOCATOR + "swin.")
+    image = t["in.images"].masked_fill(t["in.mask"][:, None], 0)
+    close(meta, t, "out.patch_embed", swin.patches(image).permute(0, 3, 1, 2))
+    for i, x in zip(c["out_indices"], swin(image)):
+        close(meta, t, f"out.stage{i}", x)
+        pad = torch.nn.functional.interpolate(t["in.mask"][None].float(), size=x.shape[-2:])[0].bool()
+        assert torch.equal(pad, t[f"out.mask{i}"])
+        close(meta, t, f"out.pos{i}", locate.geometry(pad, c["pos_embed_dim"])[0].permute(0, 3, 1, 2))
+
+
+def test_golden_chatterbox_msda():
+    meta, weights, t = read_golden("chatterbox/msda")
+    c = meta["config"]
+    core = [t[f"in.core_{name}"].requires_grad_() for name in ("value", "sampling_locations", "attention_weights")]
+    out = locate.deformable_attention(core[0], c["spatial_shapes_hw"], *core[1:])
+    close(meta, t, "out.core", out)
+    for name, grad in zip(("value", "sampling_locations", "attention_weights"),
+                          torch.autograd.grad(out, core, t["in.core_grad_output"])):
+        close(meta, t, f"out.core_grad_{name}", grad)
+    attn = locate.DeformableAttention(c["embed_dim"], c["num_heads"], c["num_levels"], c["num_points"])
+    close(meta, t, "out.initial_sampling_offsets_bias", attn.offsets.bias)
+    weights = {f"transformer.decoder.layers.0.cross_attn.{k}": v for k, v in weights.items()}
+    fill(attn, cw.rename(weights, cw.GROUNDING_DINO), cw.LOCATOR + "decoder.0.attn.")
+    pad = t["in.key_padding_mask"]
+    for n, mask in ((2, pad), (4, torch.zeros_like(pad))):
+        got = attn(t["in.query"], t["in.value"], t[f"in.reference_points{n}"], c["spatial_shapes_hw"], mask)
+        close(meta, t, f"out.module_ref{n}", got)
+
+
+def golden_region(c, state):
+    """The region encoder of a fixture's sizes from a converted checkpoint."""
+    cfg = locate.RegionConfig(c["clip"], c["llm"], c["pos_hidden"], groups=c["gn"])
+    return fill(locate.RegionEncoder(cfg), state, "readers.region.")
+
+
+def test_golden_chatterbox_roi():
+    meta, weights, t = read_golden("chatterbox/roi")
+    c = meta["config"]
+    region = golden_region(c, cw.rename({f"spi_module.{k}": v for k, v in weights.items()}, cw.CHATTERBOX))
+    boxes, levels = [t["in.boxes0"], t["in.boxes1"]], [t[f"in.feats{i}"] for i in range(c["num_levels"])]
+    maps = region.enlarge(levels)
+    for layer in region.fuse:
+        maps = [layer(region.mix(maps, i)).relu() for i in range(len(maps))]
+    for i, x in enumerate(maps):
+        if f"out.fused{i}" in t:
+            close(meta, t, f"out.fused{i}", x)
+        pooled = [locate.roi_align(*pair, c["pool"], c["sampling_ratio"]) for pair in zip(x, boxes)]
+        close(meta, t, f"out.roi{i}", torch.cat(pooled))
+    close(meta, t, "out.pos_embed", region.box_embed(torch.cat(boxes)))
+    for i, out in enumerate(region(levels, boxes).split([len(b) for b in boxes])):
+        close(meta, t, f"out.query{i}", out)
+
+
+@pytest.mark.parametrize("case", ["plain", "padded"])
+def test_golden_chatterbox_locator(case):
+    meta, weights, t = read_golden("chatterbox/locator")
+    locator, hs, calls, pad = golden_locator(meta["config"], weights), [], [], t[f"in.{case}.mask"]
+    locator.norm.register_forward_hook(lambda module, args, out: hs.append(out))
+    propose = locator.propose
+    locator.propose = lambda *args: calls.append((*args, propose(*args))) or calls[0][-1]
+    found = locator(t[f"in.{case}.images"].masked_fill(pad[:, None], 0), t[f"in.{case}.query"], pad)
+    (image, text, pyramid, _, (_, scores, _)), = calls
+    assert pyramid.shapes == [tuple(x) for x in t[f"out.{case}.spatial_shapes"].tolist()]
+    assert torch.equal(scores[..., 0].topk(meta["config"]["num_queries"]).indices, t[f"out.{case}.topk"])
+    inside = dict(valid_ratios=pyramid.valid, memory=image, memory_text=text, enc_logits=scores, hs=torch.stack(hs))
+    for name, got in inside.items():
+        close(meta, t, f"out.{case}.{name}", got)
+    for name, prediction in zip(("interm", *(f"aux{i}" for i in range(len(hs) - 1)), "pred"), found):
+        close(meta, t, f"out.{case}.{name}_boxes", prediction.boxes_cxcywh)
+        close(meta, t, f"out.{case}.{name}_logits", prediction.logits)
+    close(meta, t, f"out.{case}.best_score", locate.best_box(found[-1])[1])
+    assert torch.equal(found[-1].logits[..., 0].sigmoid().argmax(1), t[f"out.{case}.best_query"])
+
+
+def golden_chatterbox(meta, weights):
+    """The model of a ChatterBox fixture."""
+    c, v = meta["config"], meta["config"]["locator"]
+    state = cw.rename(weights["state_dict"], cw.CHATTERBOX) | cw.rename(weights["clip"], cw.CLIP)
+    llm = M.LLMConfig(dim=c["hidden"], n_layer=c["layers"], n_head=c["heads"], n_kv_head=c["heads"], mlp_dim=c["inter"],
+                      vocab_size=c["vocab"] + len(c["ids"]), norm_eps=c["rms_norm_eps"], lora_rank=c["lora_r"],
+                      lora_alpha=c["lora_alpha"], lora_targets="wq wv")
+    clip = CLIPConfig(c["clip_image"], c["clip_patch"], c["clip_dim"], c["clip_layers"], c["clip_heads"], c["clip_inter"])
+    region = locate.RegionConfig(dim=c["clip_dim"], out_dim=c["hidden"], box_dim=c["pos_hidden"], groups=c["gn_groups"])
+    model = M.Model(M.replace(M.PRESETS["chatterbox-13b"], llm=llm, clip=clip, region=region, locator=golden_locator_config(v),
+                              added_tokens=c["ids"], bos=c["bos"], eos=(c["eos"],)))
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def golden_chatterbox_batch(meta, t, case, targets=None):
+    """A step of a ChatterBox fixture as a data.Batch; targets: for each image (n, 4) cxcywh, n 0 or 1."""
+    ids, special = t[f"in.{case}.input_ids"], meta["config"]["ids"]
+    media, boxes = {"image": t["in.clip_images"][:len(ids)]}, [t[f"in.{case}.boxes{i}"] for i in range(len(ids))]
+    slots = {"image": (ids == special["<im_patch>"]).nonzero().T, "region": (ids == special["<bbox>"]).nonzero().T}
+    if targets is None:
+        image_of = torch.cat([torch.full((len(b),), i) for i, b in enumerate(boxes)])
+        media["region"] = {"image": media["image"], "boxes": torch.cat(boxes), "image_of": image_of}
+        return data.Batch(ids, t[f"in.{case}.labels"], media, slots)
+    some = [i for i, x in enumerate(targets) if len(x)]
+    target = {"slots": (ids == special["[VG]"]).nonzero()[some].T, "boxes_cxcywh": torch.cat(targets), "image": t["in.det_images"][some]}
+    return data.Batch(ids, t[f"in.{case}.labels"], media, slots, {"vg": target})
+
+
+def close_grads(meta, t, case, model):
+    """Compare the gradients that a step of the fixture keeps."""
+    named = dict(model.named_parameters())
+    for key in (k for k in t if k.startswith(f"out.{case}.grad.")):
+        name = cw.translate(key.removeprefix(f"out.{case}.grad."), cw.CHATTERBOX)
+        close(meta, t, key, named[name].grad, KINK if ".fuse." in name else PARITY)
+
+
+def test_golden_chatterbox_referring_step():
+    meta, weights, t = read_golden("chatterbox/chatterbox")
+    model, mask = golden_chatterbox(meta, weights), t["in.ref.attention_mask"]
+    batch = golden_chatterbox_batch(meta, t, "ref")
+    x = model.embed(batch.ids, batch.media, batch.slots)
+    close(meta, t, "out.ref.inputs_embeds_to12", x[:, :12])
+    close(meta, t, "out.ref.inputs_embeds_from258", x[:, 258:] * mask[:, 258:, None])
+    h = model.llm(x)
+    close(meta, t, "out.ref.last_hidden", h * mask[..., None])
+    close(meta, t, "out.ref.logits_from258", (model.llm.lm_head(h) * mask[..., None])[:, 258:])
+    losses = model(batch)
+    close(meta, t, "out.ref.vqa_loss", losses["lm"])
+    losses["lm"].backward()
+    close_grads(meta, t, "ref", model)
+
+
+def test_golden_chatterbox_grounding_step():
+    meta, weights, t = read_golden("chatterbox/chatterbox")
+    model, mask, found = golden_chatterbox(meta, weights), t["in.gnd.attention_mask"], []
+    targets = [t[f"in.gnd.boxes{i}"] for i in range(len(mask))]
+    model.writers.vg.locator.register_forward_hook(lambda module, args, out: found.append(out))
+    model.writers.vg.query.register_forward_hook(lambda module, args, out: found.append(out))
+    batch = golden_chatterbox_batch(meta, t, "gnd", targets)
+    close(meta, t, "out.gnd.last_hidden", model.llm(model.embed(batch.ids, batch.media, batch.slots)) * mask[..., None])
+    losses = model(batch)
+    close(meta, t, "out.gnd.query", found[0][:, None])
+    close(meta, t, "out.gnd.raw_lm_loss", losses["lm"])
+    sets = ["interm", *(f"aux{i}" for i in range(len(found[1]) - 2)), "final"]
+    for name, prediction in zip(sets, found[1]):
+        picks = [locate.match(*(x[i] for x in prediction), box).item() for i, box in enumerate(targets)]
+        assert picks == meta["gnd_matched_query"][name]
+        close(meta, t, f"out.gnd.{name.replace('final', 'pred')}_boxes", prediction.boxes_cxcywh)
+        close(meta, t, f"out.gnd.{name.replace('final', 'pred')}_logits", prediction.logits)
+        for case, wanted in (("mix", [targets[0][:0], targets[1]]), ("gnd", targets)):
+            for ours, theirs in (("focal", "ce"), ("l1", "bbox"), ("giou", "giou")):
+                key = f"loss_{theirs}_{name}".replace("_final", "").replace("_aux", "_")
+                got, want = locate.set_losses(prediction, wanted)[ours].item(), meta[f"{case}_losses"][key]
+                assert abs(got - want) <= PARITY * max(1, abs(want)), (case, key, got, want)
+    total = train.total_loss(losses, train.STAGES["chatterbox", 2])
+    close(meta, t, "out.gnd.vg_loss", total)                    # the text's loss does not count beside a box's
+    total.backward()
+    close_grads(meta, t, "gnd", model)
+
+
+def test_golden_chatterbox_mixed_step():
+    meta, weights, t = read_golden("chatterbox/chatterbox")
+    boxes = [t["in.gnd.boxes0"][:0], *(t[f"in.gnd.boxes{i}"] for i in range(1, len(t["in.gnd.input_ids"])))]
+    losses = golden_chatterbox(meta, weights)(golden_chatterbox_batch(meta, t, "gnd", boxes))
+    close(meta, t, "out.mix.vg_loss", train.total_loss(losses, train.STAGES["chatterbox", 2]))
+
+
+@torch.no_grad()
+def test_golden_chatterbox_generation():
+    meta, weights, t = read_golden("chatterbox/chatterbox")
+    model, ids, found, hidden = golden_chatterbox(meta, weights), t["in.gen.input_ids"], [], []
+    media = {"image": t["in.clip_images"][:1]}
+    media["region"] = {"image": media["image"], "boxes": t["in.gen.boxes"], "image_of": torch.zeros(len(t["in.gen.boxes"]))}
+    special = meta["config"]["ids"]
+    slots = {kind: (ids == special[token]).nonzero().T for kind, token in (("image", "<im_patch>"), ("region", "<bbox>"))}
+    new = list(M.generate(model, model.embed(ids, media, slots), hidden=hidden,
+                          max_new_tokens=t["out.gen.output_ids"].shape[1] - ids.shape[1]))
+    assert ids[0].tolist() + new == t["out.gen.output_ids"][0].tolist()
+    model.writers.vg.locator.register_forward_hook(lambda module, args, out: found.append(out[-1]))
+    _, score = M.read_out(model, ids[0].tolist() + new, hidden, "vg", image=t["in.det_images"][:1])
+    close(meta, t, "out.gen.pred_boxes", found[0].boxes_cxcywh)
+    close(meta, t, "out.gen.pred_logits", found[0].logits)
+    assert found[0].logits[0, :, 0].argmax().item() == meta["gen_best_query"]
+    assert score.item() == pytest.approx(meta["gen_best_score"], rel=PARITY)
+
+
+SWIN, ENC, DEC = "model.backbone.conv_encoder.model.swin.", "model.encoder.layers.{}.", "model.decoder."
+PEER_DINO = [                                                   # transformers' names, q, k and v still apart
+    (SWIN + "embeddings.patch_embeddings.projection.*",         "swin.patch.*"),
+    (SWIN + "embeddings.norm.*",                                "swin.patch_norm.*"),
+    (SWIN + "encoder.layers.{}.blocks.{}.attention.{q,k,v,o}_proj.*", "swin.stages.{}.{}.attn.w{q,k,v,o}.*"),
+    (SWIN + "encoder.layers.{}.blocks.{}.attention.relative_position_bias.relative_position_bias_table",
+     "swin.stages.{}.{}.attn.bias_table"),
+    (SWIN + "encoder.layers.{}.blocks.{}.layernorm_{before,after}.*", "swin.stages.{}.{}.{attn_norm,mlp_norm}.*"),
+    (SWIN + "encoder.layers.{}.blocks.{}.mlp.*",                "swin.stages.{}.{}.mlp.*"),
+    (SWIN + "encoder.layers.{}.downsample.*",                   "swin.merges.{}.*"),
+    (SWIN + "layernorm.*",                                      None),
+    ("model.backbone.conv_encoder.model.hidden_states_norms.stage{2,3,4}.*", "swin.norms.{1,2,3}.*"),
+    ("model.{text_backbone,text_projection}.*",                 None),
+    ("model.input_proj_vision.{}.{0,1}.*",                      "input_proj.{}.{conv,norm}.*"),
+    ("model.level_embed",                                       "level_embed"),
+    ("model.query_position_embeddings.*",                       "queries.*"),
+    ("model.{enc_output,enc_output_norm}.*",                    "{proposal,proposal_norm}.*"),
+    ("model.encoder_output_bbox_embed.layers.{0,1,2}.*",        "proposal_box.{0,2,4}.*"),
+    (ENC + "text_enhancer_layer.self_attn.{query,key,value,out_proj}.*", "encoder.{}.text.attn.{wq,wk,wv,wo}.*"),
+    (ENC + "text_enhancer_layer.layer_norm_{before,after}.*", "encoder.{}.text.{attn_norm,mlp_norm}.*"),
+    (ENC + "text_enhancer_layer.fc{1,2}.*",            "encoder.{}.text.mlp.fc{1,2}.*"),
+    (ENC + "fusion_layer.{vision_param,text_param}",   "encoder.{}.fusion.{image_gamma,text_gamma}"),
+    (ENC + "fusion_layer.layer_norm_{vision,text}.*",  "encoder.{}.fusion.{image_norm,text_norm}.*"),
+    (ENC + "fusion_layer.attn.{vision_proj,text_proj}.*", "encoder.{}.fusion.{image_qk,text_qk}.*"),
+    (ENC + "fusion_layer.attn.values_{vision,text}_proj.*", "encoder.{}.fusion.{image_v,text_v}.*"),
+    (ENC + "fusion_layer.attn.out_{vision,text}_proj.*", "encoder.{}.fusion.{image_out,text_out}.*"),
+    (ENC + "deformable_layer.self_attn.{sampling_offsets,attention_weights,value_proj,output_proj}.*",
+     "encoder.{}.image.attn.{offsets,weights,wv,wo}.*"),
+    (ENC + "deformable_layer.{self_attn_layer_norm,final_layer_norm}.*", "encoder.{}.image.{attn_norm,mlp_norm}.*"),
+    (ENC + "deformable_layer.fc{1,2}.*",               "encoder.{}.image.mlp.fc{1,2}.*"),
+    (DEC + "layers.{}.{self_attn,encoder_attn_text}.{query,key,value,out_proj}.*",
+     "decoder.{}.{self_attn,text_attn}.{wq,wk,wv,wo}.*"),
+    (DEC + "layers.{}.encoder_attn.{sampling_offsets,attention_weights,value_proj,output_proj}.*",
+     "decoder.{}.attn.{offsets,weights,wv,wo}.*"),
+    (DEC + "layers.{}.{self_attn,encoder_attn,encoder_attn_text,final}_layer_norm.*",
+     "decoder.{}.{self_norm,attn_norm,text_norm,mlp_norm}.*"),
+    (DEC + "layers.{}.fc{1,2}.*",                      "decoder.{}.mlp.fc{1,2}.*"),
+    (DEC + "layer_norm.*",                             "norm.*"),
+    (DEC + "reference_points_head.layers.{0,1}.*",     "query_pos.{0,2}.*"),
+    (DEC + "bbox_embed.*",                             None),
+    ("bbox_embed.0.layers.{0,1,2}.*",                           "box.{0,2,4}.*"),
+    ("bbox_embed.1.*",                                          None),
+]
+
+
+def peer_locator(seed, window, n_point, n_head, dim):
+    """A random transformers GroundingDINO and ours with its weights."""
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    torch.manual_seed(seed)
+    swin = transformers.SwinConfig(embed_dim=16, depths=[1, 2, 2, 1], num_heads=[1, 2, 2, 4], window_size=window,
+                                   out_features=["stage2", "stage3", "stage4"])
+    bert = transformers.BertConfig(vocab_size=1100, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                   intermediate_size=48, max_position_embeddings=64)
+    theirs = transformers.GroundingDinoForObjectDetection(transformers.GroundingDinoConfig(
+        backbone_config=swin, text_config=bert, d_model=dim, encoder_layers=2, decoder_layers=2, num_queries=12,
+        encoder_attention_heads=n_head, decoder_attention_heads=n_head, encoder_ffn_dim=96, decoder_ffn_dim=96,
+        encoder_n_points=n_point, decoder_n_points=n_point, max_text_len=32)).eval()
+    for name, p in theirs.named_parameters():
+        if "text_backbone" not in name:
+            torch.nn.init.normal_(p, std=0.3 if p.ndim < 2 else p[0].numel() ** -0.5)
+            p.data += 1 if "norm.weight" in name else 0
+    swin = SwinConfig(16, (1, 2, 2, 1), (1, 2, 2, 4), window)
+    ours = locate.Locator(locate.LocatorConfig(swin, dim, 2, 2, n_head, 96, 12, n_point))
+    state = cw.rename(theirs.state_dict(), PEER_DINO)
+    for key in [k for k in state if ".wq." in k]:
+        parts = [state.pop(key.replace(".wq.", f".{w}.")) for w in ("wq", "wk", "wv")]
+        state[key.replace(".wq.", ".wqkv.")] = torch.cat(parts)
+    return theirs, fill(ours, state, "")
+
+
+@pytest.mark.parametrize("sizes", [(3, 4, 4, 64), (2, 2, 6, 96), (4, 1, 2, 32)])
+def test_ground_boxes_and_logits_equal_transformers(sizes, monkeypatch):
+    monkeypatch.setattr(locate, "LOGIT_EPS", 1e-5)              # theirs; GroundingDINO itself and ChatterBox have 1e-3
+    theirs, ours = peer_locator(sum(sizes), *sizes)
+    ids = torch.tensor([[101, 7, 8, 9, 1012, 5, 1012, 102], [101, 3, 1012, 6, 1012, 102, 0, 0]])
+    phrase = torch.tensor([[0, 1, 1, 1, 1, 2, 2, 3], [0, 1, 1, 2, 2, 3, -1, -1]])
+    image, pad, text = torch.randn(2, 3, 136, 170), torch.zeros(2, 136, 170, dtype=torch.bool), []
+    pad[1, 130:], pad[1, :, 140:] = True, True
+    theirs.model.text_projection.register_forward_hook(lambda module, args, out: text.append(out))
+    with torch.no_grad():
+        want = theirs(image, ids, attention_mask=(ids > 0).long(), pixel_mask=(~pad).long())
+        got, logits = ours(image, text[0], pad, phrase)[-1], want.logits[..., :8]
+    assert torch.equal(logits.isinf(), got.logits.isinf())
+    for a, b in ((want.pred_boxes, got.boxes_cxcywh), (logits.nan_to_num(neginf=0), got.logits.nan_to_num(neginf=0))):
+        assert (a - b).abs().max() <= PARITY * a.abs().max()
+
+
+@pytest.mark.parametrize("name", ["groundingdino_swinb_cogcoor", "chatterbox_stage2"])
+def test_ground_tables_take_every_public_key(name):
+    """By exactly one row each, to the names and shapes of full-size models."""
+    manifest = json.loads(need(MANIFESTS / f"{name}.json", name).read_text())
+    table = cw.CHATTERBOX if name.startswith("chatterbox") else cw.GROUNDING_DINO
+    state = {k: tuple(shape) for k, (shape, _) in cw.rename(manifest, table).items()}
+    llm = M.replace(M.PRESETS["llama-2-13b"].llm, vocab_size=32005, lora_rank=16, lora_targets="wq wv")
+    with torch.device("meta"):
+        parts = {cw.LOCATOR: locate.Locator(locate.LocatorConfig())}
+        if table is cw.CHATTERBOX:
+            parts |= {"readers.region.": locate.RegionEncoder(locate.RegionConfig()), "llm.": M.LLM(llm),
+                      "readers.clip.projector.": torch.nn.Linear(1024, 5120),
+                      "writers.vg.query.": locate.mlp(5120, 5120, 256)}
+    assert state == {prefix + k: tuple(x.shape) for prefix, part in parts.items() for k, x in part.state_dict().items()}
+
+
+def test_ground_deepspeed_file_gives_its_tensors_only(tmp_path, monkeypatch):
+    """Objects of the trainer lie in it too; they are neither built nor a reason to refuse."""
+    deepspeed, file = ModuleType("deepspeed"), tmp_path / "mp_rank_00_model_states.pt"
+    deepspeed.Settings = type("Settings", (), {"__module__": "deepspeed"})
+    deepspeed.Stage = enum.IntEnum("Stage", {"gradients": 2}, module="deepspeed")
+    tensors = {"text_hidden_fcs.0.0.weight": torch.randn(3, 4).half(), "tgt_align.bias": torch.arange(5)}
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "deepspeed", deepspeed)
+        settings = deepspeed.Settings()
+        settings.stage = deepspeed.Stage.gradients
+        torch.save({"module": tensors, "ds_config": settings, "global_steps": 7}, file)
+    found = cw.open_files(file)
+    assert found.keys() == tensors.keys() and all(torch.equal(found[k].read(), x) for k, x in tensors.items())
+    torch.save({"module": tensors, "odd": Thing(x=1)}, file)            # any other class is still refused
+    with pytest.raises(cw.Refused, match="SimpleNamespace"):
+        cw.open_files(file)
+
+
+def roi_align_by_hand(x, box, cells, samples):
+    """RoIAlign of one box, sample by sample."""
+    C, H, W = x.shape
+    out, sides = torch.zeros(C, cells, cells), torch.tensor([W, H, W, H])
+    x1, y1, x2, y2 = (box * sides - 0.5).tolist()
+    for i, j in itertools.product(range(cells * samples), repeat=2):
+        v, u = y1 + (y2 - y1) * (i + 0.5) / (cells * samples), x1 + (x2 - x1) * (j + 0.5) / (cells * samples)
+        if -1 <= v <= H and -1 <= u <= W:
+            v, u = min(max(v, 0), H - 1), min(max(u, 0), W - 1)
+            for a, b in itertools.product({int(v), min(int(v) + 1, H - 1)}, {int(u), min(int(u) + 1, W - 1)}):
+                out[:, i // samples, j // samples] += x[:, a, b] * (1 - abs(v - a)) * (1 - abs(u - b)) / samples ** 2
+    return out
+
+
+def test_ground_roi_align_equals_its_definition():
+    for seed in range(12):
+        torch.manual_seed(seed)
+        x, boxes = torch.randn(2, 3 + seed, 9), torch.rand(3, 4) * 1.6 - 0.3                # some leave the map
+        want = torch.stack([roi_align_by_hand(x, box, 3, 2) for box in boxes])
+        assert torch.allclose(locate.roi_align(x, boxes, 3), want, atol=1e-5), seed
+
+
+def test_ground_regions_know_their_image():
+    torch.manual_seed(0)
+    region = locate.RegionEncoder(locate.RegionConfig(dim=16, out_dim=8, box_dim=8, groups=4, pool=3))
+    levels, boxes = [torch.randn(2, 16, 16) for _ in range(4)], [torch.rand(2, 4), torch.rand(1, 4)]
+    both = region(levels, boxes)
+    alone = [region([x[i:i + 1] for x in levels], [boxes[i]]) for i in range(2)]
+    assert torch.allclose(both, torch.cat(alone), atol=1e-5) and both.shape == (3, 8)
+
+
+def test_ground_assignment_equals_best_permutation():
+    r = np.random.RandomState(0)
+    for case in range(200):
+        N, extra = r.randint(0, 5), r.randint(0, 4)
+        cost = r.randn(N + extra, N) if case % 2 else r.randint(0, 4, (N + extra, N))       # with ties
+        got = locate.assign(cost)
+        best = min(sum(cost[q, n] for n, q in enumerate(rows)) for rows in itertools.permutations(range(N + extra), N))
+        assert len(set(got)) == N and abs(sum(cost[q, n] for n, q in enumerate(got)) - best) < 1e-9
+
+
+def test_ground_assignment_refuses_what_has_no_answer():
+    for cost in (np.zeros((2, 3)), np.full((3, 2), np.nan)):
+        with pytest.raises(ValueError, match="cannot match"):
+            locate.assign(cost)
+
+
+def test_ground_box_measures_equal_counted_pixels():
+    r = torch.Generator().manual_seed(0)
+    low = torch.randint(0, 12, (20, 2), generator=r)
+    boxes = torch.cat([low, low + torch.randint(1, 9, (20, 2), generator=r)], dim=1)
+    y, x = torch.meshgrid(torch.arange(24), torch.arange(24), indexing="ij")
+    a, b, c, d = boxes[:, :, None, None].unbind(1)
+    cover = ((x >= a) & (x < c) & (y >= b) & (y < d)).flatten(1).double()
+    inter, union = cover @ cover.T, 24 * 24 - (1 - cover) @ (1 - cover).T
+    hull = (torch.maximum(boxes[:, None, 2:], boxes[:, 2:]) - torch.minimum(boxes[:, None, :2], boxes[:, :2])).prod(-1)
+    boxes = boxes.double()
+    assert torch.allclose(locate.iou(boxes[:, None], boxes), inter / union, atol=1e-5)
+    assert torch.allclose(locate.giou(boxes[:, None], boxes), inter / union - (hull - union) / hull, atol=1e-5)
+    assert torch.equal(locate.area(boxes), cover.sum(1))
+    assert torch.equal(locate.to_xyxy(locate.to_cxcywh(boxes)), boxes)
+
+
+def test_ground_extremes_are_bounded():
+    """Of two hopeless scores the better box wins, however far apart they are; a box at the border can still move."""
+    want = torch.tensor([[0.5, 0.5, 0.2, 0.2]])
+    boxes, logits = torch.cat([want, want + 0.02]), torch.tensor([[-40.0], [-30.0]])
+    assert locate.match(boxes, logits, want).tolist() == [0]
+    edge = locate.inverse_sigmoid(torch.tensor([0.0, 0.5, 1.0])).sigmoid()
+    assert torch.allclose(edge, torch.tensor([0.001, 0.5, 0.999]), atol=2e-6)
+
+
+def test_ground_several_boxes_are_matched_together():
+    """A perfect prediction in another order costs nothing but its confidence; every image counts its own targets."""
+    torch.manual_seed(0)
+    want = [torch.rand(3, 4) * 0.2 + 0.3, torch.rand(1, 4) * 0.2 + 0.3, torch.zeros(0, 4)]
+    boxes, logits = torch.rand(3, 5, 4) * 0.1 + 0.8, torch.full((3, 5, 2), -9.0)
+    for i, target in enumerate(want):
+        rows = torch.randperm(5)[:len(target)]
+        boxes[i, rows], logits[i, rows] = target, 9.0
+    losses = locate.set_losses(locate.Prediction(boxes, logits), want)
+    assert losses["l1"] == 0 and losses["giou"] < 1e-4 and losses["focal"] < 1e-8
+    nothing = locate.set_losses(locate.Prediction(boxes, logits.requires_grad_()), [x[:0] for x in want])
+    assert all(x == 0 for x in nothing.values()) and nothing["focal"].requires_grad
+
+
+# ---- Generate
+
+PARTS = "unet", "vae", "text_encoder", "vocoder"
+ONE_GREY = 1.01 / 255                   # rounding of a value at a boundary
+DRAW = {"img": G.draw_image, "vid": G.draw_video, "aud": G.draw_audio}
+
+
+def fill_painter(files, states):
+    """(kind, Painter) of public configs {part: values} and state dicts {part: state}."""
+    cfg = cw.painter_config(files, "test")
+    kind = "vid" if cfg.unet.video else "aud" if cfg.vocoder else "img"
+    painter = G.Painter(cfg).eval()
+    state = cw.rename({f"{kind}.{part}.{k}": v for part, state in states.items() for k, v in state.items()}, cw.PAINTERS)
+    painter.load_state_dict({k.removeprefix(f"writers.{kind}."): v for k, v in state.items()})
+    return kind, painter
+
+
+def golden_painter(meta, weights):
+    files = {part: meta[part] for part in (*PARTS, "scheduler") if part in meta}
+    return fill_painter(files | {"tokenizer": meta.get("tokenizer", meta)}, weights)
+
+
+def golden_run(name, embeds, noise):
+    """A fixture's pipeline run: meta, tensors, kind, painter and what passed through it, clips as (B, C, F, H, W)."""
+    meta, weights, t = read_golden(name)
+    kind, painter = golden_painter(meta, weights)
+    run, latents, decoded = Thing(calls=[]), [], []
+    painter.unet.register_forward_hook(lambda m, args, out: run.calls.append((args[0], args[1], out)))
+    scale = painter.cfg.vae.scale
+    painter.vae.post_quant_conv.register_forward_hook(lambda m, args, out: latents.append(args[0] * scale))
+    painter.vae.decoder.register_forward_hook(lambda m, args, out: decoded.append(out))
+    size = meta.get("audio_length_in_s") or tuple(meta[k] for k in ("num_frames", "height", "width") if k in meta)
+    how = dict(steps=meta["steps"], guidance=meta["guidance_scale"], noise=t[noise])
+    run.media = DRAW[kind](painter, t[embeds], size, **how)
+    last, run.decoded = (torch.stack(x, 2) if kind == "vid" else x[0] for x in (latents, decoded))
+    run.latents = torch.stack([*(x[:1] for x, *_ in run.calls[1:]), last])                  # after each call
+    return meta, t, kind, painter, run
+
+
+@pytest.mark.parametrize("name", ["sd15", "zeroscope", "audioldm"])
+def test_golden_diffusion_pipelines(name):
+    meta, t, kind, painter, run = golden_run(f"diffusion/{name}", "in.prompt_embeds", "in.latents")
+    assert [step for _, step, _ in run.calls] == t["out.timesteps"].tolist()
+    guidance, pairs = meta["guidance_scale"], (out for *_, out in run.calls)
+    noise = torch.stack([away + guidance * (towards - away) for away, towards in pairs])[:, None]
+    for key, x in (("out.noise_pred_guided", noise), ("out.latents_per_step", run.latents)):
+        close(meta, t, key, x.transpose(2, 3) if kind == "vid" else x)                      # frames first
+    if kind == "img":
+        close(meta, t, "out.image_float", (run.decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1))
+        close(meta, t, "out.image_uint8", run.media.float(), ONE_GREY)
+    if kind == "vid":
+        close(meta, t, "out.video_float", run.decoded)
+        close(meta, t, "out.frames_uint8", run.media.float(), ONE_GREY)
+    if kind == "aud":
+        close(meta, t, "out.mel", run.decoded)
+        close(meta, t, "out.waveform_full", painter.vocoder(run.decoded[:, 0]))
+        close(meta, t, "out.waveform", run.media)
+
+
+@pytest.mark.parametrize("name", ["image", "video", "audio"])
+def test_golden_nextgpt_pipelines(name):
+    meta, t, kind, painter, run = golden_run(f"nextgpt/pipe_{name}", "prompt_embeds", "latents_in")
+    if "caption_ids" in t:
+        close(meta, t, "caption_embeds", painter.text(t["caption_ids"]))
+    close(meta, t, "negative_prompt_embeds", painter.unprompted(t["prompt_embeds"]))
+    assert [step for _, step, _ in run.calls] == meta["unet_timesteps"]
+    close(meta, t, "noise_pred", torch.stack([out for *_, out in run.calls]))
+    close(meta, t, "latents_per_call", run.latents[-len(meta["callback_timesteps"]):])
+    close(meta, t, "latents_out", run.latents[-1])
+    if kind == "img":
+        close(meta, t, "image", (run.decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1))
+    if kind == "vid":
+        close(meta, t, "video", run.decoded)
+        close(meta, t, "frames_uint8", run.media.float(), ONE_GREY)
+    if kind == "aud":
+        close(meta, t, "mel", run.decoded)
+        close(meta, t, "waveform_full", painter.vocoder(run.decoded[:, 0]))
+        close(meta, t, "audio", run.media)
+
+
+@pytest.mark.parametrize("name", ["sd15", "zeroscope", "audioldm"])
+def test_golden_diffusion_parts(name):
+    meta, weights, t = read_golden(f"diffusion/{name}")
+    kind, painter = golden_painter(meta, weights)
+    unet, vae, scale = painter.unet, painter.vae, painter.cfg.vae.scale
+    with torch.no_grad():
+        if kind == "aud":
+            assert torch.equal(t["in.prompt_ids"] != 1, t["in.prompt_mask"].bool())
+            close(meta, t, "out.prompt_embeds_normalized", painter.text(t["in.prompt_ids"]))
+            told = {"classes": t["unet1.class_labels"]}
+        else:
+            close(meta, t, "out.prompt_hidden", painter.text(t["in.prompt_ids"]))
+            told = {"text": unet.read(t["unet1.context"])}
+        close(meta, t, "out.uncond_embeds", painter.unprompted(t["in.prompt_embeds"]))
+        close(meta, t, "unet1.out", unet(t["unet1.sample"], t["unet1.timestep"], **told))
+        if "vae1.moments" in t:
+            close(meta, t, "vae1.moments", torch.cat(vae.moments(t["vae1.mel" if kind == "aud" else "vae1.image"]), 1))
+        if "vae1.decoded" in t:
+            close(meta, t, "vae1.decoded", vae.decode(t["vae1.latent"] * scale))
+
+
+@pytest.mark.parametrize("size", ["tiny", pytest.param("full", marks=pytest.mark.slow)])
+def test_golden_nextgpt_textfc(size):
+    """The projection learned by NExT-GPT, under its names in a checkpoint."""
+    meta, weights, t = read_golden(f"nextgpt/textfc_{size}")
+    for kind, suffix in {"image": "", "video": "_video", "audio": "_audio"}.items():
+        m, state = meta["modalities"][kind], weights.pop(kind)
+        names = [("hidden", "dim"), ("nhead", "n_head"), ("enc_layers", "n_layer"), ("ff", "mlp_dim")]
+        llm_dim = state["fc.weight"].shape[1]
+        cfg = G.ProjectionConfig(llm_dim, m["num_input_tokens"], m["num_output_tokens"], m["out_dim"],
+                                 **{ours: meta[theirs] for theirs, ours in names if theirs in meta})
+        state = cw.rename({f"gen_text_hidden_fcs{suffix}.0.{k}": v for k, v in state.items()}, cw.OUTPUT_PROJECTION)
+        with torch.device("meta"):
+            proj = G.OutputProjection(cfg)
+        proj.load_state_dict({k.split(".proj.")[1]: v for k, v in state.items()}, assign=True)
+        with torch.no_grad():
+            close(meta, t, f"{kind}.y", proj(t[f"{kind}.x"], t[f"{kind}.input_embs"]))
+
+
+def test_golden_diffusion_tokenizers(tmp_path):
+    meta, _, _ = read_golden("diffusion/tokenizers")
+
+    def merges(name):
+        lines = ["#version: 0.2", *meta[name]["merges"], ""]
+        (tmp_path / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+        (tmp_path / "vocab.json").write_text(json.dumps(meta[name]["vocab"]), encoding="utf-8")
+        return tmp_path
+    for name in ("clip", "clip_pad_bang"):
+        tok = data.CLIPTokenizer(merges("clip") / "merges.txt", meta[name]["pad_token"])
+        length = meta["clip"]["model_max_length"]
+        assert [tok(text, length).tolist() for text in meta["strings"]] == meta[name]["ids"]
+    tok, length = data.RobertaTokenizer(merges("roberta")), meta["roberta"]["model_max_length"]
+    rows = torch.stack([tok(text, length) for text in meta["strings"]])
+    assert rows.tolist() == meta["roberta"]["ids"] and (rows != 1).int().tolist() == meta["roberta"]["mask"]
+
+
+def test_generate_clip_vocabulary_of_hub_folders():
+    """Ids of known texts in the real vocabulary, which pads and cuts in two ways."""
+    path = need(CLIP_BPE, "CLIP_BPE")
+    sd, zeroscope = data.CLIPTokenizer(path, "<|endoftext|>"), data.CLIPTokenizer(path, "!")
+    ids = {"a photo of a cat": [320, 1125, 539, 320, 2368],
+           "it's 3.14, don't!": [585, 568, 274, 269, 272, 275, 267, 847, 713, 256],
+           "café 你好": [15304, 47466, 254, 29290, 377]}
+    for text, want in ids.items():
+        assert sd(text).tolist() == [49406, *want] + [49407] * (76 - len(want))
+    assert zeroscope("a!?").tolist() == [49406, 320, 0, 286, 49407] + [0] * 72
+
+
+def peer_parts(d, tr, kind, r):
+    """Random tiny parts of a decoder, {name: module of diffusers or transformers}. r: random.Random that draws sizes."""
+    n, dims = r.choice((2, 3)), "3D" if kind == "vid" else "2D"
+    attends = [kind != "aud"] + [True] * (n - 2) + [kind == "aud"]
+    widths, groups = ([r.choice((32, 64)) for _ in range(n)], 32) if dims == "3D" else (r.choices((16, 24, 32), k=n), 8)
+    unet = dict(block_out_channels=widths, layers_per_block=r.choice((1, 2)), norm_num_groups=groups,
+                attention_head_dim=r.choice((2, 4, 8)),
+                down_block_types=["CrossAttn" * a + "DownBlock" + dims for a in attends], cross_attention_dim=16,
+                up_block_types=["CrossAttn" * a + "UpBlock" + dims for a in attends[::-1]])
+    vae = dict(block_out_channels=[r.choice((16, 32)) for _ in range(2 + (kind == "aud"))], norm_num_groups=8,
+               layers_per_block=r.choice((1, 2)), scaling_factor=r.choice((0.18215, 0.9)))
+    vae |= {f"{way}_block_types": [f"{way.title()}{c}coderBlock2D"] * len(vae["block_out_channels"])
+            for way, c in (("down", "En"), ("up", "De"))}
+    text = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=r.choice((1, 2, 4)),
+                vocab_size=50)
+    if kind != "aud":
+        text = tr.CLIPTextModel(tr.CLIPTextConfig(hidden_act="gelu" if kind == "vid" else "quick_gelu", **text))
+        make = d.UNet3DConditionModel if kind == "vid" else d.UNet2DConditionModel
+        return {"unet": make(**unet), "vae": d.AutoencoderKL(**vae), "text_encoder": text}
+    unet |= dict(in_channels=8, out_channels=8, cross_attention_dim=widths, class_embed_type="simple_projection",
+                 class_embeddings_concat=True, projection_class_embeddings_input_dim=12)
+    voice = tr.SpeechT5HifiGanConfig(model_in_dim=16, upsample_initial_channel=32, upsample_rates=[5, 4, 2, 2, 2],
+                                     upsample_kernel_sizes=[16, 16, 8, 4, 4], normalize_before=False)
+    text = tr.ClapTextConfig(projection_dim=12, max_position_embeddings=40, **text)
+    vae |= dict(in_channels=1, out_channels=1, latent_channels=8)
+    return {"unet": d.UNet2DConditionModel(**unet), "vae": d.AutoencoderKL(**vae),
+            "text_encoder": tr.ClapTextModelWithProjection(text), "vocoder": tr.SpeechT5HifiGan(voice)}
+
+
+SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+                set_alpha_to_one=False)
+
+
+def peer(kind, seed):
+    """(their pipeline, our Painter) of the same random tiny decoder."""
+    d, tr = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    parts = {name: part.eval() for name, part in peer_parts(d, tr, kind, random.Random(seed)).items()}
+    for p in (p for part in parts.values() for p in part.parameters()):
+        p.data += torch.randn_like(p) * 0.05                    # some layers start as zero
+    schedule = (d.PNDMScheduler(skip_prk_steps=True, **SCHEDULE) if kind == "img" else
+                d.DDIMScheduler(clip_sample=False, **SCHEDULE))
+    more = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False) if kind == "img" else {}
+    pipe = {"img": d.StableDiffusionPipeline, "vid": d.TextToVideoSDPipeline, "aud": d.AudioLDMPipeline}[kind]
+    pipe = pipe(tokenizer=None, scheduler=schedule, **parts, **more)
+    pipe.set_progress_bar_config(disable=True)
+    files = {name: part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
+             for name, part in (parts | {"scheduler": schedule}).items()}
+    return pipe, fill_painter(files, {name: part.state_dict() for name, part in parts.items()})[1]
+
+
+@pytest.mark.parametrize("kind", DRAW)
+def test_generate_pipelines_equal_diffusers(kind):
+    """Five steps from the same noise, two prompts at once, end in the same media."""
+    shape, size, theirs = {"img": ((4, 4, 8), (8, 16), dict(height=8, width=16)),
+                           "vid": ((4, 3, 4, 8), (3, 8, 16), dict(height=8, width=16, num_frames=3)),
+                           "aud": ((8, 9, 4), 0.35, dict(audio_length_in_s=0.35))}[kind]
+    for seed in range(1 if kind == "vid" else 2):
+        pipe, painter = peer(kind, seed)
+        noise = torch.randn(2, *shape)
+        prompt, negative = (torch.randn(2, 12) if kind == "aud" else torch.randn(2, 7, 16) for _ in range(2))
+        given = dict(prompt_embeds=prompt, negative_prompt_embeds=negative, latents=noise, num_inference_steps=5)
+        given |= theirs
+        how = dict(steps=5, guidance=7.5 if kind != "aud" else 2.5, negative=negative, noise=noise)
+        with torch.no_grad():
+            got = DRAW[kind](painter, prompt, size, **how).float()
+            want = torch.as_tensor(pipe(output_type="np", guidance_scale=how["guidance"], **given)[0])
+            if kind == "aud":
+                assert (got - want).abs().max() <= PARITY * want.abs().max()
+                continue
+            assert got.shape == want.shape and (got - want * 255).abs().max() <= 1.01
+            got = G.denoise(painter, prompt, noise.shape, **how)
+            want = pipe(output_type="latent", guidance_scale=how["guidance"], **given)[0]
+            assert (got - want).abs().max() <= PARITY * want.abs().max()
+
+
+@pytest.mark.parametrize("kind", DRAW)
+def test_generate_text_towers_equal_transformers(kind):
+    for seed in range(2):
+        pipe, painter = peer(kind, seed)
+        ids = torch.randint(3, 48, (3, 20))
+        ids[:, 0], ids[1, 9:], ids[2, 2:] = painter.cfg.text.start, painter.cfg.text.pad, painter.cfg.text.pad
+        with torch.no_grad():
+            want = pipe.text_encoder(ids, attention_mask=(ids != 1).long() if kind == "aud" else None)[0]
+            want = want / want.norm(dim=-1, keepdim=True) if kind == "aud" else want
+            assert (painter.text(ids) - want).abs().max() <= PARITY * want.abs().max()
+
+
+def test_generate_vae_encodes_like_diffusers():
+    pipe, painter = peer("img", 0)
+    image, noise = torch.randn(1, 3, 16, 24), torch.randn(1, 4, 8, 12)
+    with torch.no_grad():
+        moments = pipe.vae.encode(image).latent_dist
+        want = (moments.mean + moments.std * noise) * painter.cfg.vae.scale
+        assert (painter.vae.encode(image, noise) - want).abs().max() <= PARITY * want.abs().max()
+
+
+@pytest.mark.parametrize("name", G.SCHEDULERS)
+def test_generate_schedulers_equal_diffusers(name):
+    d = pytest.importorskip("diffusers")
+    more = dict(beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear")
+    peers = {"plms": d.PNDMScheduler(skip_prk_steps=True, steps_offset=1, **more),
+             "dpm": d.DPMSolverMultistepScheduler(**more),
+             "ddim": d.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1, **more)}
+    plan, update = G.SCHEDULERS[name]
+    for n in (1, 2, 3, 4, 7, 20, 50):
+        peers[name].set_timesteps(n)
+        times, signal, past = plan(n), G.signal_levels(0.0015, 0.0195), []
+        assert times == peers[name].timesteps.tolist()
+        got = want = torch.randn(2, 3, generator=torch.Generator().manual_seed(n))
+        for k, t in enumerate(times):
+            past = [(got, torch.sin(got + t)), *past[:4]]
+            got = update(k, past, times, signal)
+            want = peers[name].step(torch.sin(want + t), t, want).prev_sample
+            assert (got - want).abs().max() <= PARITY * want.abs().max(), (n, k)
+
+
+def test_generate_signal_levels_are_the_published():
+    for betas, known in (((0.00085, 0.012), {0: .99914998, 1: .99829602, 501: .27499884, 981: .0057755}),
+                         ((0.0015, 0.0195), {0: .99849999, 1: .99699444, 501: .11400476, 981: .00020196})):
+        for t, level in known.items():
+            assert abs(G.signal_levels(*betas)[t] / level - 1) < 3e-5            # as many digits as are given
+
+
+TINY_PAINTER = G.PainterConfig(
+    G.UNetConfig(widths=(8, 16), n_head=(2, 2), attends=(True, False), n_resnet=1, context_dim=8, groups=4),
+    G.VAEConfig(widths=(8, 8), n_resnet=1, groups=4), text=None,
+    proj=G.ProjectionConfig(llm_dim=12, n_signal=3, n_query=5, out_dim=8, dim=16, n_layer=1, n_head=2, mlp_dim=16))
+
+
+def test_generate_prompts_do_not_mix_and_seeds_repeat():
+    """A batch equals its rows drawn alone, a seed gives one picture, the negative prompt acts through guidance only."""
+    torch.manual_seed(0)
+    painter, prompts = G.Painter(TINY_PAINTER).eval(), torch.randn(2, 5, 8)
+    negative, noise, how = torch.randn(1, 5, 8), torch.randn(2, 4, 5, 6), dict(steps=3, size=(10, 12))
+    both = G.draw_image(painter, prompts, negative=negative, noise=noise, **how)
+    for i in range(2):
+        alone = G.draw_image(painter, prompts[i:i + 1], negative=negative, noise=noise[i:i + 1], **how)
+        assert (alone[0].int() - both[i].int()).abs().max() <= 1
+    draw = [G.draw_image(painter, prompts, negative=negative, seed=seed, **how) for seed in (3, 3, 4)]
+    assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
+    draw = [G.draw_image(painter, prompts, negative=x, seed=3, guidance=1, **how) for x in (negative, None)]
+    assert torch.equal(*draw)
+
+
+def test_generate_prompts_are_read_once():
+    """Keys and values of a prompt are made once per picture, not once per step."""
+    painter, seen = G.Painter(TINY_PAINTER), []
+    for m in painter.unet.modules():
+        if isinstance(m, G.Attention) and m.context_dim:
+            m.to_k.register_forward_hook(lambda m, args, out: seen.append(m))
+    G.draw_image(painter, torch.zeros(1, 5, 8), negative=torch.zeros(1, 5, 8), steps=3, size=(8, 8))
+    assert len(seen) == len(set(seen)) > 0
+
+
+def test_generate_painter_draws_what_signal_tokens_say():
+    torch.manual_seed(0)
+    painter, h, embeds = G.Painter(TINY_PAINTER).eval(), torch.randn(1, 3, 12), torch.randn(1, 3, 12)
+    how = dict(negative=torch.zeros(1, 5, 8), seed=1, steps=2, size=(8, 8))
+    assert torch.equal(painter(h, embeds, **how), G.draw_image(painter, painter.proj(h, embeds), **how))
+
+
+def test_generate_configs_that_mean_something_else_are_refused():
+    meta, _, _ = read_golden("diffusion/sd15")
+    files = {part: meta[part] for part in ("unet", "vae", "text_encoder", "scheduler")}
+    assert cw.painter_config(files, "here").scheduler == "plms"
+    for part, field, value in (("scheduler", "prediction_type", "v_prediction"), ("unet", "act_fn", "gelu"),
+                               ("text_encoder", "hidden_act", "relu"), ("unet", "use_linear_projection", True)):
+        with pytest.raises(cw.Refused, match=f"here: {part}: {field} {value!r} is not supported"):
+            cw.painter_config(files | {part: meta[part] | {field: value}}, "here")
+
+
+def manifest(name):
+    """{key: shape} of a published checkpoint."""
+    path = need(Path(os.environ.get("MANIFESTS", SHARED / "manifests")) / f"{name}.json", name)
+    return {key: tuple(shape) for key, (shape, dtype) in json.loads(path.read_text()).items()}
+
+
+def test_generate_refuses():
+    painter, prompt = G.Painter(TINY_PAINTER), torch.zeros(1, 5, 8)
+    cases = {"1 to 999": dict(steps=1000), "multiples of 2": dict(size=(8, 7)), "no text tower": {},
+             "this size needs": dict(noise=torch.zeros(1, 4, 3, 3))}
+    for what, how in cases.items():
+        with pytest.raises(ValueError, match=what):
+            G.draw_image(painter, prompt, **{"size": (8, 8)} | how)
+
+
+PUBLIC_PAINTERS = {
+    "img": (G.SD15, {"unet": "sd15_unet", "vae": "sd15_{}", "text_encoder": "sd15_text"}),
+    "vid": (G.ZEROSCOPE, {"unet": "zeroscope_unet", "vae": "zeroscope_{}", "text_encoder": "zeroscope_text"}),
+    "aud": (G.AUDIOLDM, {"unet": "audioldm_l_unet", "vae": "audioldm_{}", "text_encoder": "audioldm_clap_text",
+                         "vocoder": "audioldm_vocoder"})}
+
+
+@pytest.mark.parametrize("vae", ["vae", "vae_newkeys"])
+@pytest.mark.parametrize("kind", PUBLIC_PAINTERS)
+def test_generate_public_keys(kind, vae):
+    """Each key of a published decoder matches one row and has a place of its shape in ours; none of ours stays empty."""
+    cfg, names = PUBLIC_PAINTERS[kind]
+    delta, tables = manifest("nextgpt_delta_stage12"), cw.PAINTERS + cw.OUTPUT_PROJECTION
+    theirs = {f"{kind}.{part}.{k}": shape
+              for part, name in names.items() for k, shape in manifest(name.format(vae)).items()}
+    got = cw.rename(theirs | {k: shape for k, shape in delta.items() if k.startswith("gen_text_hidden_fcs")}, tables)
+    got = {k: shape for k, shape in got.items() if k.startswith(f"writers.{kind}.")}
+    with torch.device("meta"):
+        assert got == {f"writers.{kind}.{k}": tuple(x.shape) for k, x in G.Painter(cfg).state_dict().items()}
+    back = [(ours, theirs) for theirs, ours, *_ in tables if ours]
+    assert all(cw.translate(cw.translate(k, back), tables) == k for k in got)
 
 
 # ---- Model
@@ -209,6 +1312,295 @@ def test_golden_chatbind_forward():
     embeds = golden_embeds(model, c, ids, model.read("image", t["in.image.vision"][:1]))
     new = list(M.generate(model, embeds, max_new_tokens=t["out.generate.ids"].shape[1] - ids.shape[1]))
     assert ids[0].tolist() + new == t["out.generate.ids"][0].tolist()
+
+
+def golden_nextchat(meta, weights, t):
+    """The chat model of a NExT-Chat fixture, and where its special tokens stand: (rows, columns) by name."""
+    c, v, ids = meta["config"], meta["config"]["clip"], meta["config"]["special_token_ids"]
+    clip = CLIPConfig(v["image_size"], v["patch_size"], v["hidden_size"], v["num_hidden_layers"], v["num_attention_heads"],
+                      v["intermediate_size"], c["mm_vision_select_layer"])
+    weights = weights | {key: t[f"state_dict.{key}"] for key in meta.get("stored_weights", ())}
+    state, has_sam = cw.rename(weights, cw.NEXTCHAT), any(key.startswith("sam.") for key in weights)
+    cfg = M.replace(M.NEXTCHAT, llm=golden_llm(c["llama"]), clip=clip, sam=golden_sam(c["sam"]) if has_sam else None,
+                    projector_depth=c["mm_depth"], added_tokens={"<at>": ids["at"]}, bos=ids["bos"], eos=(ids["eos"],))
+    model = M.Model(cfg)
+    model.load_state_dict(state, strict=has_sam or "seg_prompt_mlp.0.weight" not in weights)
+    return model.eval(), {name: (t["in.input_ids"] == id).nonzero().T for name, id in ids.items()}
+
+
+def test_golden_nextchat_forward():
+    meta, weights, t = read_golden("nextchat/forward")
+    model, where = golden_nextchat(meta, weights, t)
+    head, c, ids = model.writers.at, meta["config"], meta["config"]["special_token_ids"]
+    close(meta, t, "out.clip_penultimate_patches", model.readers.clip.tower(t["in.images"]))
+    close(meta, t, "out.projected", model.read("image", t["in.images"]))
+    close(meta, t, "out.loc_embeds", model.read("box", t["in.loc_inputs"])[:, 0])
+    media = {"image": t["in.images"], "box": t["in.loc_inputs"]}
+    x = model.embed(t["in.input_ids"], media, {"image": where["im_patch"], "box": where["boxes"]})
+    mask, h = t["in.attention_mask"][..., None], model.llm(x)
+    close(meta, t, "out.inputs_embeds", x * mask)
+    close(meta, t, "out.last_hidden", h * mask)
+    close(meta, t, "out.logits", model.llm.lm_head(h) * mask)
+    close(meta, t, "out.boxes", head(h[tuple(where["at"])]))
+    seg = cw.rename({k: v for k, v in weights.items() if k.startswith("seg")}, cw.NEXTCHAT)
+    mlp = locate.seg_prompt_mlp(c["llama"]["hidden_size"], c["sam"]["prompt_dim"])
+    mlp.load_state_dict({k.removeprefix("writers.at.seg_prompt_mlp."): v for k, v in seg.items()})
+    close(meta, t, "out.seg_prompts", mlp(h[tuple(where["at"])]).unflatten(-1, (c["num_seg_prompt_tokens"], -1)))
+    rows = torch.cat([t["rec.input_ids"], torch.tensor(meta["rec_suffix"]).expand(len(t["rec.input_ids"]), -1)], dim=1)
+    keep = torch.cat([t["rec.attention_mask"].bool(), torch.ones_like(rows[:, -len(meta["rec_suffix"]):]).bool()], dim=1)
+    x = model.embed(rows, {"image": t["rec.images"]}, {"image": (rows == ids["im_patch"]).nonzero().T})
+    at = len(rows[0]) - len(meta["rec_suffix"]) + meta["rec_suffix"].index(ids["at"])
+    close(meta, t, "rec.boxes", head(model.llm(x, attn_mask=keep)[:, at]))
+
+
+def golden_nextchat_batch(meta, t, where, **target):
+    """A training fixture as a data.Batch: what the data side would have made of it."""
+    labels = t["in.labels"].masked_fill(t["in.input_ids"] == meta["config"]["special_token_ids"]["boxes"], data.IGNORE)
+    target["slots"] = where["at"][:, labels[tuple(where["at"])] > 0]
+    return data.Batch(t["in.input_ids"], labels, {"image": t["in.images"], "box": t["in.loc_inputs"]},
+                      {"image": where["im_patch"], "box": where["boxes"]}, {"at": target}, t["in.attention_mask"].bool())
+
+
+def golden_gradients(meta, t, model, table, names):
+    """Compare gradient norms and the stored gradients with those of the model; names that learn give the global norm."""
+    ours = {theirs: dict(model.named_parameters())[cw.translate(theirs, table)].grad for theirs in meta["grad_norms"]}
+    for theirs, norm in meta["grad_norms"].items():
+        assert ours[theirs].norm().item() == pytest.approx(norm, rel=1e-4), theirs
+    for theirs in meta["stored_gradients"]:
+        close(meta, t, f"grad.{theirs}", ours[theirs])
+    grads = [p.grad for name, p in model.named_parameters() if re.match(names, name) and p.grad is not None]
+    assert torch.stack([g.norm() for g in grads]).norm().item() == pytest.approx(meta["grad_norm_all_trainable"], rel=1e-4)
+
+
+def test_golden_nextchat_train_stage1():
+    meta, weights, t = read_golden("nextchat/train_stage1")
+    model, where = golden_nextchat(meta, weights, t)
+    batch = golden_nextchat_batch(meta, t, where, boxes=t["in.loc_targets"], given=t["in.loc_inputs"])
+    batch.labels[-1] = data.IGNORE                              # the mock row
+    losses = model(batch)
+    for name, value in losses.items():
+        close(meta, t, f"out.loss_{name.removeprefix('at_')}", value)
+    loss = train.total_loss(losses, train.STAGES["nextchat", 1])
+    close(meta, t, "out.loss", loss)
+    loss.backward()
+    golden_gradients(meta, t, model, cw.NEXTCHAT, r"(?!readers\.clip\.tower)")
+
+
+def test_golden_nextchat_train_stage3():
+    meta, weights, t = read_golden("nextchat/train_stage3")
+    model, where = golden_nextchat(meta, weights, t)
+    masks = torch.zeros(len(t["in.images"]), 1, *t["in.images_sam"].shape[-2:])
+    for mask, (x0, y0, x1, y1) in zip(masks, meta["masks_sam_rectangles"]):
+        mask[:, y0:y1 + 1, x0:x1 + 1] = 1
+    losses = model(golden_nextchat_batch(meta, t, where, masks=masks, image=t["in.images_sam"]))
+    del losses["lm"]
+    for name, value in losses.items():
+        close(meta, t, f"out.loss_{name.removeprefix('at_')}", value)
+    loss = train.total_loss(losses, train.STAGES["nextchat", 3])
+    close(meta, t, "out.loss", loss)
+    train.learn(model, train.STAGES["nextchat", 3])
+    loss.backward()
+    golden_gradients(meta, t, model, cw.NEXTCHAT, r"writers\.at\.(seg_prompt_mlp|sam\.mask_decoder)\.")
+
+
+@pytest.mark.parametrize("case", ["greedy", "beam5", "greedy_no_box_input"])
+def test_golden_nextchat_generate(case):
+    meta, weights, t = read_golden("nextchat/generate")
+    model, where = golden_nextchat(meta, weights, t)
+    n_box, at = where["boxes"].shape[1], meta["config"]["special_token_ids"]["at"]
+    media = {"image": t["in.images"]} | ({} if "no_box" in case else {"box": t["in.loc_inputs"][:n_box]})
+    x = model.embed(t["in.input_ids"], media, {"image": where["im_patch"], "box": where["boxes"]})
+    hidden, limit = [], t[f"{case}.sequences"].shape[1] - 1
+    make = partial(M.beam_search, n_beam=meta["num_beams"][1]) if "beam" in case else M.generate
+    ids = list(make(model, x, max_new_tokens=limit if "no_box" in case else meta["max_new_tokens"], hidden=hidden))
+    raw = t.get(f"{case}.raw_sequences", t[f"{case}.sequences"])[0, 1:].tolist()
+    fixed = [meta["config"]["special_token_ids"]["boxes"] if a == at else b for a, b in zip([0] + ids, ids)]
+    assert (fixed if "no_box" in case else ids) == raw and fixed == t[f"{case}.sequences"][0, 1:].tolist()
+    image = None if "no_box" in case else t["in.images_sam"]
+    prompt = t["in.input_ids"][0].tolist()
+    boxes, masks, iou = M.read_out(model, prompt + ids, hidden, "at", len(prompt), image=image)
+    close(meta, t, f"{case}.boxes", boxes)
+    if image is not None:
+        close(meta, t, f"{case}.mask_logits", masks)
+        close(meta, t, f"{case}.iou_predictions", iou)
+
+
+def nextgpt_tokenizer(tokens="published"):
+    meta, _, _ = read_golden("nextgpt/process_batch")
+    return data.Tokenizer(need(LLAMA_TOKENIZER, "LLAMA_TOKENIZER"), meta["added_tokens"][tokens])
+
+
+def golden_nextgpt(meta, state, tok):
+    """The chat model of a NExT-GPT fixture. Its media are what ImageBind would give, (M, mm_dim)."""
+    c, lora = meta["llama"], meta.get("lora", {"r": 0, "alpha": 0})
+    llm = M.LLMConfig(c["hidden"], c["layers"], c["heads"], c["heads"], c["intermediate"], c["vocab"], c["rms_eps"], 2048,
+                      c["rope_base"], lora_rank=lora["r"], lora_alpha=lora["alpha"])
+    mlp_dim = len(state["writers.img.proj.encoder.0.mlp.fc1.bias"])
+    projections = {name: M.replace(p, llm_dim=c["hidden"], dim=meta["fc_hidden"], mlp_dim=mlp_dim)
+                   for name, p in M.NEXTGPT.projections.items()}
+    model = M.Model(M.replace(M.NEXTGPT, llm=llm, projections=projections, added_tokens=tok.added,
+                              imagebind=ImageBindConfig({}, meta["mm_dim"])))
+    model.load_state_dict(state)
+    model.readers.imagebind.tower.forward = lambda kind, x: x[:, None]
+    return model.eval()
+
+
+def nextgpt_render(turns, tok):
+    template = data.TEMPLATES["nextgpt_train"]
+    return data.render(turns, tok, data.SYSTEMS["nextgpt"], template, lambda kind: 1, train=True)
+
+
+def nextgpt_turns(meta, name, row):
+    """The conversations of a loss fixture's case."""
+    if "conversations" in row:
+        names = {"image_name": "a.jpg", "mm_name": "b"}
+        return [datasets.dialog_turns(names | {"conversation": c}, Path()) for c in row["conversations"]]
+    kind = re.sub("To|Text", "", name.split(".")[-1]).lower()   # of ImageToText: image
+    if name.endswith("ToText"):
+        return [[[data.Medium(kind), "generate a caption"], [text]] for text in meta["captions"]]
+    return [[[text], [text, data.Signal(datasets.WRITERS[kind])]] for text in meta["captions"][:row["captions"]]]
+
+
+def golden_nextgpt_batch(t, name, samples, tok):
+    """Turns -> data.Batch, media and caption embeddings taken from the fixture in the order of the samples."""
+    rows = []
+    for i, turns in enumerate(samples):
+        for part in (part for turn in turns for part in turn):
+            if isinstance(part, data.Medium):
+                part.tensor = t["mm_embeds"][i]
+            if isinstance(part, data.Signal):
+                part.embeds = t[f"{name}.caption_embs"][i]
+        rows.append(nextgpt_render(turns, tok))
+    return data.collate(rows, lambda kind: 1, pad=2)
+
+
+def check_golden_nextgpt(meta, t, model, batch, name, row, names, weights):
+    """Ids, states, prompts, losses and gradients of a case. name: of its tensors; names: of what the fixture weighs, in order."""
+    mask = t[f"{name}.attention_mask"].bool()
+    assert torch.equal(batch.ids != 2, mask) and torch.equal(batch.labels, t[f"{name}.targets"])
+    x = model.embed(batch.ids, batch.media, batch.slots)
+    h = model.llm(x)
+    for what, got in (("inputs_embeds", x), ("last_hidden", h)):
+        if f"{name}.{what}" in t:
+            close(meta, t, f"{name}.{what}", got, where=mask[..., None])
+    for writer, target in batch.targets.items():
+        if f"{name}.fc_out" in t:
+            close(meta, t, f"{name}.fc_out", model.writers[writer].write(h[tuple(target["slots"])], model))
+    losses = model(batch)
+    loss = sum(weights.get(key, 1) * value for key, value in losses.items())
+    assert loss.item() == pytest.approx(row["loss"], rel=PARITY)
+    distance = sum(value.item() for key, value in losses.items() if key != "lm")
+    assert distance == pytest.approx(row.get("mse") or 0, rel=PARITY)
+    loss.backward()
+    for key, norm in zip(names, row.get("grad_norms", ())):
+        grad = model.get_parameter(key).grad
+        assert (0 if grad is None else grad.norm().item()) == pytest.approx(norm or 0, rel=PARITY, abs=2e-6), key
+
+
+def check_golden_nextgpt_stage(meta, weights, t, stage, prefix=""):
+    """Every case of a fixture whose name begins with `prefix`, trained as the stage's row says."""
+    row, state = train.STAGES["nextgpt", stage], cw.rename(weights, cw.NEXTGPT)
+    for name in (name for name in meta["cases"] if name.startswith(prefix)):
+        tok = nextgpt_tokenizer("fixed" if ".fixed." in name else "published")
+        model, stored = golden_nextgpt(meta, state, tok), name.removesuffix("_acc")
+        if name != stored:
+            model.llm.lm_head.weight.data[t["acc.row_ids"]] = t["acc.rows"]
+        stored = stored if f"{stored}.targets" in t else re.sub("Video|Audio", "Image", name)   # equal but for the kind
+        learned = train.learn(model, row)
+        batch = golden_nextgpt_batch(t, stored, nextgpt_turns(meta, stored, meta["cases"][stored]), tok)
+        check_golden_nextgpt(meta, t, model, batch, stored, meta["cases"][name], list(state), row.weights)
+        assert {key for key, p in model.named_parameters() if p.grad is not None} <= learned.keys()
+        if (grad := f"{name.rpartition('.')[0]}.grad.llama_proj.weight") in t:
+            close(meta, t, grad, model.readers.imagebind.projector.weight.grad)
+
+
+@pytest.mark.parametrize("stage", (1, 2))
+def test_golden_nextgpt_stage12_loss(stage):
+    check_golden_nextgpt_stage(*read_golden("nextgpt/stage12_loss"), stage, f"stage{stage}.")
+
+
+def test_golden_nextgpt_stage3_loss():
+    check_golden_nextgpt_stage(*read_golden("nextgpt/stage3_loss"), 3)
+
+
+def golden_nextgpt_generation(tokens="published"):
+    """A model that says what the fixture wants, its tokenizer, and {file name: Medium}."""
+    meta, weights, t = read_golden("nextgpt/generation")
+    tok = nextgpt_tokenizer(tokens)
+    model = golden_nextgpt(meta, cw.rename(weights, cw.NEXTGPT), tok)
+    model.llm.lm_head.weight.data[t["lm_head.row_ids"]] = t["lm_head.rows"]
+    kinds = {"jpg": "image", "wav": "audio", "mp4": "video"}
+    media = {name: data.Medium(kinds[name[-3:]], name, x) for name, x in zip(meta["media"], t["media"])}
+    return meta, t, model, tok, media
+
+
+def nextgpt_rows(prompt, media):
+    """The turns of an original's prompt. What its splitting at " <" and "> " does beyond finding media is a typed <s>."""
+    rows = []
+    for text in re.split(r"\n?### (?:Human|Assistant): ", prompt)[1:]:
+        found = re.match(r"<(Image|Audio|Video)>(.*?)</\1> ", text)
+        text = re.sub(" <|> ", "<s>", text[found.end():] if found else text)
+        rows.append([media[found[2]], text] if found else [text])
+    return [*rows, None]
+
+
+@pytest.mark.parametrize("tokens", ("published", "fixed"))
+def test_golden_nextgpt_generation_prompts(tokens):
+    meta, t, model, tok, media = golden_nextgpt_generation(tokens)
+    system, template = data.SYSTEMS["nextgpt"], data.TEMPLATES["nextgpt"]
+    session = chat.Session(model, tok, system, template, parse_special=True)
+    prefix = {"published": "prompt.", "fixed": "prompt_fixed_tokens."}[tokens]
+    cases = [name for name in meta["prompts"] if f"{prefix}{name}.inputs_embeds" in t]
+    for name in cases:
+        rows = nextgpt_rows(meta["prompts"][name], media)
+        parts = data.conversation_pieces(rows, tok, system, template, model.cfg.n_token)
+        pieces = [p for part in parts for piece in part for p in ([piece] if piece.special else tok.parse(piece.text))]
+        ids, _, slots = tok.encode_pieces(pieces)
+        close(meta, t, f"{prefix}{name}.inputs_embeds", session.embed(ids, slots, 0))
+        *shown, text = rows[0]
+        if len(rows) == 2 and "<s>" not in text:                # what a user types, without the demo's blank
+            assert session.prompt([chat.Turn(text.removeprefix(" "), shown)])[0] == ids
+    assert cases
+
+
+def test_golden_nextgpt_generation():
+    meta, t, model, tok, _ = golden_nextgpt_generation()
+    run, hidden, embeds = meta["runs"]["all"], [], t["prompt.text.inputs_embeds"]
+    sampling = {name: run["inputs"][name] for name in ("temperature", "top_p")} | {"top_k": 50}
+    ids = list(M.generate(model, embeds, max_new_tokens=len(run["chain"]), hidden=hidden, **sampling))
+    assert ids == run["chain"] == t["run.generated_ids"][0, 1:].tolist()
+    close(meta, t, "run.hidden_after_prompt", torch.cat(hidden[1:], dim=1))
+    text = re.sub("### Human:  ?", "", meta["prompts"][run["prompt"]])
+    session = chat.Session(model, tok, data.SYSTEMS["nextgpt"], data.TEMPLATES["nextgpt"])
+    session.set("max_new_tokens", run["inputs"]["max_tgt_len"])
+    "".join(session.say(text))
+    turn = session.turns[-1]
+    assert turn.ids == run["chain"] and turn.stray == []
+    for (name, pipe), answer in zip({"img": "sd", "vid": "vd", "aud": "ad"}.items(), run["returned"]):
+        (start,), _ = M.signal_runs(turn.ids, model.cfg.signal(name))
+        close(meta, t, f"run.prompt_embeds.{pipe}", turn.made[name])
+        assert answer[name][0] == tok.decode(turn.ids[:start + len(model.cfg.signal(name))])
+    session.set("max_new_tokens", meta["runs"]["short"]["max_tgt_len"])
+    "".join(session.retry())
+    assert [session.turns[-1].answer] == meta["runs"]["short"]["returned"] and not session.turns[-1].made
+
+
+def test_golden_nextgpt_sampling():
+    meta, _, t = read_golden("nextgpt/sampling")
+    for i, row in enumerate(meta["cases"]):
+        numbers = {name: row[name] for name in ("temperature", "top_k", "top_p")}
+        probs = M.filter_logits(t["logits"], **numbers).softmax(-1)
+        close(meta, t, f"probs.{i}", probs)
+        assert (probs > 0).sum(1).tolist() == row["kept"]
+
+
+def test_llm_signal_runs_that_are_not_complete_make_nothing():
+    signal, rng = [7, 8, 9], random.Random(0)
+    assert M.signal_runs([1, 7, 8, 9, 9, 7, 8, 2, 7, 8, 9], signal) == ([1, 8], [4, 5, 6])
+    for _ in range(200):
+        ids = [rng.choice((1, 7, 8, 9)) for _ in range(12)]
+        starts, stray = M.signal_runs(ids, signal)
+        assert len(stray) + 3 * len(starts) == sum(id in signal for id in ids)
 
 
 PEER_LLMS = {                                                   # transformers' LlamaConfig beyond the tiny sizes
@@ -313,22 +1705,13 @@ def test_llm_lora_starts_as_base_and_merges():
     assert torch.allclose(model.llm(x), want, atol=1e-5) and model.state_dict().keys() == plain.state_dict().keys()
 
 
-@pytest.mark.parametrize("backend", attention.BACKENDS)
-def test_attention_backends_equal_float64(backend, monkeypatch):
-    monkeypatch.setattr(attention, "backend", backend)
-    for seed in range(30):
-        g = torch.Generator().manual_seed(seed)
-        B, nkv, group, T, hd = (int(torch.randint(1, n, (), generator=g)) for n in (3, 3, 4, 20, 40))
-        S = T + int(torch.randint(0, 9, (), generator=g))
-        q, k, v = (torch.randn(B, n, t, hd, generator=g) for n, t in ((nkv * group, T), (nkv, S), (nkv, S)))
-        bias = torch.randn(1, nkv * group, T, S, generator=g) if seed % 3 == 0 else None
-        causal = seed % 2 == 0
-        scores = torch.einsum("bhtd,bhsd->bhts", q.double(), k.repeat_interleave(group, 1).double()) / hd ** 0.5
-        scores = scores + (0 if bias is None else bias)
-        if causal:
-            scores[..., torch.arange(S)[None] > torch.arange(T)[:, None] + S - T] = -torch.inf
-        want = scores.softmax(-1) @ v.repeat_interleave(group, 1).double()
-        assert (attention.attention(q, k, v, causal=causal, bias=bias) - want).abs().max() < 1e-5
+def test_llm_fused_matrices_change_nothing():
+    for case in PEER_LLMS:
+        _, ours = peer_llm(case, 1)
+        x = ours.llm.embed(torch.randint(0, 331, (2, 9)))
+        want = ours.llm(x)
+        M.fuse(ours)
+        assert torch.allclose(ours.llm(x), want, atol=1e-5) and ours.llm.blocks[0].attn.wq is None
 
 
 def test_clip_equals_transformers():
@@ -373,6 +1756,67 @@ def test_model_load_names_what_is_wrong(tmp_path, case):
     (tmp_path / "w/config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None or k != "format_version"}))
     with pytest.raises(ValueError, match=match):
         M.load(tmp_path / "w")
+
+
+# ---- Quantize
+
+def random_linear(seed, dtype=torch.float32):
+    """A bias-free Linear of random sizes that every group divides, some channels much larger than others."""
+    g = torch.Generator().manual_seed(seed)
+    n, k = (int(torch.randint(1, 5, (), generator=g)) for _ in range(2))
+    layer = torch.nn.Linear(128 * k, 32 * n, bias=False, dtype=dtype)
+    layer.weight.data = (torch.randn(32 * n, 128 * k, generator=g) * torch.randn(32 * n, 1, generator=g).exp()).to(dtype)
+    return layer
+
+
+def test_quantize_is_off_by_half_a_step():
+    for seed in range(9):
+        w = random_linear(seed).weight.detach()
+        q = quantize.QuantLinear(random_linear(seed), 8)
+        assert ((q.expand() - w).abs() <= w.abs().amax(1, keepdim=True) / 127 * 0.51).all()
+        for group in (32, 64, 128):
+            parts = w.unflatten(1, (-1, group))
+            step, largest = (parts.amax(2) - parts.amin(2)) / 15, parts.abs().amax(2)
+            off = (quantize.QuantLinear(random_linear(seed), 4, group, packed=False).expand() - w).unflatten(1, (-1, group))
+            assert (off.abs().amax(2) <= 0.51 * step + largest / 200).all()             # zeros are bfloat16
+
+
+@pytest.mark.parametrize("bits, group", [(8, 64), (4, 32), (4, 64), (4, 128)])
+def test_quantize_packed_products_equal_expanded_ones(bits, group):
+    for seed in range(6):
+        plain, packed = (quantize.QuantLinear(random_linear(seed), bits, group, packed) for packed in (False, True))
+        for rows in (1, 3, 70):
+            x = torch.randn(2, rows, plain.in_features).bfloat16()
+            want = x.float() @ plain.expand().T
+            assert (packed(x).float() - want).abs().max() <= 0.02 * want.abs().max(), (seed, rows)
+            assert (plain(x.float()) - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_quantize_llm_keeps_its_logits_and_decodes(fused):
+    torch.manual_seed(0)
+    cfg = M.LLMConfig(dim=128, n_layer=2, n_head=4, n_kv_head=2, mlp_dim=256, vocab_size=80)
+    for bits, tol in ((8, 0.05), (4, 0.35)):
+        model = M.Model(M.ModelConfig(llm=cfg, eos=()))
+        M.initialise(model)
+        x = model.llm.embed(torch.randint(0, 80, (1, 12))).detach()
+        with torch.no_grad():
+            want = model.llm.lm_head(model.llm(x))
+            M.fuse(model) if fused else None
+            quantize.quantize(model, bits)
+            got = model.llm.lm_head(model.llm(x))
+        assert 0 < (got - want).std() / want.std() < tol
+        assert len(list(M.generate(model, x, max_new_tokens=5))) == 5
+
+
+def test_quantize_refuses():
+    cfg = M.LLMConfig(dim=128, n_layer=1, n_head=4, n_kv_head=2, mlp_dim=256, vocab_size=80, lora_rank=2)
+    for change in (quantize.quantize, lambda model, bits: M.fuse(model)):
+        with pytest.raises(ValueError, match="merge LoRA"):
+            change(M.Model(M.ModelConfig(llm=cfg)), 8)
+    for linear, bits, group in ((torch.nn.Linear(64, 16), 8, 64), (random_linear(0), 5, 64), (random_linear(0), 4, 48)):
+        with pytest.raises(ValueError, match="bits"):
+            quantize.QuantLinear(linear, bits, group)
 
 
 # ---- Data
@@ -478,6 +1922,141 @@ def test_golden_chatbind_tokens_prompts():
 BAD_NAMES = ["", "/etc/passwd", "../a.png", "a/../../b.png", "a/..", "..", "~/a.png", "~root/a", "C:\\a.png", "c:a.png",
              "a\\b.png", "..\\a.png", "a\0.png", "\\\\host\\a", None, 7, ["a.png"], {"a": 1}]
 GOOD_NAMES = ["a.png", "b/c.png", "b/..c/d.png", "...", "a b.png", "ü/写.png", "a~b.png"]
+
+
+def test_golden_nextgpt_process_batch():
+    meta, _, t = read_golden("nextgpt/process_batch")
+    for c in meta["cases"]:
+        tok = nextgpt_tokenizer(c["tokens"])
+        named = {"captions": c.get("texts", ()), "cases": {}}
+        if c["fn"] == "stage_1":
+            turns = [[[data.Medium("image"), c["prompt"]], [text]] for text in c["texts"]]
+        elif c["fn"] == "stage_2":
+            turns = [[[text], [text, data.Signal(datasets.WRITERS[c["modality"]])]] for text in c["texts"]]
+        else:
+            turns = nextgpt_turns(named, "", c)
+        for i, sample in enumerate(turns):
+            r = nextgpt_render(sample, tok)
+            frame = "### Human: <Img>" if isinstance(sample[0][0], data.Medium) else "### Human: "
+            start = len(tok.encode(frame, parse_special=True)) + (frame[-1] == ">")     # the original puts this in front later
+            ids, labels = (row[start:][:c["max_len"]] for row in (r.ids, r.labels))
+            pad = t[f"{c['name']}.input_ids"].shape[1] - len(ids)
+            assert ids + [2] * pad == t[f"{c['name']}.input_ids"][i].tolist(), c["name"]
+            assert labels + [-100] * pad == t[f"{c['name']}.targets"][i].tolist(), c["name"]
+    for text, want in meta["process_caption"]:
+        assert datasets.process_caption(text) == want
+
+
+def test_golden_nextgpt_process_batch_tokens():
+    meta, _, _ = read_golden("nextgpt/process_batch")
+    for tokens, rows in meta["encode"].items():
+        tok = nextgpt_tokenizer(tokens)
+        for text, ids in rows.items():
+            assert tok.encode(text, bos=False, parse_special=True) == ids, text
+        assert [tok.decode(ids) for ids in meta["decode_ids"]] == meta["decode"][tokens]
+    assert M.NEXTGPT_TOKENS == meta["added_tokens"]["published"]
+    assert list(data.SYSTEMS["nextgpt"].added) == list(meta["added_tokens"]["fixed"])
+    assert M.SIGNALS == data.SIGNALS
+
+
+def test_golden_nextgpt_misc():
+    meta, _, _ = read_golden("nextgpt/misc")
+    for row in meta["sampler"]:
+        n, world, rank = row["batch_size"], row["world_size"], row["rank"]
+        got = datasets.in_turns(row["sizes"], n, row["torch_seed"])
+        assert [batch[rank * n // world:(rank + 1) * n // world] for batch in got] == row["batches"]
+    for row in meta["lr"]:
+        total, stage = row["total_num_steps"], train.STAGES["nextgpt", 1]
+        factor, share = train.SCHEDULES[stage.schedule], row["warmup_num_steps"] / total
+        got = [row["warmup_max_lr"] * factor(k, total, share) for k in range(len(row["lr_used_by_update_k"]))]
+        got[0] = row["optimizer_lr"]                            # Stage.first_lr
+        assert got == pytest.approx(row["lr_used_by_update_k"], rel=1e-9, abs=1e-12)
+    tok, stop = nextgpt_tokenizer(), data.TEMPLATES["nextgpt"].stop
+    for row in (row for row in meta["stopping"] if len(row["stops"]) > 1 and row["encounters"] == 1):
+        stream = data.TextStream(tok, [stop])
+        for id in row["input_ids"]:
+            stream.push(id)
+        assert stream.done == (row["result"] is not False), row # else True, or the original fails on what came twice
+
+
+def nextgpt_files(tmp_path, rows):
+    """A root of NExT-GPT's layout with a data set file."""
+    for folder in ("images", "audios", "embed"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / "images/a.jpg").touch()
+    np.save(tmp_path / "embed/b.wav.npy", np.ones(5, np.float16))
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    return tmp_path / "rows.json"
+
+
+def say(*texts):
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+NEXTGPT_RECORDS = {                     # record, its turns: texts, an upper-case letter for a medium, lower for a signal
+    "pair": ({"image_name": "a.jpg", "caption": "A *Dog*"}, [["I", "generate a caption"], ["a dog"]]),
+    "textual": ({"image_name": "0000", "conversation": say("Hi", "Ho")}, [["Hi"], ["Ho"]]),
+    "alpaca": ({"instruction": "Add: ", "input": "1 1", "output": "2"}, [["Add: 1 1"], ["2"]]),
+    "pandagpt": ({"image_name": "a.jpg", "conversation": say("What?", "A dog", "Why?", "So")},
+                 [["I", "What?"], ["A dog"], ["Why?"], ["So"]]),
+    "llava": ({"image": "a.jpg", "conversations": say("<image>\nWhat?", "A dog")}, [["I", "What?"], ["A dog"]]),
+    "t2m": ({"mm_name": "x/b.wav", "conversation": [{"from": "human", "value": "Bark", "input_modality": "text"},
+             {"from": "gpt", "value": "Here.", "output_modality": "audio"}]}, [["Bark"], ["Here.", "a"]]),
+    "later": ({"output_audio": "b.wav", "conversations": say("Bark", "Here <audio>")}, [["Bark"], ["Here", "a"]]),
+    "mosit": ({"image_list": [{"image_name": "a.jpg", "caption": "a dog"}], "video_list": [],
+               "audio_list": [{"audio_name": "b.wav", "caption": "woof"}],
+               "conversation": say("What does <Image>a dog</Image> say?", "This: <Audio>woof</Audio>")},
+              [["What does ", "I", " say?"], ["This: ", "a"]]),
+}
+
+
+@pytest.mark.parametrize("name", NEXTGPT_RECORDS)
+def test_data_nextgpt_records(tmp_path, name, capsys):
+    record, want = NEXTGPT_RECORDS[name]
+    missing = json.loads(json.dumps(record).replace("a.jpg", "none.jpg").replace("b.wav", "none.wav"))
+    made = datasets.Dialogs(nextgpt_files(tmp_path, [missing, record, {"conversation": say("alone")}]))
+    assert (len(made) == 2) == (missing != record) == ("none." in capsys.readouterr().err)
+
+    def letter(part):
+        if isinstance(part, data.Medium):
+            return part.kind[0].upper()
+        return part if isinstance(part, str) else part.writer[0]
+    turns = made[len(made) - 2].turns
+    assert [[letter(part) for part in turn] for turn in turns] == want
+    assert all(part.embeds.tolist() == [1] * 5 for turn in turns for part in turn if isinstance(part, data.Signal))
+    with pytest.raises(data.DataError, match=r"rows.json: record .*alternate"):
+        made[len(made) - 1]
+
+
+@pytest.mark.parametrize("key, value", [("input_modality", "../up"), ("input_modality", "thermal"), ("value", 3), ("from", 0)])
+def test_data_nextgpt_bad_records_are_named(tmp_path, key, value):
+    rows = [{"image_name": name, "conversation": say("What?", "A dog")} for name in ("a.jpg", "../a.jpg")]
+    rows[0]["conversation"][0][key] = value
+    made = datasets.Dialogs(nextgpt_files(tmp_path, rows))
+    for i in range(2):
+        with pytest.raises(data.DataError, match=f"rows.json: record {i}"):
+            made[i]
+    (tmp_path / "embed/b.wav.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(data.MediaError, match="b.wav.npy"):
+        datasets.read_embedding(tmp_path / "embed/b.wav.npy")
+
+
+def test_data_nextgpt_samples():
+    root = need(SHARED / "samples/nextgpt", "samples")
+    for name in ("cc3m", "webvid", "audiocap"):
+        for tail in ("", "_comprehension", "_generation"):
+            for draw in (False, True):
+                made = datasets.Dialogs(root / f"{name}{tail}.json", draw=draw)
+                assert len(made) and all(len(made[i].turns) == 2 for i in range(len(made)))
+
+
+def test_data_signals_that_are_cut_off_are_left_out():
+    tok, embeds = nextgpt_tokenizer(), torch.zeros(3, 2)
+    turns = [[[text], [text, data.Signal("img", embeds=embeds)]] for text in ("a dog", "a dog in a large house")]
+    rows = [nextgpt_render(sample, tok) for sample in turns]
+    whole, short = (data.collate(rows, lambda kind: 1, max_len=n).targets for n in (99, len(rows[0].ids)))
+    assert whole["img"]["slots"].shape == (2, 8) and whole["img"]["embeds"].shape == (2, 3, 2)
+    assert short["img"]["slots"][0].tolist() == [0] * 4 and len(short["img"]["embeds"]) == 1
 
 
 def test_data_media_names_stay_inside_their_folder(tmp_path):
@@ -599,6 +2178,617 @@ def test_data_text_stream_equals_whole_text():
         assert "\ufffd" not in shown
 
 
+# ---- Data: boxes, masks, NExT-Chat's sets
+
+@lru_cache
+def newer_tokenizer(added):
+    return data.Tokenizer(need(LLAMA_TOKENIZER, "LLAMA_TOKENIZER"), dict(added), legacy=False)
+
+
+def nextchat_tokenizer(meta):
+    names = meta["special_ids"].keys() - {"bos", "eos", "pad", "unk"}
+    return newer_tokenizer(tuple((f"<{name}>", meta["special_ids"][name]) for name in sorted(names)))
+
+
+def unroll(runs):
+    return [id for id, n in runs for _ in range(n)]
+
+
+def nextchat_turns(rows, boxes):
+    """Turns of the original's messages, in which `<at> <boxes>` stands for the boxes of the next list of numbers."""
+    turns, picture = [], data.Medium("image", tensor=torch.zeros(1))
+    for row in rows:
+        groups, turns = iter(row.get("boxes_seq") or []), [*turns, []]
+        for part in re.split("(<image>|(?:<at> )?<boxes>)", row["value"]):
+            turns[-1] += [picture] if part == "<image>" else [data.Box(tuple(boxes[n])) for n in next(groups)] \
+                if part.endswith("<boxes>") else [part] * (part != "")
+    return turns
+
+
+def nextchat_render(meta, turns, size, train=True, image_tokens=None):
+    n_token = {"image": image_tokens or meta["image_tokens"], "box": 1}.get
+    boxes = [part for turn in turns for part in turn or () if isinstance(part, data.Box)]
+    data.place_boxes(boxes, data.Geometry(*size), data.MediaSpec())
+    system = data.SYSTEMS["nextchat"]
+    r = data.render(turns, nextchat_tokenizer(meta), system, data.TEMPLATES[system.template], n_token, train)
+    return r, n_token, [box.tensor.tolist() for box, _ in r.slots if isinstance(box, data.Box)]
+
+
+def floats(rows):
+    return torch.tensor(rows).tolist()
+
+
+def test_golden_nextchat_conversation():
+    meta, _, _ = read_golden("nextchat/conversation")
+    boxes_id, pad = meta["special_ids"]["boxes"], meta["special_ids"]["pad"]
+    for c in meta["cases"]:
+        turns = nextchat_turns(c["raw"], c["boxes_pixel"])
+        r, n_token, boxes = nextchat_render(meta, turns, c["image_size"])
+        assert r.ids == unroll(c["train"]["input_ids_rle"]), c["name"]
+        assert r.labels == [data.IGNORE if id == boxes_id else id for id in unroll(c["train"]["labels_rle"])], c["name"]
+        assert boxes == floats(c["train"]["loc_inputs"])
+        assert [box.tensor.tolist() for box, _ in r.targets] == floats(c["train"]["loc_targets"])
+        assert [data.IGNORE if id == pad else id for id in r.ids[1:]] == unroll(c["eval"]["labels_rle"])
+        r, _, _ = nextchat_render(meta, [*turns[:-1], None], c["image_size"], train=False)
+        assert r.ids == unroll(c["eval"]["input_ids_rle"]), c["name"]
+
+
+def test_golden_nextchat_conversation_truncation():
+    meta, _, _ = read_golden("nextchat/conversation")
+    cases, specials = {c["name"]: c for c in meta["cases"]}, meta["special_ids"]
+    for t in meta["truncation"]:
+        c = cases[t["name"]]
+        turns = nextchat_turns(c["raw"], c["boxes_pixel"])
+        full, _, _ = nextchat_render(meta, turns, c["image_size"], image_tokens=t["image_tokens"])
+        assert full.ids == t["full_input_ids"] and len(full.ids) == t["full_len"]
+        protected = {specials[name] for name in ("im_patch", "im_start", "im_end", "at", "boxes")}
+        r = data.truncate(full, t["truncation_size"], protected)
+        assert r.ids == t["input_ids"]
+        assert r.labels == [data.IGNORE if id == specials["boxes"] else id for id in t["labels"]]
+        assert [r.ids[at] for box, at in r.slots if box.kind == "box"] == [specials["boxes"]] * len(t["loc_inputs"])
+        assert {r.ids[at] for _, at in r.targets} <= {specials["at"]} and len(r.targets) == len(full.targets)
+
+
+def test_golden_nextchat_conversation_demo_turns():
+    meta, _, _ = read_golden("nextchat/conversation")
+    for c in meta["interactive"]:
+        text = c["text"] if "<image>" in c["text"] else "<image> " + c["text"]
+        turns = nextchat_turns([{"value": text, "boxes_seq": c["boxes_seq"]}], c["boxes_pixel"])
+        r, _, boxes = nextchat_render(meta, [*turns, None], c["image_size"], train=False)
+        assert r.ids == unroll(c["input_ids_rle"]) and boxes == floats(c["loc_inputs"])
+    for row in meta["parse_boxes"]:
+        parts = data.box_references(row["text"])
+        text = "".join("<at> <boxes>" if i % 2 else part for i, part in enumerate(parts))
+        assert [text, parts[1::2]] == row["out"]
+    for row in meta["decode"]:
+        assert evaluate.unspace(nextchat_tokenizer(meta).decode(row["ids"])) == row["eval_text"]
+
+
+def test_data_boxes_reach_the_batch_in_order():
+    meta, _, _ = read_golden("nextchat/conversation")
+    cases = [c for c in meta["cases"] if set(unroll(c["train"]["labels_rle"])) != {data.IGNORE}]
+    rendered = [nextchat_render(meta, nextchat_turns(c["raw"], c["boxes_pixel"]), c["image_size"])[0] for c in cases]
+    batch = data.collate(rendered, {"image": meta["image_tokens"], "box": 1}.get, max_len=4096, mask_pad=True)
+    want = torch.tensor([box for c in cases for box in c["train"]["loc_inputs"]])
+    assert torch.equal(batch.media["box"], want)
+    assert torch.equal(batch.slots["box"].T, (batch.ids == meta["special_ids"]["boxes"]).nonzero())
+    at = batch.targets["at"]
+    assert torch.equal(at["boxes"], torch.tensor([box for c in cases for box in c["train"]["loc_targets"]]))
+    assert torch.equal(at["slots"].T, ((batch.ids == meta["special_ids"]["at"]) & (batch.labels > 0)).nonzero())
+    assert "masks" not in at and torch.equal(batch.attn_mask, batch.ids != meta["special_ids"]["unk"])
+
+
+def test_golden_nextchat_preprocess():
+    meta, _, t = read_golden("nextchat/preprocess")
+    for i, c in enumerate(meta["cases"]):
+        g, picture = data.Geometry(c["width"], c["height"]), data.Image.fromarray(t[f"{i}.image"].numpy())
+        spec = data.MediaSpec(image_size=meta["full"][f"{i}.clip"][0][-1], square=True, sam_size=c["sam_tensor_shape"][-1])
+        close(meta, t, f"{i}.square", torch.from_numpy(np.array(g.pad(picture))))
+        close(meta, t, f"{i}.clip", data.image_tensor(picture, spec))
+        close(meta, t, f"{i}.sam_resized_uint8", torch.from_numpy(data.sam_resize(picture, spec.sam_size)))
+        sam, mask = data.sam_tensor(picture, spec), data.sam_mask(t[f"{i}.mask"].numpy(), spec.sam_size)
+        close(meta, t, f"{i}.sam", sam)
+        close(meta, t, f"{i}.sam_sum", sam.double().sum((1, 2)))
+        close(meta, t, f"{i}.sam_abs_sum", sam.double().abs().sum((1, 2)))
+        close(meta, t, f"{i}.sam_mask", mask[0], tol=0)
+        assert g.to_frame(c["boxes_pixel"]).tolist() == c["boxes_normalised"]
+        close(meta, t, f"{i}.boxes_restored", g.to_pixels(t[f"{i}.norm_boxes"]))
+        logits = torch.nn.functional.interpolate(t[f"{i}.mask_logits_16"], (128, 128), mode="bilinear", align_corners=False)
+        close(meta, t, f"{i}.mask_restored", g.masks_to_pixels(logits), tol=0)
+
+
+def test_data_boxes_come_back_from_the_frame_for_any_picture_size():
+    r = np.random.RandomState(5)
+    for w, h in r.randint(1, 5000, (100, 2)).tolist():
+        corners = np.sort(r.randint(0, (w + 1, h + 1), (50, 2, 2)), axis=1).reshape(-1, 4)
+        g = data.Geometry(w, h)
+        frame = g.to_frame(corners)
+        assert (frame >= 0).all() and (frame <= 1).all()
+        assert (g.to_pixels(frame) - torch.tensor(corners)).abs().max() < 1e-9
+        assert torch.equal(g.to_pixels(frame.float()).round().long(), torch.tensor(corners))
+
+
+def golden_format(case):
+    """Our name of an original data set class with its arguments; None for what is left out (points, scene graphs)."""
+    version = case["args"].get("version", "")
+    if "<points>" in json.dumps(case["out"]) or "scene_graph" in case["args"] and version != "q-s":
+        return None
+    return {"CaptionDataset": "caption", "FlickrDataset": "flickr", "RECDataset": "rec", "REGDataset": "reg",
+            "GCDataset": "gc", "RESDataset": "res", "VQAv2Dataset": "vqa", "POPEVQADataset": "pope", "V7W_POINT": "v7w",
+            "VQAEXDataset": "vqa-e" if case["args"].get("is_e_dataset") else "vqa-x", "GPT4Gen": f"gpt4gen-{version}",
+            "VCRDataset": f"vcr-{version}", "Point_QA_local": "pointqa-local", "InstructDataset": "llava",
+            "Point_QA_twice": f"pointqa-twice-{version[:2]}", "GQADataset": f"gqa-{version[2:]}"}.get(case["type"])
+
+
+def plain(turns):
+    """Turns as lists of joined texts, box coordinates and "image", to be compared."""
+    runs = [itertools.groupby(turn, key=lambda part: isinstance(part, str)) for turn in turns]
+    return [[part for text, group in run for part in (["".join(group)] if text else
+             [part.xyxy_px if isinstance(part, data.Box) else part.kind for part in group])] for run in runs]
+
+
+def test_golden_nextchat_datasets():
+    meta, _, _ = read_golden("nextchat/datasets")
+    seen, still = set(), Thing(choice=lambda a: a[0], shuffle=lambda a: None)
+    for case in filter(golden_format, meta["cases"]):
+        name, prompt = golden_format(case), case["args"].get("template_string", "")
+        rng = np.random.default_rng(7) if case["args"].get("do_shuffle_choice", True) else still
+        for row, out in zip(case["rows"], case["out"], strict=True):
+            got = datasets.to_sample(row, datasets.FORMATS[name], "", (prompt,), rng)
+            want = nextchat_turns(out["conversations"], out.get("target", {}).get("boxes"))
+            assert plain(got.turns) == plain(want), name
+            masks = [part.mask for turn in got.turns for part in turn if getattr(part, "mask", None) is not None]
+            assert [{"shape": list(m.shape), "sum": m.sum()} for m in masks] == out.get("target", {}).get("masks", [])
+        seen.add(name)
+    assert seen == set(datasets.FORMATS) - set(datasets.CHATTERBOX)
+
+
+def test_golden_nextchat_mixture():
+    meta, _, _ = read_golden("nextchat/mixture")
+    for case in meta["cases"]:
+        c = case["cfg"]
+        sources = [[f"{s['tag']}{i}" for i in range(s["n"])] for s in c.get("cfgs", [c.get("cfg")])]
+        got = {"SubSet": lambda: datasets.subset(sources[0], c["portion"], c.get("seed")),
+               "ConcatDataset": lambda: sum(sources, []),
+               "ConcatDatasetWithShuffle": lambda: datasets.shuffled(sources, c["seed"], c.get("portion", 1)),
+               "InterleaveDateset": lambda: datasets.interleave(
+                   sources, c.get("probabilities"), c["seed"], c.get("stopping_strategy") == "all_exhausted")}[c["type"]]()
+        assert got == case["items"], c
+
+
+def test_golden_nextchat_metrics_polygons():
+    meta, _, t = read_golden("nextchat/metrics")
+    for k, c in enumerate(meta["polygons"]):
+        assert np.array_equal(datasets.segmentation_mask(c["poly"], c["h"], c["w"]), t[f"mask_{k}"]), k
+
+
+def test_data_run_lengths_come_back():
+    r = np.random.RandomState(1)
+    for k in range(60):
+        mask = (r.rand(*r.randint(1, 90, 2)) < r.rand()).astype(np.uint8) if k > 1 else np.full((300, 400), k, np.uint8)
+        rle = datasets.mask_rle(mask)
+        assert np.array_equal(datasets.rle_mask(rle), mask)
+        assert np.array_equal(datasets.rle_mask({**rle, "counts": datasets.rle_counts(rle["counts"])}), mask)
+
+
+def test_data_masks_equal_pycocotools():
+    coco, r = pytest.importorskip("pycocotools.mask"), np.random.RandomState(2)
+    for _ in range(100):
+        h, w, n = r.randint(1, 70), r.randint(1, 70), r.randint(3, 9)
+        xy = r.rand(n, 2) * (w * 1.4, h * 1.4) - (w * 0.2, h * 0.2)
+        xy = xy.round(r.randint(3)).ravel().tolist()
+        want = coco.frPyObjects([xy], h, w)[0]
+        mask = datasets.segmentation_mask([xy], h, w)
+        assert np.array_equal(mask, coco.decode(want)) and datasets.mask_rle(mask)["counts"] == want["counts"].decode()
+
+
+GOOD_ROWS = {
+    "rec": {"img_path": "a.png", "expression": "a dog", "bbox": [1, 2, 30, 40], "width": 50, "height": 60},
+    "res": {"img_path": "a.png", "expressions": ["a dog"], "bbox": [1, 2, 30, 40], "width": 50, "height": 60,
+            "mask": [[1, 2, 9, 2, 9, 30]]},
+    "flickr": {"image_id": "7", "sentence": "<ph_st>a<ph_ed> b <ph_st>c<ph_ed>", "boxes": [[1, 2, 3, 4]],
+               "boxes_seq": [[0], [0]]},
+    "vcr-q-ra": {"img_fn": "a.png", "boxes": [[1, 2, 3, 4, 0.9]], "question": ["who", [0]], "answer_label": 1,
+                 "answer_choices": [["x"]] * 4, "rationale_choices": [["y"]] * 4, "rationale_label": 2},
+    "v7w": {"file_path": "a.png", "question": "which?", "candidates": [[1, 2, 3, 4], [2, 2, 9, 9]],
+            "answer": [2, 2, 9, 9]},
+    "gpt4gen-bc": {"img_path": "a.png", "boxes": [[1, 2, 3, 4]], "question": "why?", "question_boxes_seq": [],
+                   "cot_with_ans": "<ph_st>it<ph_ed> is", "answer_boxes_seq": [[0]], "answer": "x"},
+    "vqa-e": {"file_path": "a.png", "question": "what?", "explanation": ["so"], "multiple_answers": "x"},
+    "pope": {"question_id": 1, "image": "a.png", "text": "is it?", "label": "yes"},
+    "llava": {"image": "a.png", "conversations": [{"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "b"}]},
+    "vqa": {"image_path": "a.png", "question": "what?", "annotation": {"multiple_choice_answer": "x"}},
+}
+ABSENT, NAN, INF = object(), float("nan"), float("inf")
+BAD_VALUES = {                          # (format, key) -> values that must be refused
+    ("rec", "bbox"): [[1, 2, 3], [1, 2, 3, 4, 5], [], None, 7, "1,2,3,4", {"x": 1}, [1, 2, "3", 4], [[1, 2, 3, 4]], ABSENT,
+                      [1, 2, NAN, 4], [1, 2, INF, 4], [-INF, 2, 3, 4], [10 ** 400, 2, 3, 4], [True, 2, 30, 40],
+                      [30, 2, 1, 40], [1, 40, 30, 2], [-2, 2, 30, 40], [1, 2, 52, 40], [1, 2, 30, 61.5],
+                      "__import__('os').system('true')"],
+    ("rec", "expression"): [7, ABSENT],
+    ("rec", "img_path"): ["../a.png", ABSENT, 1.5],
+    ("res", "mask"): [[[1, 2, 9, 2]], [[1, 2, 9, 2, 9]], [[1, 2, 9, 2, 9, NAN]], [[1, 2, 9, 2, 9, 1e8]], [["a"] * 6], [7], 7,
+                      [[[1, 2], [3, 4], [5, 6]]], ABSENT, [{"counts": [3000]}], [{"size": [60, 50], "counts": [3000, 1]}],
+                      [{"size": [60, 50], "counts": "0"}], [{"size": [50, 60], "counts": [3000]}],
+                      [{"size": [60, 50], "counts": [-1, 3001]}], [{"size": [10 ** 6] * 2, "counts": [10 ** 12]}],
+                      [{"size": [60, 50], "counts": "\u00e9"}], [{"size": [60, 50], "counts": "P" * 50}]],
+    ("res", "expressions"): [[], "a dog", [7]],
+    ("res", "height"): [0, "60", 10 ** 9],
+    ("flickr", "boxes_seq"): [[[0]], [[0], [1]], [[0], [-1]], [[0], 0], [[0], [0.0]]],
+    ("flickr", "boxes"): [[[1, 2, 3, 4]] * 101, ABSENT, 7, [[1, 2, 3, 4, 5]]],
+    ("vqa-e", "explanation"): [[], [7], "text"],
+    ("flickr", "image_id"): ["/7"],
+    ("vcr-q-ra", "question"): [["who", [1]], "who", [None]],
+    ("vcr-q-ra", "answer_label"): [4, -1, True],
+    ("vcr-q-ra", "rationale_label"): ["2"],
+    ("vcr-q-ra", "answer_choices"): [[], "abcd"],
+    ("vcr-q-ra", "boxes"): [[["a", 2, 3, 4]], [7], [[1, 2, 3]]],
+    ("v7w", "answer"): [[2, 2, 9, 8], ABSENT],
+    ("v7w", "candidates"): [[]],
+    ("gpt4gen-bc", "answer_boxes_seq"): [[]],
+    ("gpt4gen-bc", "cot_with_ans"): [None],
+    ("pope", "label"): [True],
+    ("pope", "image"): ["a\0.png"],
+    ("llava", "conversations"): [[], [7]],
+    ("vqa", "annotation"): [{"x": 1}],
+}
+BAD_ROWS = [(*where, value) for where, values in BAD_VALUES.items() for value in values]
+
+
+def test_data_good_rows_are_read(tmp_path):
+    for name, row in GOOD_ROWS.items():
+        (tmp_path / "d.jsonl").write_text(json.dumps(row))
+        sample, = datasets.Rows(tmp_path / "d.jsonl", name, tmp_path)
+        assert "image" in plain(sample.turns)[0] and len(sample.turns) == 2
+
+
+@pytest.mark.parametrize("number", range(len(BAD_ROWS)))
+def test_data_bad_rows_are_named(tmp_path, number):
+    name, key, value = BAD_ROWS[number]
+    row = {k: v for k, v in (GOOD_ROWS[name] | {key: value}).items() if v is not ABSENT}
+    (tmp_path / "d.jsonl").write_text(json.dumps(GOOD_ROWS[name]) + "\n" + json.dumps(row) + "\n")
+    rows = datasets.Rows(tmp_path / "d.jsonl", name, tmp_path)
+    assert len(rows) == 2 and rows[0]
+    with pytest.raises(data.DataError, match=r"d\.jsonl: record 1 "):
+        rows[1]
+
+
+def test_data_bad_lines_are_named(tmp_path):
+    lines = ["7", "[]", "null", '"x"', "{", "", "\xff", "[" * 100000, json.dumps({"img_path": "a" * (2 << 20)})]
+    (tmp_path / "d.jsonl").write_bytes("\n".join(lines).encode("latin-1"))
+    rows = datasets.Rows(tmp_path / "d.jsonl", "rec", tmp_path)
+    assert len(rows) == len(lines)
+    for i in range(len(lines)):
+        with pytest.raises(data.DataError, match=rf"d\.jsonl: (record {i}|line {i + 1})\b"):
+            rows[i]
+    with pytest.raises(ValueError, match="vcr-q-ra"):
+        datasets.Rows(tmp_path / "d.jsonl", "vcr-x", tmp_path)
+
+
+def test_data_grounding_rows_reach_the_batch(tmp_path):
+    meta, _, _ = read_golden("nextchat/conversation")
+    data.Image.fromarray(image(60, 50, 1)).save(tmp_path / "a.png")
+    rows = [GOOD_ROWS["res"] | {"bbox": [1, 2, 30, y]} for y in (40, 40.5)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    spec, n_token = data.MediaSpec(image_size=28, square=True, sam_size=64), {"image": 4, "box": 1}.get
+    rows, tok = datasets.Rows(tmp_path / "d.jsonl", "res", tmp_path), nextchat_tokenizer(meta)
+    prepared = data.Prepared([rows], tok, data.SYSTEMS["nextchat"], data.TEMPLATES["vicuna_v1_1"], n_token, spec,
+                             where=[(0, 1), (0, 0), (0, 1)])
+    batch = data.collate([prepared[i] for i in range(3)], n_token)
+    at = batch.targets["at"]
+    assert batch.media["image"].shape == (3, 3, 28, 28) and at["image"].shape == (3, 3, 64, 64)
+    assert at["masks"].shape == (3, 1, 64, 64) and set(at["masks"].unique().tolist()) == {0, 1}
+    assert torch.equal(at["boxes"], batch.media["box"])
+    assert torch.equal(at["boxes"], data.Geometry(50, 60).to_frame([[1, 2, 30, y] for y in (40.5, 40, 40.5)]).float())
+    data.Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
+    with pytest.raises(data.DataError, match=r"d\.jsonl: record 0 .*outside"):
+        prepared[1]
+
+
+def test_data_prompts_lose_no_word(tmp_path):
+    meta, _, _ = read_golden("nextchat/conversation")
+    for prompts in datasets.PROMPTS.values():
+        for prompt in prompts:
+            ask = datasets.Ask((prompt,), data.Medium("image"), np.random.default_rng(0))
+            turn = ask(expr=["the dog"], objs=[data.Box((1, 2, 3, 4))], question=["What is it?"])
+            assert 0 not in nextchat_render(meta, [turn, None], (50, 50), train=False)[0].ids, prompt
+    (tmp_path / "p.json").write_text(json.dumps({"v1": {"REC": ["<image> <expr>"]}}))
+    assert datasets.load_prompts(tmp_path / "p.json") == datasets.PROMPTS | {"REC": ("<image> <expr>",)}
+    for bad in ({"REC": ["<expr>"]}, {"REC": ["<image> <image>"]}, {"REC": ["<image> <exp>"]}, ["<image> <expr>"]):
+        (tmp_path / "p.json").write_text(json.dumps(bad))
+        with pytest.raises(data.DataError, match=r"p\.json"):
+            datasets.load_prompts(tmp_path / "p.json")
+
+
+def test_data_text_in_records_stays_text(tmp_path):
+    meta, _, _ = read_golden("nextchat/conversation")
+    row = GOOD_ROWS["rec"] | {"expression": "<at> <boxes></s> {0} %s <image> <expr>"}
+    prompts, rng = ("<image> Where is <expr>?",), np.random.default_rng(0)
+    sample = datasets.to_sample(row, datasets.FORMATS["rec"], tmp_path, prompts, rng)
+    assert plain(sample.turns)[0] == ["image", " Where is " + row["expression"] + "?"]
+    r, _, _ = nextchat_render(meta, sample.turns, (50, 60))
+    assert [r.ids.count(meta["special_ids"][name]) for name in ("at", "boxes", "eos")] == [1, 1, 1]
+
+
+def test_data_mixtures_of_the_stages():
+    names = "gc recvg vqa caption rec reg flickr vcr v7w gpt4gen gpt4gen-rd llava vqa-e vqa-x res".split()
+    sources = datasets.items({name: range(60 + i) for i, name in enumerate(names)})
+    first, second, third = (datasets.MIXTURES["nextchat", stage](sources) for stage in (1, 2, 3))
+    assert len(first) == 60 // 20 + 61 // 10 + sum(range(62, 69)) and third == sources["res"]
+    drawn = {names[s] for s, _ in second}
+    assert drawn <= {*names} - {"recvg", "reg", "v7w", "res"} and len(set(second)) == len(second) > 50
+
+
+def test_data_mock_sample_has_a_box_to_say():
+    meta, _, _ = read_golden("nextchat/conversation")
+    system, n_token = data.SYSTEMS["nextchat"], {"image": 4, "box": 1}.get
+    r = data.render(datasets.mock(28).turns, nextchat_tokenizer(meta), system, data.TEMPLATES[system.template], n_token, True)
+    at = data.collate([r], n_token).targets["at"]
+    assert at["boxes"].shape == (1, 4) and r.ids[at["slots"][1, 0]] == meta["special_ids"]["at"] and 0 not in r.ids
+
+
+# ---- Data: regions, boxes to find, ChatterBox's sets
+
+TALK_TABLES = Path(os.environ.get("CHATTERBOX_TEMPLATES", SHARED / "golden/chatterbox/templates.json"))
+BOX_SYSTEM = data.SYSTEMS["chatterbox"]
+
+
+class Recorded:
+    """Draws what leads to a recorded text; boxes keep their order or are turned round; no late start, no name replaced."""
+
+    def __init__(self, text="", turned=False):
+        self.text, self.turned, self.at = text, turned, 0
+
+    def choice(self, options):
+        places = [(9e9, 0, options[0])]
+        for option in map(str, options):
+            found = re.compile("[^?]{0,40}".join(map(re.escape, option.split("<objs>")))).search(self.text, self.at)
+            places += [(found.start(), -len(option), option)] if found else []
+        at, _, option = min(places)
+        self.at = min(at, len(self.text))
+        return option
+
+    def permutation(self, n):
+        return np.arange(n)[::-1 if self.turned else 1]
+
+    def integers(self, n):
+        return 0
+
+    def random(self):
+        return 1
+
+
+class First(Recorded):
+    """Draws the first of everything; names are replaced."""
+
+    def choice(self, options):
+        return options[0]
+
+    def random(self):
+        return 0
+
+
+def chatterbox_batch(meta, samples, sizes, train=True):
+    """Samples about pictures of some sizes -> Rendered ones, their Batch."""
+    config, system = meta["config"], BOX_SYSTEM
+    tok = data.Tokenizer(need(LLAMA_TOKENIZER, "LLAMA_TOKENIZER"), config["ids"], system.legacy)
+    n_token, rendered = {"image": config["image_tokens"], "region": 1}.get, []
+    for turns, size in zip(samples, sizes, strict=True):
+        parts = [part for turn in turns for part in turn or () if not isinstance(part, str)]
+        data.place_boxes([p for p in parts if isinstance(p, data.Box)], data.Geometry(*size, square=False), data.MediaSpec())
+        for picture in (p for p in parts if isinstance(p, data.Medium)):
+            picture.tensor, picture.det = torch.zeros(3, 4, 4), torch.full((3, 6, 6), float(size[0]))
+        rendered.append(data.render(turns, tok, system, data.TEMPLATES[system.template], n_token, train))
+    return rendered, data.collate(rendered, n_token, max_len=config["model_max_length"]) if train else None
+
+
+def chatterbox_samples(meta):
+    """The four recorded batches: name -> [(format, record, recorded text, number of its picture)]."""
+    chosen = {"grounding": ["cb-refcoco-gnd", "cb-coco-gnd"], "referring": ["cb-ref", "cb-refcoco-ref"],
+              "vqa": ["llava-instruct", "cb-mrg"], "multiround": ["refcocog-regions", "vg-regions"]}
+    files = {"refcocog entry": ("refcoco_json", 1), "vg entry": ("vg_json", 0)}
+    for row in meta["rows"]:
+        records = [datasets.by_picture(meta[files[s][0]])[files[s][1]] if isinstance(s, str) else s for s in row["source"]]
+        yield row, [(name, record, text, int(re.search(r"\d+", record.get("image", record.get("file_name")))[0]))
+                    for name, record, text in zip(chosen[row["name"]], records, row["text"], strict=True)]
+
+
+def talks():
+    return datasets.load_talks(need(TALK_TABLES, "CHATTERBOX_TEMPLATES"))
+
+
+def chatterbox_turns(name, record, text="", image_tokens=0):
+    """The turns of a record, drawn so that they give the recorded text in one order of the boxes or the other."""
+    format = datasets.FORMATS[name]
+    prompts = talks()[format.prompts] if format.prompts else ()
+    both = [datasets.to_sample(record, format, "", prompts, Recorded(text, turned)).turns for turned in (False, True)]
+    return next((turns for turns in both if prompt_text(turns, image_tokens) == text), both[0])
+
+
+def prompt_text(turns, image_tokens):
+    """A talk as the fixtures show it."""
+    names = {"image": f"<im_start>{{{image_tokens} x <im_patch>}}<im_end>", "region": "<bbox>", "find": "[VG]"}
+    said = ["".join(part if isinstance(part, str) else names[part.kind] for part in turn) for turn in turns]
+    (a, b), (c, d) = data.TEMPLATES["vicuna_v1_1"].user, data.TEMPLATES["vicuna_v1_1"].bot
+    return data.TEMPLATES["vicuna_v1_1"].system + "".join((c if i % 2 else a) + x + (d if i % 2 else b) for i, x in enumerate(said))
+
+
+def test_golden_chatterbox_data_batches():
+    meta, _, t = read_golden("chatterbox/data")
+    for row, samples in chatterbox_samples(meta):
+        kept = json.dumps([record for _, record, _, _ in samples])
+        turns = [chatterbox_turns(*sample[:3], meta["config"]["image_tokens"]) for sample in samples]
+        assert json.dumps([record for _, record, _, _ in samples]) == kept, "a record was edited"
+        assert [prompt_text(turn, meta["config"]["image_tokens"]) for turn in turns] == row["text"]
+        rendered, batch = chatterbox_batch(meta, turns, [t[f"in.image{i}"].shape[1::-1] for *_, i in samples])
+        name = f"out.{row['name']}."
+        assert torch.equal(batch.ids, t[name + "input_ids"].long()) and list(batch.ids.shape) == row["length"]
+        assert torch.equal(batch.labels, t[name + "labels"].long())
+        assert torch.equal(torch.arange(batch.ids.shape[1]) < torch.tensor([[len(r.ids)] for r in rendered]), t[name + "attention_mask"])
+        regions = [[i, at] for i, places in enumerate(row["bbox_positions"]) for at in places]
+        assert regions == batch.slots.get("region", torch.empty(2, 0)).T.tolist()
+        if regions:
+            got, want = batch.media["region"], torch.tensor([box for boxes in row["regions_xyxy"] for box in boxes])
+            assert torch.equal(got["boxes"], want) and got["image"] is batch.media["image"]
+            assert got["image_of"].tolist() == [i for i, _ in regions]
+        asked = [[i, at] for i, places in enumerate(row["vg_positions"]) for at in places]
+        assert bool(asked) == ("vg" in batch.targets)
+        if asked:
+            got, want = batch.targets["vg"], torch.tensor([boxes[0][0] for boxes in row["gt_cxcywh"]])
+            assert got["slots"].T.tolist() == asked and (got["boxes_cxcywh"] - want).abs().max() < 1e-6
+            assert got["image"][:, 0, 0, 0].tolist() == [t[f"in.image{i}"].shape[1] for *_, i in samples]
+
+
+def test_golden_chatterbox_data_regions_of_coco_sets():
+    meta, _, t = read_golden("chatterbox/data")
+    for name, case in meta["opensource_examples"].items():
+        file = meta.get(f"{name.removesuffix('30k')}_json", meta["refcoco_json"])
+        record, = (r for r in datasets.by_picture(file) if r["file_name"] == case["file"])
+        turns = chatterbox_turns(f"{name}-regions", record, case["text"], meta["config"]["image_tokens"])
+        assert prompt_text(turns, meta["config"]["image_tokens"]) == case["text"]
+        _, batch = chatterbox_batch(meta, [turns], [(record["width"], record["height"])])
+        assert torch.equal(batch.media["region"]["boxes"], torch.tensor(case["boxes"])), name
+        assert [part.stretch for part in turns[0] if isinstance(part, data.Medium)] == [True]
+
+
+def test_golden_chatterbox_data_pictures(tmp_path):
+    meta, _, t = read_golden("chatterbox/data")
+    pictures = [data.Image.fromarray(t[f"in.image{i}"].numpy()) for i in range(len(meta["inputs"]))]
+    n, size, side = *meta["full"]["out.grounding.images_clip"][0][::2], meta["full"]["out.grounding.images_0"][0][-1]
+    spec = data.MediaSpec(image_size=size, det_size=side)
+    close(meta, t, "out.grounding.images_clip", torch.stack([data.image_tensor(p, spec) for p in pictures[:n]]))
+    close(meta, t, "out.grounding.images_0", data.det_tensor(pictures[0], spec))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (data.SAM_MEAN, data.SAM_STD))
+    pixels = (data.det_tensor(pictures[0], spec) * std + mean).round()
+    close(meta, t, "out.grounding.images_uint8_0", pixels, tol=0)
+    picture = tmp_path / "a.png"
+    pictures[meta["multiround_image_index"]].save(picture)
+    medium = data.Medium("image", str(picture), stretch=True)
+    data.load_medium(medium, spec)
+    close(meta, t, "out.multiround.image", medium.tensor)
+
+
+def test_golden_chatterbox_data_tokenizer_and_prompts():
+    meta, _, _ = read_golden("chatterbox/data")
+    tok = data.Tokenizer(need(LLAMA_TOKENIZER, "LLAMA_TOKENIZER"), meta["config"]["ids"], BOX_SYSTEM.legacy)
+    assert {token: id for token, id in zip(BOX_SYSTEM.added, range(32000, 32005))} == meta["config"]["ids"]
+    for row in meta["tokenizer_chunks"]:
+        assert tok.encode(row["text"], parse_special=True) == row["ids"], row["text"]
+    assert talks()["talk-coco"].prefix.count(", ".join(meta["coco_classes"])) == 1
+    for case in meta["eval_prompts"]:
+        said = re.search(r"<im_end>( .*) ASSISTANT:", case["text"])[1]
+        kinds = {"[VG]": "find", "<bbox>": "region"}
+        parts = [data.Box((1, 2, 3, 4), kind=kinds[p]) if p in kinds else p for p in re.split(r"(\[VG\]|<bbox>)", said) if p]
+        (r,), _ = chatterbox_batch(meta, [[[data.Medium("image"), *parts], None]], [(9, 9)], train=False)
+        assert [id for id in r.ids if id != meta["config"]["ids"]["<im_patch>"]] == case["ids_without_patches"]
+        assert len(r.ids) == case["length"] and not r.targets and "find" not in [x.kind for x, _ in r.slots]
+
+
+def test_data_stretch_is_within_a_level_of_smooth_interpolation():
+    r = np.random.RandomState(0)
+    for h, w, size in ((60, 80, 24), (9, 50, 31), (1, 1, 5), (40, 40, 40)):
+        pixels = r.randint(0, 256, (h, w, 3)).astype(np.uint8)
+        smooth = torch.nn.functional.interpolate(torch.from_numpy(pixels).permute(2, 0, 1)[None].float(), (size, size), mode="bilinear")
+        got = torch.from_numpy(data.stretch(pixels, size)).permute(2, 0, 1).float()
+        assert (got - smooth[0]).abs().max() < 1.01 and (h != size or torch.equal(got, smooth[0]))
+
+
+def test_data_chatterbox_chain_asks_at_the_first_single_box():
+    meta, _, _ = read_golden("chatterbox/data")
+    record, = meta["files"]["CB_LC"]
+    for name in ("cb-lc-gnd", "cb-gnd"):
+        turns = datasets.to_sample(record, datasets.FORMATS[name], "", (), First()).turns
+        assert [part.kind for turn in turns for part in turn if not isinstance(part, str)] == ["image", "find"]
+        first = re.search(r"\[(.*?)\]", record["conversation"][1]["value"])[1]
+        assert turns[-2][-1].xyxy_px == tuple(map(float, first.split(","))) and len(turns) == 2
+
+
+def test_data_chatterbox_names_give_way_to_regions():
+    meta, _, _ = read_golden("chatterbox/data")
+    record, = meta["files"]["CB_MRG"]
+    turns = datasets.to_sample(record, datasets.FORMATS["cb-mrg-ref"], "", (), First()).turns
+    assert [part if isinstance(part, str) else part.kind for turn in turns for part in turn] == [
+        "image", "\n ", "What is on the region ", "region", " ? ", "A vase is on the region. "]
+    assert plain(chatterbox_turns("cb-mrg-ref", record)) == plain(chatterbox_turns("cb-mrg", record))
+
+
+GOOD_TALK = {"image": "a.png", "conversation": [{"from": "human", "value": "Where is <it>? <cup:[1, 2, 30, 40]>"},
+                                                {"from": "gpt", "value": "Here. <cup:[1, 2, 30, 40]>"}]}
+GOOD_COCO = {"images": [{"id": 1, "file_name": "a.png", "width": 50, "height": 60, "caption": "a small red cup"}],
+             "annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 2, 29, 38], "tokens_positive": [[2, 7]], "caption": "a cup"}],
+             "categories": [{"id": 1, "name": "cup"}]}
+BAD_TALKS = [("gpt", f"Here. <cup:[{box}]>") for box in ("1, 2, 3", "1, 2, 3, 4, 5", "1, 2, a, 4", "1, 2, nan, 4", "1, 2, inf, 4", "30, 2, 1, 4",
+             "-9, 2, 3, 4", "__import__('os').system('true')", "[1, 2], 3, 4")] + [
+    ("gpt", 7), ("gpt", None), ("human", []), ("human", {"x": 1}), ("human", "Where is it? <cup:[1, 2]>")]
+BAD_COCO = [("images", {key: value}) for key, value in (("width", "50"), ("height", None), ("caption", 7), ("file_name", "../a.png"))] + [
+    ("annotations", {key: value}) for key, value in (
+        ("bbox", [1, 2, 3]), ("bbox", [1, 2, 300, 3]), ("bbox", [1, 2, -3, 3]), ("bbox", "1234"), ("tokens_positive", []),
+        ("tokens_positive", [[2, 70]]), ("tokens_positive", [["a", "b"]]))]
+
+
+@pytest.mark.parametrize("who, value", BAD_TALKS)
+def test_data_bad_talks_are_named(tmp_path, who, value):
+    rows = [row | {"value": value} if row["from"] == who else row for row in GOOD_TALK["conversation"]]
+    (tmp_path / "d.json").write_text(json.dumps({"data": [GOOD_TALK, GOOD_TALK | {"conversation": rows}]}))
+    for name in ("cb-coco-gnd", "cb-ref"):
+        sets = datasets.Rows(tmp_path / "d.json", name, tmp_path)
+        assert len(sets) == 2 and sets[0]
+        with pytest.raises(data.DataError, match=r"d\.json: record 1 "):
+            sets[1]
+
+
+@pytest.mark.parametrize("where, value", BAD_COCO)
+def test_data_bad_coco_sets_are_named(tmp_path, where, value):
+    (tmp_path / "d.json").write_text(json.dumps(GOOD_COCO | {where: [GOOD_COCO[where][0] | value]}))
+    (tmp_path / "good.json").write_text(json.dumps(GOOD_COCO))
+    assert len(datasets.Rows(tmp_path / "good.json", "flickr30k-regions", tmp_path)[0].turns) == 4
+    with pytest.raises(data.DataError, match=r"d\.json: record 0 "):
+        datasets.Rows(tmp_path / "d.json", "flickr30k-regions", tmp_path)[0]
+
+
+def test_data_files_of_another_layout_are_named(tmp_path):
+    for text in ("7", "{}", '{"data": 7}', '{"images": [], "annotations": [7], "categories": []}', '{"images": 7, "annotations": [], '
+                 '"categories": []}', "{"):
+        (tmp_path / "d.json").write_text(text)
+        for name in ("cb-ref", "vg-regions"):
+            with pytest.raises(data.DataError, match=r"d\.json: "):
+                datasets.Rows(tmp_path / "d.json", name, tmp_path)
+    (tmp_path / "t.json").write_text('{"placeholder": "x", "refcoco": {}, "coco": {"prefix": 7}}')
+    with pytest.raises(data.DataError, match=r"t\.json: coco"):
+        datasets.load_talks(tmp_path / "t.json")
+
+
+def test_data_unfit_records_are_passed_over_uncounted(tmp_path):
+    meta, _, _ = read_golden("chatterbox/data")
+    data.Image.fromarray(image(60, 50, 1)).save(tmp_path / "a.png")
+    bare = GOOD_TALK | {"conversation": [{"from": "human", "value": "Where is it?"}, {"from": "gpt", "value": "Nowhere."}]}
+    (tmp_path / "d.json").write_text(json.dumps({"data": [bare, bare, GOOD_TALK]}))
+    tok, n_token = data.Tokenizer(need(LLAMA_TOKENIZER, "LLAMA_TOKENIZER"), meta["config"]["ids"]), {"image": 4, "region": 1}.get
+    sets = [datasets.open_set(f"{name}:{tmp_path}/d.json") for name in ("cb-coco-gnd", "cb-ref")]
+    spec = data.MediaSpec(image_size=28, det_size=32)
+    prepared = data.Prepared(sets, tok, BOX_SYSTEM, data.TEMPLATES["vicuna_v1_1"], n_token, spec)
+    batch = data.collate([prepared[i] for i in (0, 3)], n_token)
+    vg, region, want = batch.targets["vg"], batch.media["region"], torch.tensor([1 / 50, 2 / 60, 30 / 50, 40 / 60])
+    assert vg["image"].shape == (1, 3, 32, 32) and vg["slots"][0].tolist() == [0] and not prepared.bad
+    assert torch.equal(region["boxes"], want[None]) and region["image_of"].tolist() == [1] and len(region["image"]) == 2
+    corners = torch.cat([vg["boxes_cxcywh"][0, :2] - vg["boxes_cxcywh"][0, 2:] / 2, vg["boxes_cxcywh"][0, :2] + vg["boxes_cxcywh"][0, 2:] / 2])
+    assert (corners - want).abs().max() < 1e-6
+    (tmp_path / "d.json").write_text(json.dumps({"data": [bare]}))
+    with pytest.raises(data.DataError, match=r"d\.json: no usable"):
+        data.Prepared([datasets.open_set(f"cb-coco-gnd:{tmp_path}/d.json")], tok, BOX_SYSTEM, None, n_token, spec)[0]
+
+
+def test_data_chatterbox_mixtures_keep_their_rates():
+    names = [*datasets.GROUNDING, *datasets.REFERRING, *datasets.TALKING]
+    assert set(names) == set(datasets.CHATTERBOX)
+    sources = datasets.items({name: range(5) for name in names})
+    first = np.bincount([s for s, _ in datasets.MIXTURES["chatterbox", 1](sources, 3000)])
+    assert np.abs(first / 3000 - np.array([*datasets.GROUNDING.values()]) / 15).max() < 0.03 and len(first) == 4
+    kinds = [set(np.searchsorted([4, 13], [s for s, _ in batch], side="right")) for batch in np.array(
+        datasets.MIXTURES["chatterbox", 2](sources, 10, 20)).reshape(-1, 20, 2).tolist()]
+    assert [kind for kind, in kinds].count(0) == 10 and [kind for kind, in kinds][5:6] + [kind for kind, in kinds][-2:] == [2, 1, 2]
+
+
 # ---- Convert
 
 MANIFESTS = Path(os.environ.get("MANIFESTS", SHARED / "manifests"))
@@ -704,7 +2894,9 @@ def test_golden_chatbind_delta(tmp_path):
 
 PUBLIC = {"vicuna-7b-v1.5": (), "vicuna-7b-v0": (), "llama-2-13b-hf": (), "clip-vit-large-patch14-336": (),
           "clip-vit-large-patch14": (), "imagebind_huge": (), "chatbind-7b": ("imagebind_huge",),
-          "chatbind-7b-vocab32003": ("imagebind_huge",), "chatbind-7b-delta": ("vicuna-7b-v1.5", "imagebind_huge")}
+          "chatbind-7b-vocab32003": ("imagebind_huge",), "chatbind-7b-delta": ("vicuna-7b-v1.5", "imagebind_huge"),
+          "nextgpt_7b_tiva_v0": ("vicuna-7b-v0", "imagebind_huge"),
+          "nextgpt_delta_stage12": ("vicuna-7b-v0", "imagebind_huge")}
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -716,7 +2908,8 @@ def test_convert_public_keys(tmp_path, name):
         fill = "delta" not in source
         keys[source] = header_only(source, tmp_path / source / "model.safetensors", fill).keys()
         for key in keys[source]:
-            assert sum(cw.rewrite(key, row[0], row[0]) == key for row in cw.TABLE) == 1
+            table = cw.NEXTGPT if source.startswith("nextgpt") else cw.TABLE
+            assert sum(cw.rewrite(key, row[0], row[0]) == key for row in table) == 1
     if "32003" in name:
         (tmp_path / name / "added_tokens.json").write_text(json.dumps({k: i + 32000 for i, k in enumerate(IM_TOKENS)}))
     plan = cw.plan_weights([tmp_path / source for source in keys])
@@ -725,6 +2918,41 @@ def test_convert_public_keys(tmp_path, name):
     with torch.device("meta"):
         want = {k: tuple(x.shape) for k, x in M.Model(plan.cfg).state_dict().items()}
     assert {k: target.shape for k, target in plan.files["model"].items()} == want
+
+
+def test_convert_nextgpt_sizes(tmp_path):
+    """The published file on its base gives the preset, but for ImageBind's towers; tables fit whole modules, too."""
+    paths = [tmp_path / f"{name}.safetensors" for name in ("nextgpt_7b_tiva_v0", "vicuna-7b-v0")]
+    for path in paths:
+        header_only(path.stem, path, fill=True)
+    assert cw.plan_weights(paths).cfg == M.replace(M.NEXTGPT, imagebind=ImageBindConfig({}), reads={})
+    with torch.device("meta"):
+        want = {key for key in M.Model(M.replace(M.NEXTGPT, imagebind=None)).state_dict() if key.startswith("llm.")}
+    for name in ("nextgpt_llm_stage12", "nextgpt_llm_stage3_lora"):
+        keys = json.loads(need(MANIFESTS / f"{name}.json", name).read_text())
+        got = {cw.translate(key, cw.NEXTGPT) for key in keys} - {None}
+        assert got == {key for key in want if "lora" in name or "lora" not in key}
+
+
+def test_convert_nextgpt(tmp_path):
+    """Base, file and tower give the model of the fixture; a wrong added_tokens.json is refused."""
+    meta, weights, _ = read_golden("nextgpt/generation")
+    c, tok = meta["llama"], nextgpt_tokenizer()
+    prefix = "llama_model.base_model.model."
+    base = {key.removeprefix(prefix): x for key, x in weights.items() if key.startswith(prefix) and "lora" not in key}
+    delta = {key: x for key, x in weights.items() if key.removeprefix(prefix) not in base}
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        base[key], delta[prefix + key] = base[key][:120], base[key]
+    config = TINY_LLAMA | dict(hidden_size=c["hidden"], num_hidden_layers=c["layers"], num_attention_heads=c["heads"],
+                               intermediate_size=c["intermediate"], rms_norm_eps=c["rms_eps"])
+    sources = put(tmp_path / "base", base, config) + put(tmp_path / "nextgpt", delta, {}, tokens=tok.added)
+    cw.convert(sources, tmp_path / "out")
+    got, want = M.load(tmp_path / "out"), golden_nextgpt(meta, cw.rename(weights, cw.NEXTGPT), tok)
+    assert got.cfg.added_tokens == tok.added and got.cfg.llm.lora_rank == meta["lora"]["r"]
+    assert all(torch.equal(x, got.state_dict()[key]) for key, x in want.state_dict().items())
+    (tmp_path / "nextgpt/added_tokens.json").write_text(json.dumps({"[IMG0]": 1}))
+    refused(sources, tmp_path / "new", match="added_tokens.json")
+    refused(sources[1:], tmp_path / "new", match="base model")
 
 
 def test_convert_public_sizes(tmp_path):
@@ -897,7 +3125,7 @@ REFUSALS = {    # sources as (state, added tokens), and what the message says
     "unexpected": ([(llama_state() | {"model.layers.0.extra": torch.ones(2)}, None)], "UNEXPECTED model.layers.0.extra"),
     "bias": ([(llama_state() | {Q.replace("weight", "bias"): torch.ones(32)}, None)], "UNEXPECTED.*q_proj.bias"),
     "shape": ([(llama_state() | {Q: torch.ones(32, 31)}, None)], f"MISMATCHED {Q}.*31"),
-    "not a model": ([({"foo.weight": torch.ones(2)}, None)], "not a LLaMA, CLIP, ImageBind or ChatBind"),
+    "not a model": ([({"foo.weight": torch.ones(2)}, None)], "not a LLaMA, CLIP, SAM, ImageBind, ChatBind"),
     "projector alone": ([({"model.mm_projector.weight": torch.ones(2, 2)}, None)], "name its base"),
 }
 
@@ -1205,7 +3433,7 @@ def test_golden_chatbind_train(stage):
     opt.zero_grad()
     for step, want in enumerate(meta[f"stage{stage}_steps"]):
         lr = row.lr * train.schedule(step, total, 1 / total)
-        losses, norm = train.update(model, learned, opt, [batch], lr, clip=1.0)
+        losses, norm = train.update(model, learned, opt, [batch], lr, 1.0, row)
         assert lr == pytest.approx(want["lr"], rel=1e-6)
         assert losses["lm"] == pytest.approx(want["loss"], rel=PARITY)
         assert norm == pytest.approx(want["grad_norm_before_clip"], rel=PARITY)
@@ -1220,10 +3448,43 @@ def world(tmp_path_factory):
     return out
 
 
+CLOCK = "tokens_per_s", "memory_gb"     # what differs from run to run
+
+
 def run_train(world, out, *flags):
-    train.main(["system=tiny", f"data={world}/conversations.json", f"tokenizer={world}/tokenizer.model", f"out={out}", "batch=4",
+    train.main(["system=tiny", "stage=2", f"data={world}/conversations.json", f"tokenizer={world}/tokenizer.model", f"out={out}", "batch=4",
                 "lr=0.001", "workers=0", "log_every=1", "save_every=1000", *flags])
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_train_losses_count_by_their_weights():
+    x = torch.nn.Parameter(torch.ones(2))
+    ids = torch.ones(1, 2, dtype=torch.long)
+    opt = torch.optim.SGD([x], lr=0)
+    batch, losses = data.Batch(ids, ids, {}, {}), lambda batch, words: {"a": x[0], "b": x[1]}
+    _, norm = train.update(losses, {"x": x}, opt, [batch], 0, 9, train.Stage("", 0, 1, weights={"b": 2}))
+    assert norm == pytest.approx(5 ** 0.5)
+
+
+@pytest.mark.parametrize("width", (768, 767))
+def test_train_nextgpt_stage_2_learns_to_draw(tmp_path, width):
+    meta, weights, _ = read_golden("nextgpt/stage12_loss")
+    model = golden_nextgpt(meta, cw.rename(weights, cw.NEXTGPT), nextgpt_tokenizer())
+    M.save(model, tmp_path / "init", extra=[LLAMA_TOKENIZER])
+    path = nextgpt_files(tmp_path, [{"image_name": "a.jpg", "caption": text} for text in meta["captions"]])
+    np.save(tmp_path / "embed/a.jpg.npy", np.zeros((77, width), np.float16))
+    flags = ["system=nextgpt", "stage=2", f"data=nextgpt:{path}", f"init={tmp_path / 'init'}", f"out={tmp_path / 'run'}", "steps=2",
+             "batch=2", "workers=0", "log_every=1"]
+    if width != 768:
+        with pytest.raises(ValueError, match="img: caption embeddings of .77, 767"):
+            train.main(flags)
+        return
+    train.main(flags)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [set(row) >= {"lm", "img_l2"} for row in rows] == [True, True] and rows[0]["lr"] == 4e-4 and rows[1]["lr"] == 0
+    old, new = (weights_of(folder) for folder in (tmp_path / "init", tmp_path / "run/weights"))
+    changed = {key.split(".proj.")[0] for key in old if not torch.equal(old[key], new[key])}
+    assert changed == {"llm.embed.weight", "llm.lm_head.weight", "writers.img"}
 
 
 def weights_of(folder):
@@ -1239,7 +3500,7 @@ def test_resume_equals_straight_run(world, tmp_path, cut, workers):
     assert not (tmp_path / "b/weights").exists()
     resumed = run_train(world, tmp_path / "b", *more)
     for one, two in zip(straight, resumed, strict=True):
-        assert {k: v for k, v in one.items() if k != "tokens_per_s"} == {k: v for k, v in two.items() if k != "tokens_per_s"}
+        assert {k: v for k, v in one.items() if k not in CLOCK} == {k: v for k, v in two.items() if k not in CLOCK}
     for name in ("weights/model.safetensors", "step_000006/model.safetensors", "step_000006/optim.safetensors"):
         one, two = load_file(tmp_path / "a" / name), load_file(tmp_path / "b" / name)
         assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
@@ -1272,15 +3533,16 @@ def test_train_stops_before_a_nonfinite_update(world, tmp_path):
         opt, before = torch.optim.AdamW(learned.values()), {k: p.detach().clone() for k, p in learned.items()}
         hook = model.llm.blocks[0].register_forward_hook(lambda m, i, o: o * value)
         with pytest.raises(FloatingPointError, match="step 7: loss lm"):
-            train.update(model, learned, opt, [batch], 1e-3, 1.0, step=7)
+            train.update(model, learned, opt, [batch], 1e-3, 1.0, train.STAGES["tiny", 2], step=7)
         hook.remove()
         assert all(torch.equal(before[k], p) for k, p in learned.items())
 
 
 def test_train_stage_rows_only_learn_what_they_name():
+    presets = {"chatbind": "chatbind-7b", "nextchat": "nextchat-7b-336", "chatterbox": "chatterbox-13b", "nextgpt": "nextgpt-7b-tiva"}
     for (system, number), stage in train.STAGES.items():
-        cfg = M.replace(M.TINY, added_tokens={"<im_start>": 601, "<im_end>": 602})
-        model = M.Model(cfg)
+        with torch.device("meta"):
+            model = M.Model(M.PRESETS[presets.get(system, system)])
         learned = train.learn(model, stage)
         assert learned and all(p.requires_grad == (name in learned) for name, p in model.named_parameters())
         assert system == "tiny" or not any(".tower." in name for name in learned)
@@ -1305,6 +3567,500 @@ def test_train_order_is_a_permutation_fixed_by_seed_and_epoch():
         assert n == 2 or order != data.epoch_batches(sizes, batch, 1, 3)
 
 
+# ---- Ranks
+
+MINI = M.replace(M.TINY, llm=M.LLMConfig(dim=32, n_layer=2, n_head=2, n_kv_head=2, mlp_dim=48, tied=True, lora_rank=2, lora_dropout=0.1),
+                 imagebind=M.replace(M.TINY.imagebind, out_dim=32, towers={
+                     kind: M.replace(tower, dim=16, n_layer=1) for kind, tower in M.TINY.imagebind.towers.items()}))
+PLAIN = M.replace(MINI, llm=M.replace(MINI.llm, lora_dropout=0.0))
+MINI_STAGES = {"full": (r".*", ()), "projector": (train.PROJECTOR, ()), "lora": (train.PROJECTOR + r"|.*lora_[AB]", ()),
+               "rows": (train.PROJECTOR + r"|llm\.embed\.weight", ("<im_start>", "<im_end>"))}
+
+
+@pytest.fixture
+def mini(monkeypatch, world, tmp_path):
+    """mini(out, stage, *flags, n=1, hurt=...) trains a small model in n forked processes, after hurt(); -> their exit codes."""
+    for name, cfg in (("mini", MINI), ("plain", PLAIN)):
+        monkeypatch.setitem(M.PRESETS, name, cfg)
+        for number, (learn, rows) in enumerate(MINI_STAGES.values()):
+            monkeypatch.setitem(train.STAGES, (name, number), train.Stage(learn, 3e-3, 4, rows=rows, slow=train.TOWER, slow_lr=0.3))
+
+    def flags(out, stage, more):
+        own = [f"stage={list(MINI_STAGES).index(stage)}", f"data={world}/conversations.json", f"tokenizer={world}/tokenizer.model",
+               f"out={out}", "device=cpu", "workers=0", "log_every=1", "save_every=100", "steps=12"]
+        return own + [f"system={'plain' if '-plain' in more else 'mini'}"] + [flag for flag in more if flag != "-plain"]
+
+    def run(out, stage, *more, n=1, hurt=lambda rank: None):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+
+        def one(rank):
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            torch.set_num_threads(1)
+            hurt(rank)
+            train.main(flags(out, stage, more))
+        return finish(start([lambda rank=rank: one(rank) for rank in range(n)]))
+    run.here = lambda out, stage, *more: train.main(flags(out, stage, more))
+    return run
+
+
+def start(jobs):
+    """Run functions in forked processes; -> the processes."""
+    processes = [multiprocessing.get_context("fork").Process(target=job) for job in jobs]
+    for p in processes:
+        p.start()
+    return processes
+
+
+def finish(processes):
+    """Exit codes, in order; once one process fails the others end, as under torchrun."""
+    while all(p.exitcode in (None, 0) for p in processes) and any(p.exitcode is None for p in processes):
+        time.sleep(0.01)
+    for p in processes:
+        if any(q.exitcode for q in processes) and p.exitcode is None:
+            p.join(0.5)
+            p.kill()
+        p.join()
+    return [p.exitcode for p in processes]
+
+
+def log_of(out):
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in rows]
+
+
+def same_files(one, two, names=("model.safetensors", "optim.safetensors")):
+    for name in names:
+        a, b = load_file(one / name), load_file(two / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ("fp32", "bf16"))
+@pytest.mark.parametrize("stage", MINI_STAGES)
+def test_ranks_resume_at_any_step_is_exact(mini, tmp_path, stage, precision):
+    more = [f"precision={precision}", "micro=2"]
+    mini.here(tmp_path / "a", stage, *more, "save_every=1", "keep=12")
+    want = log_of(tmp_path / "a")
+    for cut in range(1, 12):
+        out = tmp_path / f"b{cut}"
+        mini.here(out, stage, *more, f"resume={tmp_path}/a/step_{cut:06}", f"workers={2 * (cut == 6)}")
+        assert log_of(out) == want[cut:]
+        same_files(tmp_path / "a/step_000012", out / "step_000012")
+
+
+def test_ranks_resume_needs_the_random_state_of_the_step(mini, tmp_path, monkeypatch):
+    mini.here(tmp_path / "a", "lora", "steps=3", "save_every=1")
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: None)
+    mini.here(tmp_path / "b", "lora", "steps=3", f"resume={tmp_path}/a/step_000001")
+    assert log_of(tmp_path / "a")[1:] != log_of(tmp_path / "b")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ("full", "projector", "lora"))
+def test_ranks_two_processes_compute_what_one_does(mini, tmp_path, stage):
+    more = ["-plain", "steps=20", "batch=8"]
+    mini.here(tmp_path / "one", stage, *more)
+    assert mini(tmp_path / "two", stage, *more, n=2) == [0, 0]
+    assert mini(tmp_path / "packed", stage, *more, "pack=300", "micro=2", n=2) == [0, 0]
+    for row, two, packed in zip(*(log_of(tmp_path / name) for name in ("one", "two", "packed")), strict=True):
+        assert two["lm"] == pytest.approx(row["lm"], rel=1e-6) and two["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-4)
+        assert packed["lm"] == pytest.approx(row["lm"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_ranks_checkpoints_go_from_any_number_to_any_other(mini, tmp_path):
+    for i, path in enumerate(((2, 1), (1, 2), (3, 2), (2, 2))):
+        out, more = tmp_path / str(i), ["-plain", "steps=4", "batch=6"]
+        assert not any(mini(out, "full", *more, "stop_after=2", n=path[0]) + mini(out, "full", *more, n=path[1]))
+    assert log_of(tmp_path / "0")[0]["lm"] == log_of(tmp_path / "3")[0]["lm"]
+    mini.here(tmp_path / "straight", "full", *more)
+    for i in range(4):
+        assert [r["lm"] for r in log_of(tmp_path / str(i))] == pytest.approx([r["lm"] for r in log_of(tmp_path / "straight")], rel=1e-6)
+    assert mini(tmp_path / "5", "full", *more, n=2) == [0, 0]
+    same_files(tmp_path / "3/step_000004", tmp_path / "5/step_000004")          # same number of ranks: to the bit
+
+
+@pytest.mark.slow
+def test_ranks_hold_only_their_part_of_a_model(mini, tmp_path, world, monkeypatch):
+    cfg = M.replace(PLAIN, llm=M.replace(PLAIN.llm, dim=256, n_layer=24, n_head=4, n_kv_head=4, mlp_dim=1024, vocab_size=403),
+                    added_tokens={token: 400 + i for i, token in enumerate(data.IM)}, writes={})
+    finish(start([lambda: M.save(M.Model(cfg), tmp_path / "w", [world / "tokenizer.model"])]))       # leaves no memory behind here
+    size, peaks = (tmp_path / "w/model.safetensors").stat().st_size, multiprocessing.Array("d", 2)
+
+    def own():                                  # bytes; mapped pages of the file are the page cache's
+        return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+    def measure(rank, load=train.load_model):
+        def measured(*args, fill=train.fill):
+            M.skeleton(args[0].init)            # what torch imports for it, 35 MB
+            before = own()
+
+            def watched(*args):
+                fill(*args)
+                peaks[rank] = max(peaks[rank], own() - before)
+            monkeypatch.setattr(train, "fill", lambda named, path: [watched({name: x}, path) for name, x in named.items()])
+            return load(*args)
+        train.load_model = measured
+    assert mini(tmp_path / "run", "projector", f"init={tmp_path}/w", "steps=1", n=2, hurt=measure) == [0, 0]
+    largest = 4 * 1024 * 256
+    for peak in peaks:                          # half of the model, a tensor on its way, 8 MB for sharding itself
+        assert 0.48 * size < peak < 0.5 * size + largest + 8e6
+
+
+@pytest.mark.slow
+def test_ranks_killed_at_any_time_resumes_exactly(mini, tmp_path):
+    r, more, out = random.Random(5), ["steps=90", "save_every=1", "keep=2"], tmp_path / "b"
+    mini.here(tmp_path / "a", "full", *more)
+    for _ in range(30):
+        (child,) = start([lambda: (torch.set_num_threads(1), mini.here(out, "full", *more))])
+        newest = train.find_checkpoint(out, "auto")
+        while child.is_alive() and train.find_checkpoint(out, "auto") == newest:
+            time.sleep(0.002)
+        time.sleep(r.uniform(0, 0.05))
+        child.kill()
+        child.join()
+        assert train.find_checkpoint(out, "auto") == max(out.glob("step_??????"))       # nothing is damaged, the newest counts
+    mini.here(out, "full", *more)
+    same_files(tmp_path / "a/step_000090", out / "step_000090")
+    assert not list(out.glob("*.tmp-*"))
+
+
+@pytest.mark.slow
+def test_ranks_killed_at_any_point_of_a_save_resumes_exactly(mini, tmp_path):
+    points, more = [(M, "write_tensors"), (M, "sync"), (os, "rename"), (train.shutil, "rmtree")], ["steps=4", "save_every=1", "keep=1"]
+    mini.here(tmp_path / "straight", "full", *more)
+    for at in range(1, 13):
+        calls = iter(range(1, 100))
+
+        def hurt(rank, after=False):
+            for module, name in points:
+                def die(*args, real=getattr(module, name), **kw):
+                    done = real(*args, **kw)
+                    if (tmp_path / f"{at}/step_000001").exists() and next(calls) == at:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return done
+                setattr(module, name, die)
+        assert mini(tmp_path / str(at), "full", *more, hurt=hurt) == [-signal.SIGKILL]
+        assert train.find_checkpoint(tmp_path / str(at), "auto")
+        mini.here(tmp_path / str(at), "full", *more)
+        same_files(tmp_path / "straight/step_000004", tmp_path / f"{at}/step_000004")
+
+
+def interrupt(module, name, numbers, step=3):
+    """A `hurt` that sends signals to the last rank inside the step-th call of module.name."""
+    def hurt(rank):
+        calls, real = itertools.count(1), getattr(module, name)
+
+        def send(*args, **kw):
+            if next(calls) == step and rank == int(os.environ["WORLD_SIZE"]) - 1:
+                for number in numbers:
+                    os.kill(os.getpid(), number)
+            return real(*args, **kw)
+        setattr(module, name, send)
+    return hurt
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", (1, 2))
+@pytest.mark.parametrize("place", ((train, "update"), (data, "collate"), (train, "save_checkpoint")), ids=("forward", "data", "save"))
+def test_ranks_signals_save_and_leave(mini, tmp_path, place, n):
+    more = ["save_every=1", "keep=9", "batch=4"]
+    for numbers in ((signal.SIGTERM,), (signal.SIGTERM, signal.SIGTERM), (signal.SIGUSR1,))[:1 if place[1] == "update" else 3]:
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        assert mini(out, "projector", *more, n=n, hurt=interrupt(*place, numbers)) == [0] * n
+        steps = [p.name for p in sorted(out.glob("step_*"))]
+        assert steps[-1] in ("step_000003", "step_000004") and not (out / "weights").exists()
+        assert all(ranks.valid(out / name) for name in steps)
+        if n == 1:
+            mini.here(out, "projector", *more)
+            assert [row["step"] for row in log_of(out)] == list(range(1, 13))
+
+
+@pytest.mark.slow
+def test_ranks_a_full_disk_leaves_the_last_checkpoint(mini, tmp_path, capfd):
+    mini.here(tmp_path / "size", "full", "steps=1")
+    whole = (tmp_path / "size/step_000001/optim.safetensors").stat().st_size
+    for i in range(10):
+        limit, out = int(whole * 1.1 * i / 9), tmp_path / str(i)
+
+        def hurt(rank, real=train.save_checkpoint):
+            def save(out, step, *more):
+                if step == 2:
+                    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+                try:
+                    real(out, step, *more)
+                finally:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            train.save_checkpoint = save
+        assert mini(out, "full", "steps=3", "save_every=1", "log_every=9", hurt=hurt) == [4 if limit < whole else 0]
+        assert train.find_checkpoint(out, "auto").name == ("step_000001" if limit < whole else "step_000003")
+        assert not list(out.glob("*.tmp-*")) and (limit >= whole or "make room" in capfd.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ("state.json", "model.safetensors", "optim.safetensors", "metrics.jsonl"))
+def test_ranks_no_room_for_one_file_leaves_the_last_checkpoint(mini, tmp_path, monkeypatch, capsys, name):
+    real = io.open
+
+    def full(path, mode="r", *args, **kw):
+        if Path(str(path)).name == name and mode[0] in "wax" and list(tmp_path.glob("step_??????")):
+            raise OSError(train.FULL[0], "No space left on device", str(path))
+        return real(path, mode, *args, **kw)
+    monkeypatch.setattr("builtins.open", full)
+    monkeypatch.setattr(io, "open", full)
+    with pytest.raises(SystemExit) as error:
+        mini.here(tmp_path, "projector", "steps=3", "save_every=1")
+    assert error.value.code == 4 and "make room" in capsys.readouterr().err
+    assert train.find_checkpoint(tmp_path, "auto").name == "step_000001" and not list(tmp_path.glob("*.tmp-*"))
+
+
+def test_ranks_out_of_memory_says_what_to_lower(mini, tmp_path, monkeypatch, capsys):
+    for i, error in enumerate((torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
+                               RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))):
+        def fail(*args, real=train.update, error=error, **kw):
+            if args[7] == 2:
+                raise error
+            return real(*args, **kw)
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(train, "update", fail)
+            mini.here(tmp_path / str(i), "projector", "save_every=1")
+        assert "lower micro" in capsys.readouterr().err and train.find_checkpoint(tmp_path / str(i), "auto").name == "step_000002"
+
+
+def test_ranks_damaged_checkpoints_are_seen(mini, tmp_path):
+    mini.here(tmp_path, "full", "steps=2", "save_every=1")
+    good, other, r = tmp_path / "step_000002", tmp_path / "step_000001", random.Random(3)
+    whole, cases = {p.name: p.read_bytes() for p in good.iterdir()}, []
+    for name, raw in whole.items():
+        flips = [(at, bytes([raw[at] ^ 1 << r.randrange(8)])) for at in (0, 8, len(raw) - 1, *r.sample(range(len(raw)), 4))]
+        cases += [{name: raw[:at] + new + raw[at + 1:]} for at, new in flips]
+        cases += [{name: raw[:r.randrange(len(raw))]}, {name: raw[:-1]}, {name: b""}, {name: None}, {name: raw + b"\0"}]
+        cases += [{name: (other / name).read_bytes()}]
+    cases += [{"model.safetensors": whole["optim.safetensors"], "optim.safetensors": whole["model.safetensors"]}]
+    assert ranks.valid(good) and len(cases) >= 40
+    for case in cases:
+        for name, raw in (whole | case).items():
+            (good / name).unlink(missing_ok=True) if raw is None else (good / name).write_bytes(raw)
+        assert train.find_checkpoint(tmp_path, "auto") == other, case.keys()
+
+
+BAD_VALUES = float("nan"), float("inf"), 1e38
+
+
+def poison(place, value, model, batch):
+    """Put a number where it hurts; -> what to call to take it away again."""
+    if place == "input":
+        payload = next(iter(batch.media.values()))
+        payload.view(-1)[0] = value
+        return lambda: payload.view(-1)[0].zero_()
+    if place == "weight":
+        part = train.local(model.llm.blocks[0].mlp_norm.weight)
+        old = part.clone()
+        part[0] = value
+        return lambda: part.copy_(old)
+    at = {"activation": model.llm.norm, "gradient": model.llm.embed, "loss": model.llm.blocks[1]}[place]
+    if place == "gradient":
+        return at.register_forward_hook(lambda m, i, o: o.register_hook(lambda g: g * value) and None).remove
+    return at.register_forward_hook(lambda m, i, o: o * value).remove
+
+
+def poisoned_updates(world, out, rank):
+    """Every bad number in every place on the last rank: no update may leave a weight that is not finite."""
+    s, stage, model, prepared = train.prepare(train.parse_settings(
+        ["system=plain", "stage=0", f"data={world}/conversations.json", f"tokenizer={world}/tokenizer.model", "batch=4", "steps=9",
+         "workers=0", "device=cpu"]))
+    learned, n = train.learn(model, stage), train.ranks()[1]
+    for place, value in itertools.product(("input", "weight", "activation", "loss", "gradient"), BAD_VALUES):
+        opt, batch = train.optimizer(learned, stage, s), next(iter(train.batches(prepared, s, 0)))
+        before = {name: train.local(p).clone() for name, p in learned.items()}
+        heal = poison(place, value, model, batch) if rank == n - 1 else lambda: None
+        poisoned = {name: train.local(p).clone() for name, p in learned.items()}
+        try:
+            train.update(model, learned, opt, [batch], 1e-3, 1.0, train.STAGES["tiny", 2], step=7)
+            stopped = False
+        except FloatingPointError as error:
+            stopped = "step 7: " in str(error)
+        same = all(torch.equal(poisoned[k], train.local(p), ) or poisoned[k].isnan().any() for k, p in learned.items())
+        finite = all(train.local(p).isfinite().all() for p in learned.values())
+        assert len(set(train.share(stopped))) == 1, (place, value)
+        assert same if stopped else finite and value == 1e38, (place, value)
+        heal()
+        opt.zero_grad()
+        with torch.no_grad():
+            for k, p in learned.items():
+                train.local(p).copy_(before[k])
+    Path(f"{out}-{rank}").write_text("every case")
+
+
+@pytest.mark.parametrize("n", (1, 2))
+def test_ranks_all_stop_before_a_nonfinite_update(mini, world, tmp_path, monkeypatch, n):
+    def hurt(rank):
+        train.train = lambda s: poisoned_updates(world, tmp_path / "done", rank)
+    assert mini(tmp_path, "full", n=n, hurt=hurt) == [0] * n
+    assert len(list(tmp_path.glob("done-*"))) == n
+
+
+def test_ranks_never_save_what_is_not_finite(mini, tmp_path, monkeypatch, capsys):
+    def spoil(model, learned, *args, real=train.update):
+        result = real(model, learned, *args)
+        if args[5] == 1:
+            next(iter(learned.values())).data.view(-1)[0] = float("nan")
+        return result
+    monkeypatch.setattr(train, "update", spoil)
+    with pytest.raises(SystemExit):
+        mini.here(tmp_path, "projector", "save_every=1", "keep=1")
+    assert "is not finite" in capsys.readouterr().err and train.find_checkpoint(tmp_path, "auto").name == "step_000001"
+
+
+def test_ranks_order_depends_on_seed_and_step_alone(mini, world, monkeypatch):
+    def stream(rank, n, workers, at=0):
+        monkeypatch.setattr(train, "ranks", lambda: (rank, n))
+        s = train.Settings(batch=6, micro=1, steps=9, workers=workers, seed=3)
+        return [b.ids.tolist() for b in train.batches(prepared, s, at)]
+    prepared = train.prepare(train.parse_settings(
+        ["system=mini", "stage=0", f"data={world}/conversations.json", f"tokenizer={world}/tokenizer.model"]))[3]
+    prepared.prepare = lambda number: data.Rendered([1, number, 5], [data.IGNORE, number, 5], [])
+    want = stream(0, 1, 0)
+    assert len({json.dumps(ids) for ids in want[:24]}) == 24           # an epoch: every sample once
+    assert stream(0, 1, 1) == stream(0, 1, 2) == want and stream(0, 1, 0, at=5) == want[30:]
+    for n in (2, 3):
+        parts = [stream(rank, n, 0) for rank in range(n)]
+        assert [ids for row in zip(*parts) for ids in row] == want
+
+
+@pytest.mark.parametrize("keep", (1, 2, 3))
+def test_ranks_keep_the_newest_complete_ones(mini, tmp_path, monkeypatch, capsys, keep):
+    mini.here(tmp_path, "projector", "steps=2", "save_every=1", "keep=9")
+    (tmp_path / "step_000001/state.json").write_text("{}")              # damaged: neither counts nor is deleted
+    real = train.shutil.rmtree
+    def stuck(path, *args, **kw):
+        if Path(path).name == "step_000002":
+            raise PermissionError(13, "Permission denied", str(path))
+        real(path, *args, **kw)
+    monkeypatch.setattr(shutil, "rmtree", stuck)
+    mini.here(tmp_path, "projector", "steps=6", "save_every=1", f"keep={keep}")
+    names = [p.name[-1] for p in sorted(tmp_path.glob("step_*"))]
+    assert names == ["1", "2"] + [str(i) for i in range(7 - keep, 7)] and "could not delete" in capsys.readouterr().err
+
+
+def test_ranks_export_a_checkpoint_as_weights(mini, tmp_path):
+    mini.here(tmp_path / "run", "lora", "steps=3", "stop_after=2")
+    mini.here(tmp_path / "run", "lora", "steps=3", f"export={tmp_path}/w")
+    learned, all_of_it = weights_of(tmp_path / "run/step_000002"), M.load(tmp_path / "w").state_dict()
+    assert all("lora" in name or "projector" in name for name in learned) and len(learned) < len(all_of_it)
+    assert all(torch.equal(all_of_it[name], x) for name, x in learned.items())
+
+
+@pytest.mark.parametrize("how", ("checkpoint=block", "checkpoint=select"))
+def test_ranks_recomputing_changes_nothing(mini, tmp_path, how):
+    mini.here(tmp_path / "a", "lora", "steps=3")
+    mini.here(tmp_path / "b", "lora", "steps=3", how)
+    same_files(tmp_path / "a/step_000003", tmp_path / "b/step_000003")
+
+
+def test_ranks_packed_rows_compute_what_single_ones_do(world, mini):
+    s, stage, model, prepared = train.prepare(train.parse_settings(
+        ["system=plain", "stage=0", f"data={world}/conversations.json", f"tokenizer={world}/tokenizer.model"]))
+    rendered, n_token, grads, padding = [prepared[i] for i in range(24)], prepared.n_token, [], []
+    for pack in (0, 256, 1000):
+        batch = data.collate(rendered, n_token, pack=pack)
+        loss = model.zero_grad() or model(batch)["lm"]
+        loss.backward()
+        grads.append((loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]))
+        padding.append((batch.ids == 0).float().mean().item())
+    for loss, grad in grads[1:]:
+        assert torch.allclose(loss, grads[0][0], rtol=1e-5)
+        assert all((a - b).abs().max() <= 1e-5 * b.abs().max().clamp(min=1e-3) for a, b in zip(grad, grads[0][1], strict=True))
+    assert padding[2] < padding[0] and (batch.segments > 0).sum() == sum(len(r.ids) for r in rendered)
+
+
+def test_ranks_schedules_follow_the_originals():
+    for row in read_golden_if_near("nextgpt/misc")[0]["lr"]:
+        total, peak, rise = row["total_num_steps"], row["warmup_max_lr"], row["warmup_num_steps"]
+        for k, want in enumerate(row["lr_used_by_update_k"][1:], 1):
+            assert peak * train.logarithmic(k, total, rise / total) == pytest.approx(want, rel=1e-6, abs=1e-12)
+    got = [train.linear(k, 100, 0.1) for k in (0, 5, 10, 55, 100)]
+    assert got == pytest.approx([0, 0.5, 1, 0.5, 0])
+
+
+def bad_records(record, folder):
+    """Twenty kinds of record that cannot be used; writes the damaged files they name."""
+    (name, *_), talk = [record["image"]] if isinstance(record["image"], str) else record["image"], record["conversations"]
+    good = (folder / name).read_bytes()
+    files = {"empty.png": b"", "text.png": b"not an image", "cut.png": good[:len(good) // 2], "page.png": b"<html></html>",
+             "head.png": good[:8], "noise.jpg": b"\xff\xd8\xff" + bytes(range(256)), "gif.png": b"GIF89a\0\0\0\0"}
+    for bad, raw in files.items():
+        (folder / bad).write_bytes(raw)
+    (folder / "folder.png").mkdir(exist_ok=True)
+    wrong = [*files, "absent.png", "folder.png", "../up.png", "/etc/passwd", "a\\b.png", "~/a.png"]
+    return [{**record, "image": [bad]} for bad in wrong] + [
+        {**record, "conversations": rows} for rows in ([], talk[:1], talk[1:], [talk[0], talk[0]], [{"from": "human"}], "text", None)] + [
+        {**record, "image": [name] * 9}, {"id": "bare"}, "no record", 7]
+
+
+@pytest.mark.slow
+def test_ranks_bad_samples_are_named_counted_and_replaced(mini, tmp_path, world, capfd):
+    shutil.copytree(world, tmp_path / "d")
+    records = json.loads((world / "conversations.json").read_text())
+    bad = bad_records(next(r for r in records if "image" in r), tmp_path / "d")
+    (tmp_path / "d/d.json").write_text(json.dumps(records + bad))
+    more, logs = [f"data={tmp_path}/d/d.json", "steps=1", f"batch={len(records + bad)}", "micro=1"], []
+    for workers in (0, 2):
+        mini.here(tmp_path / str(workers), "projector", *more, f"workers={workers}")
+        told = capfd.readouterr().err
+        logs.append(log_of(tmp_path / str(workers)))
+        assert logs[-1][0]["bad"] == len(bad) >= 20 and all(f"record {len(records) + i} " in told for i in range(13, len(bad)))
+        assert all(name in told for name in ("empty.png", "cut.png", "absent.png", "up.png"))
+    assert logs[0] == logs[1]
+    with pytest.raises((data.DataError, data.MediaError)):
+        mini.here(tmp_path / "none", "projector", *more, f"max_bad={len(bad) - 1}")
+
+
+TORCHRUN = """
+import os, signal, sys
+sys.path.insert(0, {here!r})
+import train
+real = train.update
+def update(*args):
+    if args[7] == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        {what}
+    return real(*args)
+train.update = update
+train.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ("os._exit(1)", "os.kill(os.getppid(), signal.SIGTERM)"))
+def test_ranks_torchrun_restarts_the_dead_and_passes_signals_on(world, tmp_path, what):
+    (tmp_path / "run.py").write_text(TORCHRUN.format(here=str(HERE), what=what))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
+              "--shutdown-timeout", "20", str(tmp_path / "run.py"), "stage=2", "device=cpu", "workers=0", "batch=4", "steps=5", "save_every=1",
+              "log_every=1", "lr=0.001", f"data={world}/conversations.json", f"tokenizer={world}/tokenizer.model", f"out={tmp_path}/a"]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=200)
+    if "exit" not in what:
+        assert "goes on from there" in done.stdout and not (tmp_path / "a/weights").exists()
+        done = subprocess.run(launch, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    run_train(world, tmp_path / "b", "device=cpu", "steps=5")
+    assert [r["lm"] for r in log_of(tmp_path / "a")][-2:] == pytest.approx([r["lm"] for r in log_of(tmp_path / "b")][-2:], rel=1e-6)
+
+
+def test_ranks_packing_leaves_little_padding():
+    r = np.random.RandomState(0)
+    share = {0: [], 1024: []}
+    for _ in range(20):
+        lengths = np.minimum(r.lognormal(5, 0.8, 64).astype(int) + 20, 2048).tolist()       # of an instruction set
+        places, rows = data.pack_rows(lengths, 1024)
+        cells = [(row, at + i) for (row, at), n in zip(places, lengths) for i in range(n)]
+        assert len(set(cells)) == len(cells) == sum(rows) and max(rows) <= max(1024, *lengths)
+        for pack, n in ((0, len(lengths) * max(lengths)), (1024, len(rows) * max(rows))):
+            share[pack].append(1 - sum(lengths) / n)
+    assert np.mean(share[0]) > 0.6 and np.mean(share[1024]) < 0.15
+
+
 # ---- Evaluate
 
 def test_golden_chatbind_eval():
@@ -1320,6 +4076,162 @@ def test_evaluate_counts_by_kind():
     rows = [{"kind": kind, "text": text, "answer": "It is  a Star."} for kind, text in
             (("a", "it is a star."), ("a", "It is a star"), ("b", "It is a star."), ("b", ""))]
     assert evaluate.accuracy(rows) == {"a": (1, 2), "b": (1, 2), "all": (2, 4)}
+
+
+def test_golden_nextchat_metrics():
+    meta, _, _ = read_golden("nextchat/metrics")
+    got = evaluate.rec(meta["rec"]["preds"], meta["rec"]["targets"])
+    assert {k: pytest.approx(v, rel=PARITY) for k, v in meta["rec"]["metrics"].items() if k != "target_failed"} == got
+    want = meta["res"]["metrics"]
+    assert evaluate.res(meta["res"]["intersections"], meta["res"]["unions"]).items() >= want.items()
+    answers, labels = ([evaluate.yes_or_no(text) for text in meta["pope"][key]] for key in ("preds", "targets"))
+    assert (answers, labels) == (meta["pope"]["extracted_preds"], meta["pope"]["extracted_targets"])
+    assert evaluate.pope(answers, labels) == {k: v for k, v in meta["pope"]["metrics"].items() if "failed" not in k}
+    for key, pattern in (("gqa_extract", evaluate.GQA), ("pointqa_extract", evaluate.POINT_QA)):
+        assert [evaluate.extract(row["text"], pattern) for row in meta[key]] == [row["out"] for row in meta[key]]
+    assert all(evaluate.caption_text(row["text"]) == row["out"] for row in meta["reg_caption_extract"])
+    texts, ours = meta["cider"]["references"], meta["cider"]["candidates"]
+    scores = evaluate.cider([ours[k][0].split() for k in texts], [[text.split() for text in texts[k]] for k in texts])
+    assert scores == pytest.approx(meta["cider"]["per_item"])
+    assert sum(scores) / len(scores) == pytest.approx(meta["cider"]["score"])
+
+
+def test_evaluate_metrics_at_their_edges():
+    assert evaluate.rec([None, [0, 0, 1, 1]], [[0, 0, 1, 1]] * 2) == {"accuracy": 0.5, "iou": 0.5, "failed": 1}
+    half = evaluate.rec([[0, 0, 1, 1]], [[0, 0, 1, 2]])
+    assert half["accuracy"] == 0 and half["iou"] == 0.5         # above 0.5 is asked, not 0.5
+    figures = {"ciou": 0.5, "miou": 0.25, "giou": 0.75, "failed": 1}
+    assert evaluate.res([0, 1], [0, 2]) == pytest.approx(figures, rel=1e-4)
+    assert evaluate.overlap([[1, 0], [1, 1]], [[1, 2], [0, 0]]) == (1, 5)
+    never = evaluate.pope(["no", "No"], ["yes", "no"])
+    assert never == {"accuracy": 0.5, "precision": None, "recall": 0, "f1": None, "yes_ratio": 0}
+    answers = {"No, none": "no", "It is not. yes": "no", "yes. no": "yes", "nothing": "yes"}
+    assert {text: evaluate.yes_or_no_llava(text) for text in answers} == answers
+
+
+CAPTIONS = ["A man in a Blue shirt, riding a bike.", "the dog's tail isn't visible...", "two t-shirts (red) & 3.5 apples",
+            "she can't; he'll", "a 12:30 clock - \"old\" one!", "woman at 2nd table?", "1,000 people don't wait",
+            "left-most   half-eaten pizza", "I cannot say; gonna eat 1/2", "$5 bill, 50% off", "men's & women's, black/white",
+            "guy w/ hat at 6 a.m.", "Dr. #23 at 5 o'clock", "3-year-old's [left] {x} a.b@c.com", "`quoted' 'stop' a--b", "dogs' café, the man,who", "1990s 5ft x * y + z = 3"]
+
+
+@pytest.mark.slow
+def test_evaluate_captions_equal_the_coco_toolkit():
+    cider, ptb = (pytest.importorskip(f"pycocoevalcap.{name}") for name in ("cider.cider", "tokenizer.ptbtokenizer"))
+    r, vocabulary = np.random.RandomState(3), "a dog cat on the left table red big".split()
+    texts = [[[*r.choice(vocabulary, r.randint(1, 9))] for _ in range(1 + r.randint(3))] for _ in range(20)]
+    ours = [[*r.choice(vocabulary, r.randint(1, 9))] for _ in texts]
+    rows = [{i: [" ".join(words) for words in row] for i, row in enumerate(rows)} for rows in (texts, [[one] for one in ours])]
+    mean, each = cider.Cider().compute_score(*rows)
+    assert evaluate.cider(ours, texts) == pytest.approx(each.tolist())
+    if shutil.which("java"):
+        theirs = ptb.PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(CAPTIONS)})
+        assert [" ".join(evaluate.tokenise(text)) for text in CAPTIONS] == [theirs[i][0] for i in range(len(CAPTIONS))]
+
+
+def evaluation_world(n=7):
+    """Samples of every task with a stand-in for a model that answers by sample, and a list of whom it was asked about."""
+    r, asked, samples = np.random.RandomState(0), [], []
+    for i in range(n):
+        x, y = r.randint(0, 20, 2)
+        box = data.Box((x, y, x + 9, y + 9), np.pad(np.ones((9, 9), np.uint8), ((y, 21 - y), (x, 21 - x))))
+        box.tensor = data.Geometry(30, 30).to_frame(box.xyxy_px)[0].float()
+        samples.append(data.Sample([["where?"], ["The answer is ", "yes" if i % 2 else "no", " .", box]], str(i)))
+
+    def predict(sample):
+        asked.append(int(sample.id))
+        box = sample.turns[1][-1]
+        masks, boxes = np.roll(box.mask, int(sample.id), axis=0)[None] > 0, box.tensor[None] + 0.01 * int(sample.id)
+        return {"text": f"The answer is {'yes' if int(sample.id) % 3 else 'no'} .", "boxes": boxes, "masks": masks}
+    return samples, predict, asked
+
+
+@pytest.mark.parametrize("task", evaluate.TASKS)
+def test_evaluate_two_ranks_equal_one(tmp_path, task, monkeypatch):
+    monkeypatch.setattr(evaluate, "meteor", lambda *texts: None)                            # starting Java takes a while
+    samples, predict, asked = evaluation_world()
+    evaluate.predict_all(samples, predict, task, tmp_path / "one", {"seed": 1})
+    with pytest.raises(ValueError, match="4 samples, 7 are expected"):
+        evaluate.predict_all(samples, predict, task, tmp_path / "two", {"seed": 1}, 0, 2)
+        evaluate.figures(task, tmp_path / "two", {"seed": 1}, len(samples))
+    evaluate.predict_all(samples, predict, task, tmp_path / "two", {"seed": 1}, 1, 2)
+    one, two = (evaluate.figures(task, tmp_path / name, {"seed": 1}, len(samples)) for name in ("one", "two"))
+    assert one == two and one["n"] == len(samples) and sorted(asked) == sorted([*range(7)] * 2)
+
+
+def test_evaluate_goes_on_after_a_kill(tmp_path):
+    samples, predict, asked = evaluation_world()
+    evaluate.predict_all(samples, predict, "res", tmp_path / "whole", {"seed": 1})
+    raw = (tmp_path / "whole/predictions-0.jsonl").read_bytes()
+    (tmp_path / "cut").mkdir()
+    for size in (0, 3, len(raw) // 3, len(raw) // 2, len(raw) - 1, len(raw)):
+        (tmp_path / "cut/predictions-0.jsonl").write_bytes(raw[:size])
+        left = len(samples) + 1 - max(raw[:size].count(b"\n"), 1)
+        asked.clear()
+        evaluate.predict_all(samples, predict, "res", tmp_path / "cut", {"seed": 1})
+        assert (tmp_path / "cut/predictions-0.jsonl").read_bytes() == raw and len(asked) == left
+    with pytest.raises(ValueError, match="another run"):
+        evaluate.predict_all(samples, predict, "res", tmp_path / "cut", {"seed": 2})
+
+
+def evaluate_main(*words):
+    evaluate.main([str(word) for word in words])
+
+
+@pytest.mark.parametrize("task, name", [("rec", "REC_train"), ("res", "RES_train"), ("pope", "POPE_random"), ("caption", "REG_train")])
+def test_evaluate_runs_every_task(pointing, world, tmp_path, task, name, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "meteor", lambda *texts: None)
+    monkeypatch.setattr(evaluate, "LENGTHS", {"res": 4, "pope": 4, "caption": 4})
+    lines = (world / f"{name}.jsonl").read_text().splitlines(True)[:3]
+    (tmp_path / "rows.jsonl").write_text("".join(lines))
+    words = pointing / "nextchat", tmp_path / "rows.jsonl", "--task", task, "--images", world, "--device", "cpu", "--out"
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank)), monkeypatch.setenv("WORLD_SIZE", "2")
+        evaluate_main(*words, tmp_path / "two")
+    monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
+    evaluate_main(*words, tmp_path / "one")
+    first, *figures = capsys.readouterr().out.splitlines()
+    assert "of 3 samples" in first and figures[0] == figures[1] and json.loads(figures[0])["n"] == 3
+    assert (tmp_path / "one/metrics.json").read_text() == figures[1]
+    monkeypatch.setattr(evaluate.Asker, "predict", lambda *args: 1 / 0)                     # nothing is asked again
+    evaluate_main(*words, tmp_path / "one")
+
+
+def test_evaluate_points_as_the_fixed_ids_do(pointing, world):
+    asker, row = evaluate.Asker(pointing / "nextchat"), datasets.Rows(world / "REC_train.jsonl", "rec", world)[0]
+    data.load_media(row.turns, asker.spec)
+    special, tok, r = asker.tok.special, asker.tok, asker.render(row.turns[0])
+    suffix = [*tok.encode("Answer:", bos=False), special["<at>"], special["<boxes>"], *tok.encode(".", bos=False), special["</s>"]]
+    embeds, mask = asker.embed(r._replace(ids=r.ids + suffix))
+    with torch.inference_mode():
+        h = asker.model.llm(embeds, attn_mask=mask)[:, len(r.ids) + suffix.index(special["<at>"])]
+        assert torch.allclose(asker.model.writers["at"](h), asker.point(row.turns[0]), atol=1e-5)
+
+
+def test_evaluate_unknown_words_stay_masked_while_answering(pointing, world):
+    asker, row = evaluate.Asker(pointing / "nextchat"), datasets.Rows(world / "REC_train.jsonl", "rec", world)[0]
+    data.load_media(row.turns, asker.spec)
+    pieces, id_of = map(asker.tok.sp.id_to_piece, range(asker.tok.sp.get_piece_size())), asker.tok.sp.piece_to_id
+    word = next(piece[1:] for piece in pieces if piece[0] == "▁" and piece[1:] and id_of(piece[1:]) == 0)
+    question = [row.turns[0][0], f"{word} is it?"]
+    _, ids, hidden = asker.answer(question, 5)
+    n, r = len(ids) - len(hidden), asker.render(question)
+    assert 0 in ids[:n]                                         # behind the picture the word has become <unk>
+    embeds, mask = asker.embed(r._replace(ids=ids[:-1]))
+    mask[:, n:] = True                                          # but one that is said counts
+    with torch.inference_mode():
+        want = asker.model.llm(embeds, attn_mask=mask)
+    assert (torch.cat(hidden, 1) - want).abs().max() <= PARITY * want.abs().max()
+
+
+@pytest.mark.parametrize("words", [("--task", "rec"), ("--task", "res"), ("--task", "pope", "--templates", "{bad}")])
+def test_evaluate_says_what_is_missing(words, pointing, world, tmp_path):
+    (tmp_path / "bad.json").write_text('{"VQA": ["no place for a picture"]}')
+    name = world / f"{'POPE_random' if 'pope' in words else 'REC_train'}.jsonl"
+    with pytest.raises(ValueError, match="says no boxes|makes no masks|one <image>"):
+        evaluate_main(pointing / "chatterbox", name, "--out", tmp_path / "out", *(w.format(bad=tmp_path / "bad.json") for w in words))
+    with pytest.raises(SystemExit):
+        evaluate_main(pointing / "nextchat", name, "--task", "rec")
 
 
 # ---- Shapes
@@ -1361,13 +4273,235 @@ def test_shapes_world_is_fixed_by_its_seed(world, tmp_path):
     assert [one.id_to_piece(i) for i in range(one.vocab_size())] == [two.id_to_piece(i) for i in range(two.vocab_size())]
 
 
+def test_shapes_scenes_stay_what_their_seeds_gave():
+    """Models were trained on these. Per seed: number of things, mean brightness, next random number."""
+    before = [(4, 204.66, 0.575953), (2, 200.05, 0.541412), (1, 206.93, 0.949395), (2, 227.45, 0.472749)]
+    for seed, (number, mean, following) in enumerate(before):
+        rng = random.Random(seed)
+        things = shapes.scene(rng)
+        picture = shapes.draw(things, rng, shapes.paper(rng))
+        assert len(things) == number and rng.random() == pytest.approx(following, abs=1e-6)
+        assert np.asarray(picture).mean() == pytest.approx(mean, abs=0.05)              # Pillow may smooth otherwise
+
+
+def inside(outline, fine=4):
+    """How much of every pixel of a picture lies inside a polygon: even-odd rule on a finer grid."""
+    x = (np.arange(shapes.SIDE * fine) + 0.5) / fine
+    inner = np.zeros((len(x), len(x)), bool)
+    for (x0, y0), (x1, y1) in zip(outline, outline[1:] + outline[:1]):
+        rows = (x >= min(y0, y1)) & (x < max(y0, y1))
+        inner[rows] ^= x[None] < (x0 + (x[rows, None] - y0) * (x1 - x0) / (y1 - y0 or 1))
+    return inner.reshape(shapes.SIDE, fine, shapes.SIDE, fine).mean((1, 3))
+
+
+def test_shapes_masks_and_boxes_are_what_was_drawn():
+    y, x = np.mgrid[:shapes.SIDE, :shapes.SIDE] + 0.5
+    for seed in range(20):
+        rng = random.Random(seed)
+        things = shapes.scene(rng)
+        pixels = np.asarray(shapes.draw(things, rng, shapes.paper(rng)), float)
+        owner = np.argmin([np.hypot(x - t.x, y - t.y) / t.radius for t in things], 0)       # things lie apart
+        for i, t in enumerate(things):
+            fill = pixels[int(t.y), int(t.x)] - pixels[0, 0]
+            drawn = np.clip((pixels - pixels[0, 0]) @ fill / (fill @ fill), 0, 1) * (owner == i)
+            mask = inside(shapes.outline(t))
+            assert np.minimum(drawn, mask).sum() / np.maximum(drawn, mask).sum() >= 0.97, (seed, t)
+            rows, columns = (np.flatnonzero(drawn.max(axis) > 0.1) for axis in (1, 0))      # whole pixels
+            edges = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+            assert np.abs(np.subtract(edges, shapes.box(t))).max() < 1, (seed, t)
+
+
+PLACES = "at the (?:top|bottom)(?: left| right)?|at the left|at the right|in the centre"
+BEYOND = {"on the left of": lambda t, u: t.x < u.x, "on the right of": lambda t, u: t.x > u.x,
+          "above": lambda t, u: t.y < u.y, "below": lambda t, u: t.y > u.y}
+MOST = {"leftmost": lambda t: t.x, "rightmost": lambda t: -t.x, "highest": lambda t: t.y, "lowest": lambda t: -t.y}
+SENTENCE = re.compile(
+    f"the (?:({'|'.join(MOST)}) )?(?:(small|big) )?(?:({'|'.join(shapes.COLOURS)}) )?(thing|{'|'.join(shapes.SHAPES)})"
+    f"(?: ({PLACES}))?(?: ({'|'.join(BEYOND)}) the (\\w+) (\\w+))?")
+
+
+def meant(sentence, things):
+    """The things that a referring expression fits, read word by word."""
+    most, size, colour, shape, place, side, *other = SENTENCE.fullmatch(sentence).groups()
+    found = [t for t in things if size in (None, t.size) and colour in (None, t.colour) and shape in ("thing", t.shape)]
+    if place:
+        column, row = ("right" in place) - ("left" in place) + 1, ("bottom" in place) - ("top" in place) + 1
+        found = [t for t in found if (t.x * 3 // shapes.SIDE, t.y * 3 // shapes.SIDE) == (column, row)]
+    if side:
+        u, = [t for t in things if [t.colour, t.shape] == other]
+        found = [t for t in found if t is not u and BEYOND[side](t, u)]
+    return [min(found, key=MOST[most])] if most else found
+
+
+def test_shapes_expressions_fit_one_thing_alone():
+    said = [0, 0, 0, 0]
+    for seed in range(60):
+        things = shapes.scene(random.Random(seed))
+        for t in things:
+            kinds = shapes.referring_expressions(t, things)
+            said = [n + len(kind) for n, kind in zip(said, kinds)]
+            for sentence in itertools.chain(*kinds):
+                assert [id(u) for u in meant(sentence, things)] == [id(t)], (seed, sentence)
+    assert min(said) > 100                                      # by name, by place, as the outermost, by another thing
+
+
+def annotations(world, name):
+    text = (world / name).read_text()
+    return [json.loads(line) for line in text.splitlines()] if name.endswith("l") else json.loads(text)
+
+
+FIELDS = {"REC_train.jsonl": "img_path bbox expression", "REG_train.jsonl": "img_path bbox expression",
+          "RES_train.jsonl": "img_path bbox expressions height width mask", "CAP_train.jsonl": "img_path caption",
+          "CWB_flickr_train.jsonl": "image_id sentence boxes boxes_seq", "CB_MRG.json": "image image_wh conversation",
+          "CB_LC.json": "image image_wh conversation"}
+FIELDS |= {f"POPE_{how}.jsonl": "question_id image text label" for how in ("random", "popular", "adversarial")}
+FIELDS |= {f"{kind}_{what}.json": fields.replace("KIND", kind) for kind in data.KINDS for what, fields in
+           (("pairs", "KIND_name caption"), ("comprehension", "input_KIND conversations"),
+            ("generation", "output_KIND KIND_captions KIND_caption_embeddings conversations"),
+            ("instruction", "mm_name output_modality conversation"))}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_shapes_annotations_have_the_fields_of_their_format(world, name):
+    rows = annotations(world, name)
+    rows = rows["data"] if name.startswith("CB_") else rows
+    assert rows and all(set(row) == set(FIELDS[name].split()) for row in rows)
+    for row in rows:
+        media = [value for value in row.values() if isinstance(value, str) and value[-4:] in (".png", ".gif", ".wav")]
+        assert len(media) == ("image_id" not in row) and all((world / path).is_file() for path in media)
+        for x1, y1, x2, y2 in [row["bbox"]] if "bbox" in row else row.get("boxes", []):
+            assert 0 <= x1 < x2 <= shapes.SIDE and 0 <= y1 < y2 <= shapes.SIDE
+        for xs, ys in ((polygon[::2], polygon[1::2]) for polygon in row.get("mask", [])):
+            assert len(xs) >= 3 and [min(xs), min(ys), max(xs), max(ys)] == row["bbox"]
+
+
+@pytest.mark.parametrize("kind", data.KINDS)
+def test_shapes_wishes_name_what_is_to_be_drawn(world, kind):
+    captions = {row[f"{kind}_name"]: row["caption"] for row in annotations(world, f"{kind}_pairs.json")}
+    for row in annotations(world, f"{kind}_instruction.json"):
+        ask, reply = row["conversation"]
+        assert reply["caption"] == captions[row["mm_name"]] and reply["caption"][1:-1] in ask["value"]
+        assert (ask["input_modality"], reply["output_modality"], row["output_modality"]) == ("text", kind, kind)
+    for row in annotations(world, f"{kind}_generation.json"):
+        ask, reply = row["conversations"]
+        caption = captions[row[f"output_{kind}"]]
+        assert row[f"{kind}_captions"] == caption and caption[1:-1] in ask["value"]
+        assert reply["value"].endswith(f"<{kind}>")
+
+
+def test_shapes_first_words_are_captions_without_places(world):
+    words, captions = (json.loads((world / f"{name}.json").read_text()) for name in ("words", "captions"))
+    whole = {row["image_name"]: row["caption"] for row in captions if "image_name" in row}
+    pictures = [row for row in words if "image_name" in row]
+    assert pictures == json.loads((world / "picture_words.json").read_text())
+    assert {row["image_name"] for row in pictures} == {name for name, text in whole.items() if " and " not in text}
+    assert all(whole[row["image_name"]].startswith(row["caption"][:-1]) for row in pictures)
+    assert [row for row in words if "image_name" not in row] == [row for row in captions if "image_name" not in row]
+
+
+@pytest.fixture(scope="session")
+def named(world):
+    """Name and centre of the things in every picture of the world, by their boxes in whole pixels."""
+    found = {}
+    for row in annotations(world, "REG_train.jsonl"):
+        x1, y1, x2, y2 = row["bbox"]
+        size, colour, shape = row["expression"].split()[1:]
+        found.setdefault(row["img_path"], {})[tuple(map(round, row["bbox"]))] = Thing(
+            size=size, colour=colour, shape=shape, x=(x1 + x2) / 2, y=(y1 + y2) / 2)
+    return found
+
+
+def test_shapes_grounded_captions_and_pope_answers_are_true(world, named):
+    for row in annotations(world, "CWB_flickr_train.jsonl"):
+        phrases = re.findall("<ph_st>(.*?)<ph_ed>", row["sentence"])
+        here = named[f"pictures/{row['image_id']}.png"]
+        assert len(phrases) == len(row["boxes_seq"]) and sorted(sum(row["boxes_seq"], [])) == list(range(len(here)))
+        for phrase, seq in zip(phrases, row["boxes_seq"]):
+            first, *words = phrase.split()
+            for t in (here[tuple(map(round, row["boxes"][i]))] for i in seq):
+                if len(seq) == 1:
+                    assert first in ("a", "an") and [t.size, t.colour, t.shape][-len(words):] == words
+                else:
+                    assert first == shapes.NUMBERS[len(seq)] and words[0] in (t.shape + "s", t.shape + "es")
+    for how in ("random", "popular", "adversarial"):
+        rows = annotations(world, f"POPE_{how}.jsonl")
+        assert [row["question_id"] for row in rows] == list(range(1, len(rows) + 1))
+        assert [row["label"] for row in rows] == ["yes", "no"] * len(named)
+        for row in rows:
+            colour, shape = re.fullmatch(r"Is there an? (\w+) (\w+) in the picture\?", row["text"]).groups()
+            there = [(t.colour, t.shape) for t in named[row["image"]].values()]
+            assert ((colour, shape) in there) == (row["label"] == "yes")
+            assert how != "adversarial" or any(colour == c or shape == s for c, s in there)
+
+
+@pytest.mark.parametrize("name", ["CB_MRG.json", "CB_LC.json"])
+def test_shapes_dialogues_are_true_and_linked(world, named, name):
+    talks = annotations(world, name)["data"]
+    assert len(talks) > 8 and all(len(talk["conversation"]) == 6 for talk in talks)
+    for talk in talks:
+        here, last = named[talk["image"]], None
+        for ask, reply in zip(talk["conversation"][::2], talk["conversation"][1::2]):
+            (word, *numbers), = re.findall(r"<([\w ]+):\[(\d+), (\d+), (\d+), (\d+)\]>$", reply["value"])
+            t, others = here[tuple(map(int, numbers))], [u for u in here.values() if u is not last]
+            assert word in (t.shape, f"{t.colour} {t.shape}")
+            if side := re.match(f"What is ({'|'.join(BEYOND)}) ", ask["value"]):
+                assert [u for u in others if BEYOND[side[1]](u, last)] == [t]
+            elif last:
+                word = t.size if "big" in ask["value"] else t.colour
+                assert t is last and reply["value"].startswith(f"It is {word}.")
+            else:
+                assert ask["value"] == f"Where is the {word}?" and [meant(f"the {word}", here.values())] == [[t]]
+            if last:                                            # each question speaks of what was found before
+                known = f"{last.colour} {last.shape}"
+                assert ("[it]" if name == "CB_LC.json" else f"the {known}? <{known}:[") in ask["value"]
+            last = t
+
+
+def looks(t):
+    return t and (t.shape, t.colour, t.size)
+
+
+def measured(kind, seed):
+    """Whether the measuring rule sees or hears what was made from a seed."""
+    rng = random.Random(seed)
+    if kind == "scenes":
+        things = shapes.scene(rng)
+        seen = shapes.look(shapes.draw(things, rng, shapes.paper(rng)))
+        return sorted(map(looks, seen)) == sorted(map(looks, things)) and all(
+            min(abs(t.x - u.x) + abs(t.y - u.y) for u in seen) < 1 for t in things)
+    if kind == "clips":
+        thing, way, frames = shapes.clip(rng)
+        seen, found = shapes.watch(frames)
+        return (looks(seen), found) == (looks(thing), way)
+    count, pitch, _, x = shapes.sound(rng)
+    return shapes.listen(x) == (count, pitch)
+
+
+MANY = [pytest.param(kind, 300, marks=pytest.mark.slow) for kind in ("scenes", "clips", "sounds")]
+
+
+@pytest.mark.parametrize("kind, n", [("scenes", 40), ("clips", 10), ("sounds", 60), *MANY])
+def test_shapes_measuring_is_right(kind, n):
+    assert sum(measured(kind, 1000 + seed) for seed in range(n)) >= 0.98 * n
+
+
+def test_shapes_measuring_finds_nothing_where_nothing_is():
+    r = np.random.RandomState(0)
+    arrays = r.randint(0, 256, (64, 64, 3)), np.full((64, 64, 3), 220)
+    noise, blank = (shapes.Image.fromarray(array.astype(np.uint8)) for array in arrays)
+    assert shapes.look(noise) == shapes.look(blank) == [] and shapes.watch([noise, blank]) == (None, None)
+    assert shapes.listen(r.randn(32000) * 0.005) == (0, None)
+    one = shapes.draw([shapes.Thing("star", "red", "big", 64, 64, 23)], random.Random(0), (230, 230, 230))
+    assert shapes.watch([one] * 9)[1] is None and looks(shapes.look(one.resize((64, 64)))[0]) == ("star", "red", "big")
+
+
 @pytest.mark.slow
 def test_tiny_weights_answer_about_files_they_have_not_seen(tmp_path, capsys):
     shapes.main(["--out", str(tmp_path), "--questions", "200", "--seed", "7"])
     evaluate.main([str(HERE / "weights/tiny"), str(tmp_path / "questions.json")])
     rows = re.findall(r"^(\w+).*? +(\d+) of +(\d+)", capsys.readouterr().out, re.M)
     share = {kind: sum(int(r) for k, r, _ in rows if k == kind) / sum(int(n) for k, _, n in rows if k == kind) for kind, _, _ in rows}
-    assert share["audio"] >= 0.9 and share["all"] >= 0.5        # what the shipped weights do; pictures and clips lag behind
+    assert share["audio"] >= 0.9 and share["video"] >= 0.9 and share["all"] >= 0.65      # pictures of several things lag behind
 
 
 # ---- Chat
@@ -1585,7 +4719,7 @@ def test_chat_one_shot_reads_real_media(monkeypatch, capsys):
         code, out, err = chat_main(monkeypatch, capsys, "-p", "What is this?", f"--{kind}", str(path), "--json")
         row = json.loads(out)
         assert code == 0 and f"#1 {kind} {path.name} " in err and row["media"] == [str(path)]
-        assert set(row) == {"prompt", "text", "media", "tokens", "seconds", "seed", "model"} and row["tokens"] > 0
+        assert set(row) == {"prompt", "text", "media", "boxes", "masks", "tokens", "seconds", "seed", "model"} and row["tokens"] > 0
     assert files
 
 
@@ -1627,7 +4761,8 @@ ESCAPES = ("\x1b[31m", "\x1b]52;c;eA==\x07", "\x9b2J", "\x1b]0;t\x1b\\", "\x1bP1
 
 
 def test_chat_control_characters_never_reach_the_terminal(capsys):
-    talker = chat.Chat(Thing(last=lambda: Thing(dropped=0, text="", answer="", media=[], ids=[], clock=[0] * 4),
+    talker = chat.Chat(Thing(last=lambda: Thing(dropped=0, text="", answer="", media=[], ids=[], clock=[0] * 4, found=[], boxes=[], find=False,
+                                        picture=None, stray=[]),
                              settings={"seed": 0}), Thing(prompt=None, pictures="off", json=False, weights=""))
     for text in ESCAPES:
         text = f"a\tb\n{text}c{text}"
@@ -1803,10 +4938,223 @@ def test_chat_completes_commands_and_paths(chat_files):
     assert all_of(str(HERE)[:-1]) and all(name.endswith("/") for name in all_of(str(HERE)) if os.path.isdir(name))
 
 
+# ---- Chat: boxes and masks
+
+def pointing_model(system, tokenizer):
+    """A random model of a system's parts, small. NExT-Chat's puts its boxes inside the picture."""
+    base = M.PRESETS[{"nextchat": "nextchat-7b-336", "chatterbox": "chatterbox-13b"}[system]]
+    n = data.Tokenizer(tokenizer).sp.get_piece_size()
+    llm = M.LLMConfig(dim=32, n_layer=2, n_head=2, n_kv_head=2, mlp_dim=64, vocab_size=n + len(base.added_tokens), max_len=512)
+    torch.manual_seed(1)
+    model = M.Model(M.replace(
+        base, llm=llm, clip=CLIPConfig(image_size=56, patch_size=14, dim=32, n_layer=12, n_head=2, mlp_dim=64),
+        sam=base.sam and SAMConfig(image_size=64, patch_size=16, dim=32, n_layer=2, n_head=2, mlp_dim=64, window=2,
+                                   global_layers=(1,), prompt_dim=32, dec_head=2, dec_mlp_dim=64, iou_dim=32),
+        region=base.region and locate.RegionConfig(dim=32, out_dim=32, box_dim=16, groups=4, pool=2),
+        locator=base.locator and locate.LocatorConfig(SwinConfig(dim=16, depths=(1, 1, 1, 1), n_head=(1, 1, 2, 2), window=4),
+                                                      dim=32, n_encoder=1, n_decoder=1, n_head=4, mlp_dim=64, n_query=9),
+        added_tokens={name: n + i for i, name in enumerate(base.added_tokens)},
+        media=base.media | {"image_size": 56} | {key: n for key, n in (("sam_size", 64), ("det_size", 96)) if key in base.media}))
+    if system == "nextchat":
+        with torch.no_grad():
+            model.writers["at"].loc_decoder[-1].bias.copy_(torch.tensor([0.3, 0.4, 0.6, 0.7]))
+    return model
+
+
+@pytest.fixture(scope="session")
+def pointing(world, tmp_path_factory):
+    """Weights folders of small random models, by system, and a picture that is no square."""
+    out = tmp_path_factory.mktemp("pointing")
+    for system in ("nextchat", "chatterbox"):
+        M.save(pointing_model(system, world / "tokenizer.model"), out / system, [world / "tokenizer.model"])
+    data.Image.fromarray(image(40, 90, 3)).save(out / "wide.png")
+    return out
+
+
+def pointing_session(pointing, system, says="", **settings):
+    """A session; `says`: what its model answers to anything. The id behind `<at>` is never `<boxes>`, which must not matter."""
+    session = chat.open_session(pointing / system, "cpu", **{"max_new_tokens": 12, **settings})
+    if says:
+        ids = [*session.tok.encode(says, bos=False, parse_special=True), 2]
+        script = itertools.cycle([7 if id == session.tok.special["<boxes>"] else id for id in ids])
+        one_hot = torch.nn.functional.one_hot
+        session.model.llm.lm_head.register_forward_hook(
+            lambda module, args, out: one_hot(torch.tensor([next(script)]), out.shape[-1]).to(out))
+    return session
+
+
+HERE_IT_IS = "the <at> <boxes> , on <at> <boxes> ."
+
+
+def without_cache(session):
+    """The ids and keys of the last turn, and the same made again with nothing in the cache."""
+    kept = session.last().ids, session.cache.k[:, :, :, :session.cache.pos].clone()
+    session.held = []
+    "".join(session.retry())
+    assert session.last().reused == 0
+    return kept, (session.last().ids, session.cache.k[:, :, :, :session.cache.pos])
+
+
+def test_chat_boxes_go_in_and_out(pointing):
+    session, px = pointing_session(pointing, "nextchat", HERE_IT_IS), (10.0, 5.0, 50.0, 30.0)
+    text, boxes, masks, picture = session.ask("what is [0] ?", str(pointing / "wide.png"), [px])
+    turn, special = session.last(), session.tok.special
+    (_, at), (given, place) = session.prompt([turn])[1]
+    frame = (torch.tensor(px) + torch.tensor([0, 25, 0, 25])) / 90
+    assert given is turn.given[0] and torch.allclose(given.tensor, frame) and place > at
+    assert text == "the {} , on {} .".format(*map(chat.spell, turn.found))
+    assert masks.shape == (2, 40, 90) and masks.dtype == bool
+    for box, found in zip(boxes, turn.found):
+        assert torch.allclose(torch.tensor(box).double(), found.tensor.double() * 90 - torch.tensor([0, 25, 0, 25]))
+    assert picture.size == (90, 40) and picture.tobytes() != data.read_image(pointing / "wide.png").tobytes()
+    assert [turn.ids[i + 1] for i, id in enumerate(turn.ids) if id == special["<at>"]] == [special["<boxes>"]] * 2
+
+
+def test_chat_boxes_of_an_answer_are_reused(pointing):
+    session = pointing_session(pointing, "nextchat", HERE_IT_IS)
+    session.ask("what is [0] ?", str(pointing / "wide.png"), [(10, 5, 50, 30)])
+    first, held = session.last(), session.held
+    assert [part for part in held if isinstance(part, data.Box)] == [first.given[0], *first.found]
+    "".join(session.say("and [1] ?"))                           # names a box of the answer
+    assert session.last().reused == len(held) and session.last().given == first.found
+    assert dict(session.prompt(session.turns)[1]).keys() == {*first.media, *first.given, *first.found}
+    (ids, keys), (ids_anew, keys_anew) = without_cache(session)
+    assert ids == ids_anew and (keys - keys_anew).abs().max() <= PARITY * keys.abs().max()  # fed back as it is read again
+
+
+def test_chat_boxes_of_a_random_answer(pointing):
+    session = pointing_session(pointing, "nextchat")
+    for text in ("what is [0] ?", "and now?", "where?"):
+        session.boxes = [session.box((10, 5, 50, 30), session.read(str(pointing / "wide.png")))] * ("[" in text)
+        "".join(session.say(text))
+        (ids, keys), (ids_anew, keys_anew) = without_cache(session)
+        assert ids == ids_anew and (keys - keys_anew).abs().max() <= PARITY * keys.abs().max()
+
+
+def test_chat_finds_a_box_to_ask_about(pointing, monkeypatch):
+    monkeypatch.setattr(chat, "MIN_SCORE", 0)
+    session = pointing_session(pointing, "chatterbox")
+    signal, region = session.tok.special["[VG]"], session.tok.special["<bbox>"]
+    "".join(session.say("hello", [session.read(str(pointing / "wide.png"))]))
+    "".join(session.say("where is it?", find=True))
+    turn = session.last()
+    (x1, y1, x2, y2), = turn.boxes
+    want = turn.found[0].tensor.double() * torch.tensor([90, 40, 90, 40])                   # stretched, no square
+    assert turn.prompt.count(signal) == 1 and 0 < turn.reused < turn.prompt.index(signal) and 0 < turn.score < 1
+    assert torch.allclose(torch.tensor([x1, y1, x2, y2]).double(), want) and turn.masks is None
+    "".join(session.retry())
+    assert session.last().boxes == turn.boxes and session.last().score == pytest.approx(turn.score)
+    "".join(session.say("what is [0] ?"))
+    turn, (_, (box, at)) = session.last(), session.prompt(session.turns)[1]
+    assert signal not in turn.prompt and turn.prompt[at] == region and box is session.turns[1].found[0]
+    assert session.features[box].shape == (1, 32) and turn.reused > 0
+    (ids, keys), (ids_anew, keys_anew) = without_cache(session)
+    assert ids == ids_anew and (keys - keys_anew).abs().max() <= PARITY * keys.abs().max()
+    "".join(session.say("and [0] ?"))
+    assert session.last().given == [box]
+    "".join(session.say("and now?"))
+    assert region not in session.last().prompt                  # regions of earlier rounds are forgotten
+
+
+def test_chat_search_reads_the_state_before_its_token(pointing):
+    session = pointing_session(pointing, "chatterbox")
+    picture = session.read(str(pointing / "wide.png"))
+    "".join(session.say("where is it?", [picture], find=True))
+    turn, (slot,) = session.last(), session.prompt(session.turns)[1]
+    at, model = turn.prompt.index(session.tok.special["[VG]"]), session.model
+    with torch.inference_mode():
+        h = model.llm(session.embed(turn.prompt[:at], [slot], 0))[:, -1]
+        boxes, score = model.writers["vg"].write(h, model, picture.det[None])
+    assert score.item() == pytest.approx(turn.score, rel=1e-4) and (not turn.found or torch.allclose(boxes[0], turn.found[0].tensor, atol=1e-5))
+
+
+def test_chat_boxes_are_saved(pointing, tmp_path):
+    session, other = (pointing_session(pointing, "nextchat", HERE_IT_IS) for _ in range(2))
+    session.ask("what is [0] ?", str(pointing / "wide.png"), [(10, 5, 50, 30)])
+    session.save(tmp_path / "talk.json")
+    other.load(tmp_path / "talk.json")
+    for one in (session, other):
+        "".join(one.say("and [0] ?"))
+    assert session.last().prompt == other.last().prompt and session.last().ids == other.last().ids
+    row = json.loads((tmp_path / "talk.json").read_text())
+    for bad in ([[0.5]], [["a"] * 4], 3, [None], [[1] * 5], {"a": 1}):
+        row["turns"][0]["found"] = bad
+        (tmp_path / "bad.json").write_text(json.dumps(row))
+        with pytest.raises(ValueError, match="not a saved conversation"):
+            other.load(tmp_path / "bad.json")
+
+
+def test_chat_boxes_without_a_place_are_refused(pointing):
+    session, other = pointing_session(pointing, "nextchat"), pointing_session(pointing, "chatterbox")
+    plain = chat_session()
+    picture = session.read(str(pointing / "wide.png"))
+    for one, words, options in ((session, "needs a picture", dict(boxes=[(1, 1, 2, 2)])),
+                                (session, "outside its picture", dict(boxes=[(1, 1, 200, 2)], media=[picture])),
+                                (session, "four finite numbers", dict(boxes=[(1, 1)], media=[picture])),
+                                (session, "no box 2; boxes", dict(boxes=[(1, 1, 5, 5)], media=[picture])),
+                                (session, "does not look for boxes", dict(find=True)), (other, "needs a picture", dict(find=True))):
+        with pytest.raises(ValueError, match=words):
+            "".join(one.say("what is [0, 2] ?", **options))
+        assert not one.turns
+    if "box" not in plain.model.cfg.reads:
+        with pytest.raises(ValueError, match="reads no boxes"):
+            plain.say("what is it?", boxes=[(1, 1, 2, 2)])
+
+
+BOX_LINES = ["", "1", "1 2 3", "1 2 3 4 5", "a b c d", "nan 1 2 3", "1 1 inf 3", "5 5 1 1", "-9 0 5 5", "0 0 91 42", "1e99 0 0 0",
+             "0x1 0 5 5", "[1, 2, 3", "1 2 3 \x1b[31m", "\u0661 \u0662 \u0663", "#1", "__import__('os')", "1;2;3;4", "1 2 3 4 " * 99]
+
+
+def test_chat_box_lines(pointing, tmp_path, capsys, monkeypatch):
+    session = pointing_session(pointing, "nextchat", HERE_IT_IS)
+    monkeypatch.setattr(chat, "open_session", lambda *args, **options: session)
+    lines = [f"/image {pointing / 'wide.png'}", *(f"/box {line}" for line in BOX_LINES), "/find it", "/box [10, 5, 50, 30]", "/box 1 2 3 4",
+             "what is [1] ?", "[0]?"]
+    monkeypatch.setattr(sys, "argv", ["chat.py", str(pointing / "nextchat"), "--device", "cpu", "--max-new-tokens", "8", "--json",
+                                      "--out", str(tmp_path / "found")])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
+    assert chat.main(chat.parse_args()) == 0
+    out, err = capsys.readouterr()
+    first, second, *rows = out.splitlines()
+    rows = [json.loads(row) for row in rows]
+    assert [first, second] == ["[0] is [10, 5, 50, 30]", "[1] is [1, 2, 3, 4]"] and "Traceback" not in err and "\x1b" not in err
+    assert len(rows) == 2 and len(err.splitlines()) == 1 + len(BOX_LINES) + 1 + 2 * 3, err
+    for i, row in enumerate(rows, 1):
+        assert len(row["boxes"]) == len(row["masks"]) > 0
+        assert [datasets.rle_mask(rle).shape for rle in row["masks"]] == [(40, 90)] * len(row["boxes"])
+        mask = np.array(data.Image.open(tmp_path / f"found/turn-{i:04}-mask-0.png"))
+        assert (mask.astype(bool) == datasets.rle_mask(row["masks"][0])).all()
+        assert data.Image.open(tmp_path / f"found/turn-{i:04}.png").size == (90, 40)
+        assert "box 0: [" in err and " of 90x40" in err
+
+
+def test_chat_one_shot_with_a_box(pointing, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    for system, flags in (("nextchat", ["--box", "10", "5", "50", "30"]), ("chatterbox", ["--find"])):
+        words = ["-p", "what is [0] ?", "--image", str(pointing / "wide.png"), "--json", *flags]
+        monkeypatch.setattr(sys, "argv", ["chat.py", str(pointing / system), "--device", "cpu", "--max-new-tokens", "8", *words])
+        assert chat.main(chat.parse_args()) == 0
+        out, err = capsys.readouterr()
+        assert json.loads(out)["prompt"] == "what is [0] ?" and ("score" in err) == (system == "chatterbox")
+
+
+def test_chat_overlay_draws_any_box(pointing):
+    picture = data.Medium("image", str(pointing / "wide.png"), size=(90, 40))
+    for px in ((1, 2, 30, 20), (30, 20, 1, 2), (-5e9, -1, 1e9, 99), (float("nan"),) * 4, (float("inf"), 0, -float("inf"), 1), (89, 39, 89, 39)):
+        turn = chat.Turn("", [], found=[data.Box(px, mask=np.ones((40, 90), bool))] * 7, picture=picture)
+        assert chat.overlay(turn).size == (90, 40) and chat.spell(turn.found[0]).count(",") == 3
+    shown = np.array(chat.overlay(chat.Turn("", [], found=[data.Box((0, 0, 0, 0), np.ones((40, 90), bool))], picture=picture)), int)
+    half = (np.array(data.read_image(picture.path), int) + [0xF7, 0x65, 0x66]) / 2
+    assert (abs(shown - half)[:, 40:] <= 2).all()
+
+
 # ---- Docs
 
-OURS = {"attention": set(), "vision": {"attention"}, "model": {"attention", "vision"}, "data": set(), "shapes": set(),
-        "convert_weights": {"model", "vision"}, "train": {"model", "data"}, "evaluate": {"model", "data"}, "chat": {"model", "data"}}
+OURS = {"attention": set(), "quantize": set(), "vision": {"attention"}, "locate": {"attention", "vision"}, "generate": {"attention", "vision"},
+        "model": {"attention", "vision", "locate", "generate"}, "data": set(), "datasets": {"data"}, "shapes": set(),
+        "convert_weights": {"model", "generate", "locate", "vision"}, "ranks": {"model"},
+        "train": {"model", "data", "datasets", "ranks"},
+        "evaluate": {"model", "data", "datasets", "chat"}, "chat": {"model", "data", "datasets"}}
 README = (HERE / "README.md").read_text()
 
 

@@ -9,6 +9,7 @@ FlashAttention-2 (Dao 2023); split keys, Flash-Decoding (Dao et al. 2023); relat
 """
 from __future__ import annotations      # `constexpr` stays a word where there is no triton
 
+import itertools
 import math
 
 import torch
@@ -63,11 +64,15 @@ def reference_attention(q, k, v, *, causal=False, bias=None, segments=None, rel=
 def torch_attention(q, k, v, *, causal=False, bias=None, segments=None, rel=None):
     """torch's fused kernels, after writing out the masks they do not know."""
     (B, nh, T, hd), (nkv, S) = q.shape, k.shape[1:3]
-    if rel is not None:                 # a few heads at a time: the bias in full would be B x nh x T x S
-        step = max(1, 2 ** 25 // (B * T * S))
-        if step < nh:
-            parts = zip(*(x.split(step, dim=1) for x in (q, k, v, *rel)))
-            return torch.cat([torch_attention(*p[:3], causal=causal, segments=segments, rel=p[3:]) for p in parts], 1)
+    if rel is not None:                 # in pieces that a cache holds: the bias in full would be B x nh x T x S
+        rows = max(1, 2 ** 22 // (B * S))
+        heads, step = max(1, rows // T), T if causal or segments is not None else min(T, rows)
+        if heads < nh or step < T:
+            out, same = output(q), dict(causal=causal, segments=segments)
+            for i, j in itertools.product(range(0, nh, heads), range(0, T, step)):
+                at = slice(None), slice(i, i + heads), slice(j, j + step)
+                out[at] = torch_attention(q[at], k[at[:2]], v[at[:2]], rel=[r[at] for r in rel], **same)
+            return out
         bias = relative_bias(*rel)
     if T == 1 and bias is None:         # the query heads that share a key/value head are as good as queries
         return F.scaled_dot_product_attention(q.reshape(B, nkv, -1, hd), k, v).view(B, nh, 1, hd)

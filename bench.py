@@ -1,17 +1,21 @@
 """Speed and memory beside what a user would pick instead: same weights, same inputs, in turn A B A B, medians.
 
     python bench.py --cpu --threads 2
+    python bench.py --cpu --threads 1 --layers 2 --only sam unet-sd15
     python bench.py --cuda --only decode decode-int4
 
 In order: sizes, checkpoints, cases, measuring, the report. Random checkpoints of the sizes below are written once to
---folder by transformers and converted like anybody's. Peak memory comes from a fresh process per side. A share is
-what the machine's own limit would take (weights read at the speed of a matrix-vector product, operations at that of a
-large matrix product, both measured first) over what we took. The table goes to BENCHMARKS.md.
+--folder by transformers and converted like anybody's; painters and SAM hold the same random tensors on both sides. Peak
+memory comes from a fresh process per side. A share is what the machine's own limit would take (weights read at the
+speed of a matrix-vector product, operations at that of a large matrix product, both measured first) over what we took.
+With one thread of a CPU, time is the processor's, which other programs do not lengthen. Results go to BENCHMARKS.md.
 """
 import argparse
 import datetime
+import importlib
 import json
 import math
+import os
 import platform
 import re
 import resource
@@ -31,8 +35,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attention
 import convert_weights
+import data
+import generate as G
 import model as M
-import quantize
+import train as training
+import vision
 
 HERE = Path(__file__).parent
 
@@ -49,7 +56,27 @@ SMALL_LLM = dict(hidden_size=768, num_hidden_layers=8, num_attention_heads=12, n
                  intermediate_size=2048, vocab_size=32000)              # of the training step
 CLIP = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
             patch_size=14)
+SAM = vision.SAMConfig()
+SAM_NAMES = [(r"^", "vision_encoder."), ("blocks", "layers"), (r"\.norm(\d)", r".layer_norm\1"),
+             ("neck.0", "neck.conv1"), ("neck.1", "neck.layer_norm1"), ("neck.2", "neck.conv2"), ("neck.3", "neck.layer_norm2"),
+             ("patch_embed.proj", "patch_embed.projection")]            # ours to transformers'
+AUDIO = dict(in_channels=8, out_channels=8, block_out_channels=(256, 512, 768, 1280), attention_head_dim=8,
+             cross_attention_dim=(256, 512, 768, 1280), class_embed_type="simple_projection",
+             class_embeddings_concat=True, projection_class_embeddings_input_dim=512,
+             down_block_types=["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 3,
+             up_block_types=["CrossAttnUpBlock2D"] * 3 + ["UpBlock2D"])
+UNETS = {                               # ours, diffusers' class and what it is told, latents of one sample, its prompt
+    "sd15": (G.SD15.unet, "UNet2DConditionModel", dict(attention_head_dim=8, cross_attention_dim=768), (4, 64, 64),
+             (77, 768)),
+    "zeroscope": (G.ZEROSCOPE.unet, "UNet3DConditionModel", dict(attention_head_dim=64, cross_attention_dim=1024),
+                  (4, 24, 40, 72), (77, 1024)),
+    "audioldm": (G.AUDIOLDM.unet, "UNet2DConditionModel", AUDIO, (8, 128, 16), (512,)),
+}
+PEERS = {"Llama": "LlamaForCausalLM", "CLIPVision": "CLIPVisionModel"}
+VAE = dict(block_out_channels=G.SD15.vae.widths, layers_per_block=2, down_block_types=["DownEncoderBlock2D"] * 4,
+           up_block_types=["UpDecoderBlock2D"] * 4)
 PROMPT, NEW, TRAIN = 512, 32, (2, 256)  # tokens of a prompt, of an answer, of a training batch
+STEPS = 8                               # of a run of training
 
 
 class Job(NamedTuple):
@@ -58,6 +85,7 @@ class Job(NamedTuple):
     amount: float                       # units per run
     bytes: float = 0                    # weights read per run
     flops: float = 0
+    disk: bool = False                  # waiting for it counts
 
 
 class Case(NamedTuple):
@@ -71,29 +99,51 @@ class Case(NamedTuple):
 
 # ---- Checkpoints
 
+def make(package, name, *args, **more):
+    """package.name(...), imported only where it is wanted: its size is not ours."""
+    return getattr(importlib.import_module(package), name)(*args, **more)
+
+
 def folder_of(s, name, side):
-    """The folder of a random bfloat16 checkpoint in theirs or our format, made where it is absent."""
-    import transformers
+    """The folder of a random checkpoint in theirs or our format, made where it is absent."""
     kind, sizes = {"llm": ("Llama", LLM[s.device]), "small": ("Llama", SMALL_LLM), "clip": ("CLIPVision", CLIP)}[name]
     sizes = sizes | {"num_hidden_layers": s.layers or sizes["num_hidden_layers"]}
-    home = s.folder / f"{name}-{s.device}-{sizes['num_hidden_layers']}"
+    home = s.folder / f"{name}-{s.device}-{sizes['num_hidden_layers']}-{str(s.dtype)[6:]}"
     if not (home / "ours").exists():
         torch.manual_seed(0)
-        config = getattr(transformers, f"{kind}Config")(**sizes)
-        made = getattr(transformers, "LlamaForCausalLM" if kind == "Llama" else "CLIPVisionModel")(config)
-        made.bfloat16().save_pretrained(home / "transformers")
+        made = make("transformers", PEERS[kind], make("transformers", f"{kind}Config", **sizes))
+        made.to(s.dtype).save_pretrained(home / "transformers")
         convert_weights.convert([home / "transformers"], home / "ours")
     return home / side
 
 
-def load(s, name, side, dtype=torch.bfloat16):
+def load(s, name, side, dtype=None, quantize=""):
     """A side's model in eval mode on the device."""
-    folder = folder_of(s, name, side)
+    folder, dtype = folder_of(s, name, side), dtype or s.dtype
     if side == "ours":
-        return M.load(folder, s.device, dtype)
+        return M.load(folder, s.device, dtype, quantize)
     import transformers
-    kind = transformers.CLIPVisionModel if name == "clip" else transformers.LlamaForCausalLM
+    kind = getattr(transformers, PEERS["CLIPVision" if name == "clip" else "Llama"])
     return kind.from_pretrained(folder, dtype=dtype).to(s.device).eval()
+
+
+def shared(side, s, name, ours, theirs, names=()):
+    """A side's module in eval mode, from functions that make them; both hold the same random tensors."""
+    with torch.device("meta"):
+        model = ours()
+        if name not in s.shared:
+            torch.manual_seed(0)
+            s.shared[name] = {key: torch.empty(x.shape, dtype=s.dtype, device=s.device).uniform_(-0.05, 0.05)
+                              for key, x in model.state_dict().items()}
+        state, model = s.shared[name], model if side == "ours" else theirs()
+    for ours, theirs in names if side != "ours" else ():
+        state = {re.sub(ours, theirs, key): x for key, x in state.items()}
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def noise(s, *shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(s.device, s.dtype)
 
 
 def tokens(s, rows, n):
@@ -111,7 +161,7 @@ def n_weight(model, *without):
 def prefill(side, s):
     model, ids = load(s, "llm", side), tokens(s, 1, PROMPT)
     if side != "ours":
-        return Job(lambda: model(ids, use_cache=True, logits_to_keep=1), PROMPT)
+        return Job(lambda: model(ids, use_cache=True, logits_to_keep=1).logits[:, 0], PROMPT)
     llm = model.llm
     return Job(lambda: llm.lm_head(llm(llm.embed(ids), M.KVCache(llm, 1, PROMPT))[:, -1]), PROMPT,
                flops=2 * PROMPT * n_weight(llm, "embed", "lm_head"))
@@ -124,52 +174,97 @@ def answer(model, ids, n, side):
     return list(M.generate(model, model.llm.embed(ids), max_new_tokens=n))
 
 
-def decode(side, s, bits):
-    """Peers stay in bfloat16, which is what their users have without a further package."""
-    model, ids = load(s, "llm", side), tokens(s, 1, 8)
-    size = 0
-    if side == "ours":
-        size = 2 * n_weight(model.llm, "embed")
-        model.cfg = replace(model.cfg, eos=())
-        M.fuse(model)
-        if bits < 16:
-            quantize.quantize(model, bits)
-            size = sum(x.numel() * x.element_size() for x in model.llm.buffers())
+def decode(side, s, quantize=""):
+    """Peers stay in floats, which is what their users have without a further package."""
+    ids = tokens(s, 1, 8)
+    if side != "ours":
+        model = load(s, "llm", side)
+        return Job(lambda: answer(model, ids, NEW, side), NEW)
+    model = load(s, "llm", side, quantize=quantize)
+    model.cfg = replace(model.cfg, eos=())
+    if s.device == "cuda" and not quantize:
+        M.fuse(model)                   # as chat.py does
+    size = sum(x.nbytes for name, x in model.llm.state_dict().items() if not name.startswith("embed"))
     return Job(lambda: answer(model, ids, NEW, side), NEW, bytes=NEW * size)
 
 
-def start(side, s):
-    """From the files to the first token, page cache warm."""
-    ids = tokens(s, 1, 8)
-    folder_of(s, "llm", side)
-    return Job(lambda: answer(load(s, "llm", side), ids, 1, side), 1)
+def start(side, s, cold):
+    """From the files to the first token, out of the page cache or from the disk."""
+    ids, folder = tokens(s, 1, 8), folder_of(s, "llm", side)
+
+    def run():
+        for path in folder.iterdir() if cold else ():
+            with open(path) as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return answer(load(s, "llm", side), ids, 1, side)
+    return Job(run, 1, disk=cold)
+
+
+def conversion(side, s):
+    """Of a language model; nobody else does it."""
+    source = folder_of(s, "llm", "transformers")
+    size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    return Job(lambda: convert_weights.convert([source], s.folder / "converted", overwrite=True), size / 1e9, disk=True)
 
 
 def clip(side, s, batch):
-    tower, x = load(s, "clip", side), torch.randn(batch, 3, 336, 336, device=s.device, dtype=torch.bfloat16)
+    """The hidden states that chat models read; of a cut tower the last, for there one block less would be a lot."""
+    tower, x = load(s, "clip", side), noise(s, batch, 3, CLIP["image_size"], CLIP["image_size"])
+    layer = -1 if s.layers else -2
     if side != "ours":
-        return Job(lambda: tower(x, output_hidden_states=True).hidden_states[-2], batch)
+        return Job(lambda: tower(x, output_hidden_states=True).hidden_states[layer][:, 1:], batch)
     tower = tower.readers.clip.tower
-    return Job(lambda: tower(x), batch, flops=2 * batch * 577 * n_weight(tower, "patch", "pos", "cls"))
+    tower.cfg, n_token = replace(tower.cfg, feature_layer=layer), batch * tower.pos.num_embeddings
+    return Job(lambda: tower(x), batch, flops=2 * n_token * n_weight(tower.blocks))
 
 
-def imagebind(side, s, kind, *shape):
-    """Huge towers; no other package that people install has them, so the row stands beside the limit alone."""
-    c = M.ImageBindConfig({kind: M.ImageBindConfig().towers[kind]})
-    tower = M.ImageBind(c).to(s.device, torch.bfloat16).eval()
-    x = torch.randn(1, *shape, device=s.device, dtype=torch.bfloat16)
-    n_token = math.prod(shape[:-3]) * (c.towers[kind].n_patch + 1)
-    return Job(lambda: tower(kind, x), 1, flops=2 * n_token * n_weight(tower.towers[kind].blocks))
+def sam(side, s):
+    """SAM's image encoder."""
+    n = s.layers or SAM.n_layer
+    cfg = replace(SAM, n_layer=n, global_layers=tuple(i for i in SAM.global_layers if i < n) or (n - 1,))
+
+    sizes = dict(hidden_size=cfg.dim, num_hidden_layers=n, num_attention_heads=cfg.n_head, mlp_dim=cfg.mlp_dim,
+                 image_size=cfg.image_size, window_size=cfg.window, global_attn_indexes=cfg.global_layers)
+    model = shared(side, s, "sam", lambda: vision.SAMImageEncoder(cfg), lambda: make(
+        "transformers", "SamVisionModel", make("transformers", "SamVisionConfig", **sizes)), SAM_NAMES)
+    x = noise(s, 1, 3, cfg.image_size, cfg.image_size)
+    return Job((lambda: model(x)) if side == "ours" else (lambda: model(x).last_hidden_state), 1)
+
+
+def unet(side, s, name):
+    """A step with guidance, two samples; what a prompt needs once is not in it. --layers: sides of a quarter."""
+    cfg, kind, sizes, shape, prompt = UNETS[name]
+    shape = [*shape[:-2], *(n // (4 if s.layers else 1) for n in shape[-2:])]
+    if cfg.video and s.device == "cpu":
+        shape[1] = 4                    # frames
+    model = shared(side, s, name, lambda: G.UNet(cfg), lambda: make("diffusers", kind, **sizes))
+    x, prompt = noise(s, 2, *shape), noise(s, 2, *prompt)
+    if side == "ours":
+        told = {"text": model.read(prompt)} if cfg.context_dim else {"classes": prompt}
+        return Job(lambda: model(x, 500, **told), 1)
+    told = {"encoder_hidden_states": prompt if cfg.context_dim else None}
+    told |= {} if cfg.context_dim else {"class_labels": prompt}
+    return Job(lambda: model(x, 500, return_dict=False, **told)[0], 1)
+
+
+def vae(side, s):
+    """Latents to a picture. --layers: of a quarter of its sides."""
+    model = shared(side, s, "vae", lambda: G.VAE(G.SD15.vae), lambda: make("diffusers", "AutoencoderKL", **VAE))
+    x = noise(s, 1, 4, *[16 if s.layers else 64] * 2)
+    if side == "ours":
+        return Job(lambda: model.decode(x), 1)
+    return Job(lambda: model.decode(x / G.SD15.vae.scale).sample, 1)
 
 
 def train(side, s):
-    """Forward, backward, AdamW on every weight, float32 with bfloat16 autocast."""
+    """Forward, backward, AdamW on every weight, float32 with autocast to another --dtype."""
     model, ids = load(s, "small", side, torch.float32).train().requires_grad_(), tokens(s, *TRAIN)
     opt = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
     @torch.enable_grad()
     def run():
-        with torch.autocast(s.device, torch.bfloat16):
+        with torch.autocast(s.device, s.dtype, enabled=s.dtype != torch.float32):
             loss = (M.lm_loss(model.llm.lm_head, model.llm(model.llm.embed(ids)), ids) if side == "ours" else
                     model(ids, labels=ids).loss)
         loss.backward()
@@ -177,6 +272,33 @@ def train(side, s):
         opt.zero_grad()
     n = n_weight(model, "llm.embed", "model.embed")
     return Job(run, math.prod(TRAIN), flops=6 * n * math.prod(TRAIN))
+
+
+def fine_tune(side, s):
+    """Every weight in float32 as a user would have it: our loop's update beside transformers' Trainer, both with AdamW and
+    clipping, the second half of each row to be learned, as an answer is. A run is STEPS of them, so that what the Trainer does
+    around them hardly counts."""
+    model, ids = load(s, "small", side, torch.float32).train().requires_grad_(), tokens(s, *TRAIN)
+    labels = ids.clone()
+    labels[:, :TRAIN[1] // 2] = data.IGNORE
+    flops = 6 * n_weight(model, "llm.embed", "model.embed", "llm.lm_head", "lm_head") * STEPS * math.prod(TRAIN)
+    if side == "ours":
+        stage, batch = training.Stage(r".*", lr=1e-5, batch=len(ids)), data.Batch(ids, labels, {}, {})
+        learned = training.learn(model, stage)
+        opt = training.optimizer(learned, stage, training.Settings(beta2=stage.beta2))
+
+        def run():
+            for step in range(STEPS):
+                training.update(model, learned, opt, [batch], stage.lr, 1.0, stage, step)
+    else:
+        import transformers
+        transformers.trainer.is_datasets_available = lambda: False          # the datasets.py beside this file is not the package
+        options = transformers.TrainingArguments(
+            str(s.folder / "trainer"), per_device_train_batch_size=len(ids), max_steps=STEPS, learning_rate=1e-5, report_to=[],
+            use_cpu=s.device == "cpu", save_strategy="no", logging_strategy="no", disable_tqdm=True)
+        rows = [{"input_ids": row, "labels": answer} for row, answer in zip(ids.cpu(), labels.cpu())]
+        run = transformers.Trainer(model, options, train_dataset=rows * STEPS).train
+    return Job(torch.enable_grad()(run), STEPS * math.prod(TRAIN), flops=flops)
 
 
 def fused_attention(side, s, hd, causal, backward):
@@ -201,15 +323,22 @@ def fused_attention(side, s, hd, causal, backward):
 
 CASES = {
     "prefill": Case(prefill, (), "token"),
-    "decode": Case(decode, (16,), "token"),
-    "decode-int8": Case(decode, (8,), "token"),
-    "decode-int4": Case(decode, (4,), "token"),
-    "start": Case(start, (), "first token"),
+    "decode": Case(decode, (), "token"),
+    "decode-int8": Case(decode, ("int8",), "token"),
+    "decode-int4": Case(decode, ("int4",), "token"),
+    "load": Case(lambda side, s: Job(lambda: load(s, "llm", side), 1), (), "load"),
+    "start": Case(start, (False,), "first token"),
+    "start-from-disk": Case(start, (True,), "first token"),
+    "convert": Case(conversion, (), "GB", ()),
     "clip": Case(clip, (1,), "image"),
     "clip-8": Case(clip, (8,), "image"),
-    "imagebind-image": Case(imagebind, ("vision", 3, 224, 224), "image", ()),
-    "imagebind-audio": Case(imagebind, ("audio", 3, 1, 128, 204), "sound", ()),
+    "sam": Case(sam, (), "image"),
+    "unet-sd15": Case(unet, ("sd15",), "step", ("diffusers",)),
+    "unet-zeroscope": Case(unet, ("zeroscope",), "step", ("diffusers",)),
+    "unet-audioldm": Case(unet, ("audioldm",), "step", ("diffusers",)),
+    "vae": Case(vae, (), "picture", ("diffusers",)),
     "train": Case(train, (), "token"),
+    "fine-tune": Case(fine_tune, (), "token"),
 } | {f"attention-{hd}{'-causal' * causal}{'-backward' * backward}":
      Case(fused_attention, (hd, causal, backward), "TFLOP", ("cudnn", "flash"), "cuda")
      for hd in (64, 80, 128) for causal in (False, True) for backward in (False, True)}
@@ -219,24 +348,25 @@ CASES = {
 
 def seconds(job, s, n=1):
     """Of one run, over n of them."""
+    clock = time.process_time if s.device == "cpu" and s.threads == 1 and not job.disk else time.perf_counter
     if s.device == "cuda":
         torch.cuda.synchronize()
-    begin = time.perf_counter()
+    begin = clock()
     for _ in range(n):
         job.run()
     if s.device == "cuda":
         torch.cuda.synchronize()
-    return (time.perf_counter() - begin) / n
+    return (clock() - begin) / n
 
 
 def limits(s):
     """Bytes per second of products of a vector and matrices that no cache holds, operations per second of a large."""
-    n = 4096 if s.device == "cpu" else 16384
-    weights = torch.randn(8, n, n, device=s.device, dtype=torch.bfloat16)
+    n = 2048 if s.device == "cpu" else 16384
+    weights = torch.randn(16, n, n, device=s.device, dtype=s.dtype)
     read = Job(lambda: [F.linear(weights[0, :1], w) for w in weights], 1)
     multiply = Job(lambda: weights[0, :, :n // 2] @ weights[1, :n // 2], 1)
     best = [min(seconds(job, s) for _ in range(s.rounds)) for job in (read, multiply)]
-    return weights.numel() * 2 / best[0], n ** 3 / best[1]
+    return weights.nbytes / best[0], n ** 3 / best[1]
 
 
 def measure(case, s):
@@ -254,7 +384,7 @@ def measure(case, s):
 def peak(name, side, s):
     """Peak bytes of one side in a process of its own."""
     command = [sys.executable, __file__, f"--{s.device}", "--only", name, "--peak", side, "--threads", str(s.threads),
-               "--layers", str(s.layers), "--folder", str(s.folder)]
+               "--layers", str(s.layers), "--folder", str(s.folder), "--dtype", str(s.dtype)[6:]]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
@@ -272,16 +402,16 @@ def row(name, s, roof):
     """A line of the table per peer (one with dashes where there is none)."""
     case = CASES[name]
     times, jobs = measure(case, s)
-    memory = {side: peak(name, side, s) / 2 ** 30 for side in jobs}
+    memory = {side: "-" if s.no_memory else f"{peak(name, side, s) / 2 ** 30:.2f}" for side in jobs}
     took, job = statistics.median(times["ours"]), jobs["ours"]
     share = f"{100 * max(job.bytes / roof[0], job.flops / roof[1]) / took:.0f}%" if job.bytes or job.flops else "-"
     spread = 100 * (max(times["ours"]) / min(times["ours"]) - 1)
     for peer in case.peers or ("-",):
         theirs = statistics.median(times[peer]) if peer in times else None
-        rate, faster, theirs_gib = ((f"{jobs[peer].amount / theirs:.4g}", f"{theirs / took:.2f}", f"{memory[peer]:.2f}")
+        rate, faster, theirs_gib = ((f"{jobs[peer].amount / theirs:.4g}", f"{theirs / took:.2f}", memory[peer])
                                     if theirs else ("-", "-", "-"))
         yield (f"| {name} | {job.amount / took:.4g} {case.unit}/s | {rate} | {peer} | {faster} | {share} "
-               f"| {spread:.0f}% | {memory['ours']:.2f} | {theirs_gib} |")
+               f"| {spread:.0f}% | {memory['ours']} | {theirs_gib} | {s.rounds}, {datetime.date.today()} |")
 
 
 def machine(s):
@@ -294,16 +424,25 @@ def machine(s):
 
 
 def write(s, roof, rows):
-    """Put the device's table into BENCHMARKS.md in place of an older one."""
-    path, date = HERE / "BENCHMARKS.md", datetime.date.today()
-    lines = [f"<!-- {s.device} -->", f"`python bench.py {shlex.join(sys.argv[1:])}`, {date}, {machine(s)}; it reads "
-             f"{roof[0] / 1e9:.1f} GB/s, multiplies {roof[1] / 1e12:.2f} TFLOP/s in bfloat16; {s.rounds} rounds.", "",
-             "| case | ours | theirs | who | times faster | of the limit | spread | GiB ours | GiB theirs |",
-             "|---|---|---|---|---|---|---|---|---|", *rows, f"<!-- /{s.device} -->"]
-    text = "\n".join(lines)
+    """Put rows into the device's table in BENCHMARKS.md in place of older ones; cut models have their own table."""
+    path, mark = HERE / "BENCHMARKS.md", f"{s.device}, {s.layers} layers" if s.layers else s.device
     old = path.read_text() if path.exists() else "# Benchmarks\n\nThe docstring of bench.py says how they are made.\n"
-    found = re.search(f"<!-- {s.device} -->.*<!-- /{s.device} -->", old, re.S)
+    found = re.search(f"<!-- {mark} -->.*<!-- /{mark} -->", old, re.S)
+    new, kept = {line.split()[1] for line in rows}, found[0].splitlines() if found else []
+    rows = rows + [line for line in kept if line.startswith("| ") and line.split()[1] in set(CASES) - new]
+    rows.sort(key=lambda line: list(CASES).index(line.split()[1]))
+    text = "\n".join([
+        f"<!-- {mark} -->", f"`python bench.py {shlex.join(sys.argv[1:])}`, {machine(s)}, {str(s.dtype)[6:]}; it reads "
+        f"{roof[0] / 1e9:.1f} GB/s, multiplies {roof[1] / 1e12:.3f} TFLOP/s (command of the newest rows).", "",
+        "| case | ours | theirs | who | times faster | of the limit | spread | GiB ours | GiB theirs | rounds, day |",
+        "|---|---|---|---|---|---|---|---|---|---|", *rows, f"<!-- /{mark} -->"])
     path.write_text(old.replace(found[0], text) if found else f"{old}\n{text}\n")
+
+
+def native(device):
+    """The name of the floats that a device is quickest in."""
+    can = torch.cpu.get_capabilities()
+    return "bfloat16" if device == "cuda" or can.get("avx512_bf16") or can.get("amx_bf16") else "float32"
 
 
 def main():
@@ -314,10 +453,14 @@ def main():
     p.add_argument("--only", nargs="+", choices=CASES, metavar="NAME", help=f"of {', '.join(CASES)}")
     p.add_argument("--rounds", type=int, default=5, help="times that each side runs (default 5)")
     p.add_argument("--threads", type=int, default=2, help="of the CPU (default 2)")
-    p.add_argument("--layers", type=int, default=0, help="cut every model to so many: quick, BENCHMARKS.md stays")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                   help="of both sides (bfloat16; float32 on a CPU that would have to emulate it)")
+    p.add_argument("--layers", type=int, default=0, help="cut towers and language models to so many, for a quick look")
+    p.add_argument("--no-memory", action="store_true", help="leave out peak memory, which takes fresh processes")
     p.add_argument("--folder", type=Path, default=Path("runs/bench"), help="for checkpoints (default runs/bench)")
     p.add_argument("--peak", metavar="SIDE", help="run one side of one case once and print its peak memory in bytes")
     s = SimpleNamespace(**vars(p.parse_args()))
+    s.dtype, s.shared = getattr(torch, s.dtype or native(s.device)), {}
     torch.set_num_threads(s.threads)
     torch.set_grad_enabled(False)
     if s.peak:
@@ -328,8 +471,7 @@ def main():
         for line in row(name, s, roof):
             rows.append(line)
             print(line, flush=True)
-    if not s.layers:
-        write(s, roof, rows)
+    write(s, roof, rows)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,13 @@ Letters: N output channels, K input channels, G channels of a group, g groups = 
 Decoding reads every weight once per token, so half or a quarter of the bytes is up to 2 or 4 times the speed. On a CPU
 torch multiplies the packed integers; elsewhere, and as the reference, weights are expanded and multiplied as usual.
 """
+from dataclasses import replace
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+KINDS = {"int8": 8, "int4": 4}          # bits
 
 
 # ---- Numbers
@@ -31,55 +35,73 @@ def to_int4(weight, group):
 # ---- Layer
 
 class QuantLinear(nn.Module):
-    """A Linear without bias in 8 or 4 bits, made from a plain one on the device where it will run. No gradients.
+    """A Linear without bias in 8 or 4 bits, made from a plain one. No gradients. Raises ValueError.
 
-    packed None chooses: torch's integer products on a CPU, expanded weights elsewhere. Raises ValueError.
+    Multiplies by torch's integer products on a CPU, elsewhere (or packed=False) by weights that it expands; so too
+    where an int8 matrix meets many rows, a prompt's.
     """
 
-    def __init__(self, linear, bits, group=64, packed=None):
+    def __init__(self, linear, bits, group=64, packed=True):
         super().__init__()
         (N, K), weight = linear.weight.shape, linear.weight.detach().float()
         if linear.bias is not None or bits not in (4, 8) or bits == 4 and (group not in (32, 64, 128) or K % group):
             raise ValueError(f"cannot quantise a {K} -> {N} Linear to {bits} bits in groups of {group}: bits are 4 or "
                              "8, groups 32, 64 or 128 and divide the input channels, and there is no bias")
         self.in_features, self.out_features, self.bits, self.group = K, N, bits, group
-        self.packed = weight.device.type == "cpu" and (bits == 8 or N % 16 == 0) if packed is None else packed
+        self.packs = packed and (bits == 8 or N % 16 == 0)
         weight, scale = to_int8(weight) if bits == 8 else to_int4(weight, group)
-        if bits == 4 and self.packed:
-            weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight, 1)          # (N, K / 2), torch's order
-        elif bits == 4:
+        if bits == 4:
             weight = (weight[:, ::2] << 4 | weight[:, 1::2]).to(torch.uint8)                # (N, K / 2), two in a byte
         self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
+        self.register_buffer("scale", scale.view(torch.int16))      # bits of bfloat16, which .to(dtype) leaves alone
+        self.register_buffer("packed", None, persistent=False)      # int4 in torch's own order, in place of weight
+
+    def values(self):
+        """The integers of 4 bits, (N, K)."""
+        return torch.stack([self.weight >> 4, self.weight & 15], -1).flatten(1)
 
     def expand(self):
-        """The weights as floats, (N, K); not of packed int4, whose order is torch's own."""
+        """The weights as floats, (N, K); not of packed int4."""
+        scale = self.scale.view(torch.bfloat16).float()
         if self.bits == 8:
-            return self.weight.float() * self.scale.float()[:, None]
-        values = torch.stack([self.weight >> 4, self.weight & 15], -1).flatten(1)           # (N, K)
-        scale, zero = self.scale.float().transpose(0, 1)[..., None].unbind(2)               # (N, g, 1) each
-        return ((values.unflatten(1, (-1, self.group)).float() - 8) * scale + zero).flatten(1)
+            return self.weight.float() * scale[:, None]
+        scale, zero = scale.transpose(0, 1)[..., None].unbind(2)                            # (N, g, 1) each
+        return ((self.values().unflatten(1, (-1, self.group)).float() - 8) * scale + zero).flatten(1)
 
     def forward(self, x):
-        if not self.packed:
+        many = self.bits == 8 and x.numel() > 256 * self.in_features
+        if many or not self.packs or x.device.type != "cpu":
             return F.linear(x, self.expand().to(x.dtype))
         flat = x.reshape(-1, self.in_features).bfloat16()                                   # the dtype torch is fast in
-        y = (torch._weight_int8pack_mm(flat, self.weight, self.scale) if self.bits == 8 else
-             torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.weight, self.group, self.scale))
+        scale = self.scale.view(torch.bfloat16)
+        if self.bits == 8:
+            y = torch._weight_int8pack_mm(flat, self.weight, scale)
+        else:
+            if self.packed is None:
+                self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(self.values().int(), 1)
+                self.weight = None
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.packed, self.group, scale)
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
 # ---- Model
 
-def quantize(model, bits, group=64):
-    """Replace the Linear layers of model.llm's blocks in place; lm_head, read once per token too, gets 8 bits.
+def merged(layer):
+    """A layer without LoRA."""
+    return layer.merge() if hasattr(layer, "merge") else layer
 
-    Raises ValueError for LoRA layers: merge them first.
+
+def quantize(model, kind, fetch=lambda name, layer: layer):
+    """Replace the Linear layers of model.llm in place, LoRA merged; lm_head, read once per token too, gets 8 bits.
+
+    fetch(name, layer) gives each layer, when its turn comes, with its weights in memory. Raises ValueError.
     """
-    for block in model.llm.blocks:
-        for part in (block.attn, block.mlp):
-            for name, layer in part.named_children():
-                if type(layer) is not nn.Linear:
-                    raise ValueError(f"{name} is a {type(layer).__name__}: merge LoRA first, and quantise once")
-                setattr(part, name, QuantLinear(layer, bits, group))
-    model.llm.lm_head = QuantLinear(model.llm.lm_head, 8)
+    if kind not in KINDS or model.llm is None or model.cfg.quantized:
+        raise ValueError(f"cannot quantise to {kind!r}: kinds are {', '.join(KINDS)}, and the model needs a language "
+                         f"model that is not quantised yet (it is {model.cfg.quantized or 'float'})")
+    for name in [name for name, layer in model.llm.named_modules() if isinstance(layer, nn.Linear)]:
+        owner, _, last = name.rpartition(".")
+        owner, bits = model.llm.get_submodule(owner), 8 if name == "lm_head" else KINDS[kind]
+        setattr(owner, last, QuantLinear(merged(fetch(f"llm.{name}", getattr(owner, last))), bits))
+    model.llm.cfg = replace(model.llm.cfg, tied=False, lora_rank=0)
+    model.cfg = replace(model.cfg, llm=model.llm.cfg, quantized=kind)

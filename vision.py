@@ -338,23 +338,6 @@ def relative_scores(q, table_h, table_w):
     return rel_h.flatten(2, 3), rel_w.flatten(2, 3)
 
 
-QUERIES = 1024                          # per piece of grid_attention
-
-
-def grid_attention(q, k, v, rel_h, rel_w):
-    """Attention whose bias for the key in row y, column x is rel_h[..., y] + rel_w[..., x].
-
-    Head by head, QUERIES at a time: the whole bias (nh, 4096, 4096) of a SAM would take 1 GB and more time.
-    """
-    out = torch.empty_like(q)
-    for head in range(q.shape[1]):
-        for start in range(0, q.shape[2], QUERIES):
-            here = slice(None), slice(head, head + 1), slice(start, start + QUERIES)
-            bias = (rel_h[here][..., None] + rel_w[here][..., None, :]).flatten(-2)         # (B, 1, QUERIES, H * W)
-            out[here] = attention(q[here], k[here[:2]], v[here[:2]], bias=bias)
-    return out
-
-
 class SAMAttention(nn.Module):
     """Self-attention over patches (B, H, W, C) within squares of side `window`, with relative positions."""
 
@@ -374,7 +357,7 @@ class SAMAttention(nn.Module):
             qkv = padded
         qkv = qkv.unflatten(2, (n, side)).unflatten(1, (n, side)).transpose(2, 3)           # (B, n, n, side, side, 3 C)
         q, k, v = (split_heads(x, self.n_head) for x in qkv.flatten(3, 4).flatten(0, 2).chunk(3, dim=-1))
-        x = merge_heads(grid_attention(q, k, v, *relative_scores(q, self.rel_pos_h, self.rel_pos_w)))
+        x = merge_heads(attention(q, k, v, rel=relative_scores(q, self.rel_pos_h, self.rel_pos_w)))
         x = x.unflatten(1, (side, side)).unflatten(0, (B, n, n)).transpose(2, 3)            # (B, n, side, n, side, C)
         return self.proj(x.flatten(3, 4).flatten(1, 2)[:, :H, :W])
 

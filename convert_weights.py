@@ -16,6 +16,7 @@ import shutil
 import struct
 import sys
 import zipfile
+import zlib
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -30,13 +31,18 @@ examples:
   one language model, one encoder
     convert_weights.py vicuna-7b-v1.5/ --out weights/vicuna
     convert_weights.py clip-vit-large-patch14-336/ --out weights/clip
-  ChatBind from its published delta, the base it was made against, and the ImageBind tower
+  ChatBind from its published delta, or with the delta applied, or a language model with a projector trained for it
     convert_weights.py vicuna-7b/ chatbind-delta/ imagebind_huge.pth --out weights/chatbind-7b
-  ChatBind, delta already applied; or a language model with a projector trained for it
     convert_weights.py chatbind-7b/ imagebind_huge.pth --out weights/chatbind-7b
     convert_weights.py vicuna-7b/ mm_projector.bin imagebind_huge.pth --out weights/chatbind-7b
-  NExT-GPT from its published file, the base it was trained on, and the ImageBind tower
+  NExT-Chat, ChatterBox, NExT-GPT, and the diffusion models that this one prompts, each a folder of its own
+    convert_weights.py nextchat-7b-336/ --out weights/nextchat-7b
+    convert_weights.py mp_rank_00_model_states.pt clip-vit-large-patch14/ --out weights/chatterbox-13b
     convert_weights.py vicuna-7b-v0/ nextgpt_7b_tiva_v0/ imagebind_huge.pth --out weights/nextgpt-7b
+    convert_weights.py stable-diffusion-v1-5/ --out weights/sd15
+  a model to train, from parts of others; what training makes is initialised and listed
+    convert_weights.py --preset nextchat-7b-336 vicuna-7b/ clip-large-336/ sam_vit_h.pth --out weights/start
+    convert_weights.py --preset omni-7b nextchat/ imagebind_huge.pth chatterbox.pt nextgpt/ --out weights/omni
   look first: which key goes where, what is missing
     convert_weights.py chatbind-7b/ imagebind_huge.pth --dry-run --verbose
   back to the public names, for other programs
@@ -60,8 +66,11 @@ def parse_args():
     add("sources", nargs="*", metavar="SOURCE", help="folders and files that together make one model")
     add("--out", type=Path, metavar="DIR", help="folder to write: all of it or, if anything goes wrong, nothing")
     add("--export", type=Path, metavar="WEIGHTS_DIR", help="write this weights folder under the public names instead")
-    add("--preset", default="", metavar="NAME", help="sizes to use instead of those of the source's config.json")
+    add("--preset", default="", metavar="NAME", help="build this model of what the sources have of it; what "
+        "training makes may be missing")
+    add("--merge-lora", action="store_true", help="fold LoRA into the weights (else it is kept beside them)")
     add("--dtype", choices=("keep", "fp32", "bf16", "fp16"), default="keep", help="of the weights (keep)")
+    add("--quantize", choices=("int8", "int4"), help="keep the language model's matrices in 8 or 4 bits")
     add("--max-shard", type=gigabytes, default="5GB", metavar="SIZE", help="largest file to write (5GB)")
     add("--overwrite", action="store_true", help="replace DIR if it exists")
     add("--dry-run", action="store_true", help="stop after the report: write nothing")
@@ -70,6 +79,8 @@ def parse_args():
     args = parser.parse_args()
     if bool(args.sources) == bool(args.export):
         parser.error("name the sources to convert, or --export WEIGHTS_DIR")
+    if args.export and args.quantize:
+        parser.error("--quantize makes weights folders only, not exports")
     if not args.out and not args.dry_run:
         parser.error("--out DIR is needed (or --dry-run)")
     return args
@@ -106,8 +117,7 @@ LLAMA = [
     ("model.layers.{}.self_attn.{q,k,v,o}_proj.weight", "llm.blocks.{}.attn.w{q,k,v,o}.weight"),
     ("model.layers.{}.self_attn.rotary_emb.inv_freq",   None, "recomputed from the configuration"),
     ("model.layers.{}.mlp.{gate,up,down}_proj.*",       "llm.blocks.{}.mlp.{gate,up,down}.*"),
-    ("model.layers.{}.input_layernorm.*",               "llm.blocks.{}.attn_norm.*"),
-    ("model.layers.{}.post_attention_layernorm.*",      "llm.blocks.{}.mlp_norm.*"),
+    ("model.layers.{}.{input,post_attention}_layernorm.*", "llm.blocks.{}.{attn,mlp}_norm.*"),
     ("model.norm.*",                                    "llm.norm.*"),
     ("lm_head.*",                                       "llm.lm_head.*"),
 ]
@@ -119,8 +129,8 @@ CLIP = [
     ("vision_model.{pre_layrnorm,post_layernorm}.*",    "readers.clip.tower.{pre_norm,norm}.*"),
     ("vision_model.encoder.layers.{}.self_attn.{q_proj,k_proj,v_proj,out_proj}.*",
      "readers.clip.tower.blocks.{}.attn.{wq,wk,wv,wo}.*"),
-    ("vision_model.encoder.layers.{}.layer_norm{1,2}.*", "readers.clip.tower.blocks.{}.{attn_norm,mlp_norm}.*"),
-    ("vision_model.encoder.layers.{}.mlp.*",            "readers.clip.tower.blocks.{}.mlp.*"),
+    ("vision_model.encoder.layers.{}.{layer_norm1,layer_norm2,mlp}.*",
+     "readers.clip.tower.blocks.{}.{attn_norm,mlp_norm,mlp}.*"),
     ("text_model.*",                                    None, "text tower, no chat model reads it"),
     ("{visual_projection,text_projection}.weight",      None, "only compares pictures with the text tower"),
     ("logit_scale",                                     None, "only compares pictures with the text tower"),
@@ -131,21 +141,17 @@ TRUNK, BLOCK = "modality_trunks." + MODALITY + ".blocks.{}.", TOWER + MODALITY +
 IMAGEBIND = [
     ("modality_preprocessors." + MODALITY + ".cls_token",                       TOWER + MODALITY + ".cls"),
     ("modality_preprocessors.vision.rgbt_stem.proj.1.weight",                   TOWER + "vision.stem.weight"),
-    ("modality_preprocessors.{audio,thermal}.rgbt_stem.proj.weight",            TOWER + "{audio,thermal}.stem.weight"),
-    ("modality_preprocessors.{audio,thermal}.rgbt_stem.norm_layer.*",           TOWER + "{audio,thermal}.stem_norm.*"),
-    ("modality_preprocessors.depth.depth_stem.proj.weight",                     TOWER + "depth.stem.weight"),
-    ("modality_preprocessors.depth.depth_stem.norm_layer.*",                    TOWER + "depth.stem_norm.*"),
-    ("modality_preprocessors.imu.imu_stem.proj.weight",                         TOWER + "imu.stem.weight"),
-    ("modality_preprocessors.imu.imu_stem.norm_layer.*",                        TOWER + "imu.stem_norm.*"),
+    ("modality_preprocessors.{audio,thermal}.rgbt_stem.{proj,norm_layer}.*",
+     TOWER + "{audio,thermal}.{stem,stem_norm}.*"),
+    ("modality_preprocessors.depth.depth_stem.{proj,norm_layer}.*",             TOWER + "depth.{stem,stem_norm}.*"),
+    ("modality_preprocessors.imu.imu_stem.{proj,norm_layer}.*",                 TOWER + "imu.{stem,stem_norm}.*"),
     ("modality_preprocessors.text.token_embedding.weight",                      TOWER + "text.stem.weight"),
     ("modality_preprocessors.text.mask",                                        None, "causal mask, rebuilt"),
     ("modality_preprocessors." + GRID + ".pos_embedding_helper.pos_embed",      TOWER + GRID + ".pos"),
     ("modality_preprocessors.{text,imu}.pos_embed",                             TOWER + "{text,imu}.pos"),
     ("modality_trunks." + MODALITY + ".pre_transformer_layer.0.*",              TOWER + MODALITY + ".pre_norm.*"),
-    (TRUNK + "norm_{1,2}.*",                            BLOCK + "{attn_norm,mlp_norm}.*"),
-    (TRUNK + "mlp.*",                                   BLOCK + "mlp.*"),
+    (TRUNK + "{norm_1,norm_2,mlp,attn.out_proj}.*",     BLOCK + "{attn_norm,mlp_norm,mlp,attn.wo}.*"),
     (TRUNK + "attn.in_proj_{weight,bias}",              BLOCK + "attn.wqkv.{weight,bias}"),
-    (TRUNK + "attn.out_proj.*",                         BLOCK + "attn.wo.*"),
     (TRUNK + "attn.bias_{k,v}",                         BLOCK + "attn.bias_{k,v}"),
     ("modality_heads." + GRID + ".0.*",                                         TOWER + GRID + ".norm.*"),
     ("modality_heads." + GRID + ".2.weight",                                    TOWER + GRID + ".head.weight"),
@@ -155,10 +161,12 @@ IMAGEBIND = [
 ]
 PROJECTOR = [("model.mm_projector.*",                   "readers.imagebind.projector.*")]
 CHATBIND = LLAMA + PROJECTOR
-PARTS = "{image_encoder,prompt_encoder,mask_decoder}.*"
-SAM = [(PARTS,                                          "writers.at.sam." + PARTS)]
+LLAVA = LLAMA + [("model.mm_projector.*",               "readers.clip.projector.*")]
+SAM_PARTS = "{image_encoder,prompt_encoder,mask_decoder}.*"
+SAM = [(SAM_PARTS,                                      "writers.at.sam." + SAM_PARTS)]
 NEXTCHAT = LLAMA + [("model.vision_tower." + theirs, *rest) for theirs, *rest in CLIP if theirs[:6] == "vision"] + [
     ("model.mm_projector.{}.*",                         "readers.clip.projector.{}.*"),
+    ("model.mm_projector.{weight,bias}",                "readers.clip.projector.{weight,bias}"),
     ("loc_encoder.*",                                   "readers.box.*"),
     ("{loc_decoder,seg_prompt_mlp}.*",                  "writers.at.{loc_decoder,seg_prompt_mlp}.*"),
     ("sam.model.*",                                     "writers.at.sam.*"),
@@ -169,11 +177,10 @@ LORA = [
 LOCATOR, ENCODER, DECODER = "writers.vg.locator.", "transformer.encoder.", "transformer.decoder."
 GROUNDING_DINO = [
     ("backbone.0.patch_embed.{proj,norm}.*",            LOCATOR + "swin.{patch,patch_norm}.*"),
-    ("backbone.0.layers.{}.blocks.{}.norm{1,2}.*",      LOCATOR + "swin.stages.{}.{}.{attn_norm,mlp_norm}.*"),
-    ("backbone.0.layers.{}.blocks.{}.attn.{qkv,proj}.*", LOCATOR + "swin.stages.{}.{}.attn.{wqkv,wo}.*"),
+    ("backbone.0.layers.{}.blocks.{}.{norm1,norm2,mlp,attn.qkv,attn.proj}.*",
+     LOCATOR + "swin.stages.{}.{}.{attn_norm,mlp_norm,mlp,attn.wqkv,attn.wo}.*"),
     ("backbone.0.layers.{}.blocks.{}.attn.relative_position_bias_table", LOCATOR + "swin.stages.{}.{}.attn.bias_table"),
     ("backbone.0.layers.{}.blocks.{}.attn.relative_position_index", None, "recomputed from the window's size"),
-    ("backbone.0.layers.{}.blocks.{}.mlp.*",            LOCATOR + "swin.stages.{}.{}.mlp.*"),
     ("backbone.0.layers.{}.downsample.*",               LOCATOR + "swin.merges.{}.*"),
     ("backbone.0.norm{0,1,2,3}.*",                      LOCATOR + "swin.norms.{0,1,2,3}.*"),
     ("input_proj.{}.{0,1}.*",                           LOCATOR + "input_proj.{}.{conv,norm}.*"),
@@ -183,25 +190,22 @@ GROUNDING_DINO = [
     ("transformer.enc_out_bbox_embed.layers.{0,1,2}.*", LOCATOR + "proposal_box.{0,2,4}.*"),
     (ENCODER + "fusion_layers.{}.layer_norm_{v,l}.*",   LOCATOR + "encoder.{}.fusion.{image_norm,text_norm}.*"),
     (ENCODER + "fusion_layers.{}.gamma_{v,l}",          LOCATOR + "encoder.{}.fusion.{image_gamma,text_gamma}"),
-    (ENCODER + "fusion_layers.{}.attn.{v_proj,l_proj}.*", LOCATOR + "encoder.{}.fusion.{image_qk,text_qk}.*"),
-    (ENCODER + "fusion_layers.{}.attn.values_{v,l}_proj.*", LOCATOR + "encoder.{}.fusion.{image_v,text_v}.*"),
-    (ENCODER + "fusion_layers.{}.attn.out_{v,l}_proj.*", LOCATOR + "encoder.{}.fusion.{image_out,text_out}.*"),
+    (ENCODER + "fusion_layers.{}.attn.{v,l,values_v,values_l,out_v,out_l}_proj.*",
+     LOCATOR + "encoder.{}.fusion.{image_qk,text_qk,image_v,text_v,image_out,text_out}.*"),
     (ENCODER + "text_layers.{}.self_attn.in_proj_{weight,bias}", LOCATOR + "encoder.{}.text.attn.wqkv.{weight,bias}"),
-    (ENCODER + "text_layers.{}.self_attn.out_proj.*",   LOCATOR + "encoder.{}.text.attn.wo.*"),
-    (ENCODER + "text_layers.{}.norm{1,2}.*",            LOCATOR + "encoder.{}.text.{attn_norm,mlp_norm}.*"),
-    (ENCODER + "text_layers.{}.linear{1,2}.*",          LOCATOR + "encoder.{}.text.mlp.fc{1,2}.*"),
+    (ENCODER + "text_layers.{}.{self_attn.out_proj,norm1,norm2,linear1,linear2}.*",
+     LOCATOR + "encoder.{}.text.{attn.wo,attn_norm,mlp_norm,mlp.fc1,mlp.fc2}.*"),
     (ENCODER + "layers.{}.self_attn.{sampling_offsets,attention_weights,value_proj,output_proj}.*",
      LOCATOR + "encoder.{}.image.attn.{offsets,weights,wv,wo}.*"),
-    (ENCODER + "layers.{}.norm{1,2}.*",                 LOCATOR + "encoder.{}.image.{attn_norm,mlp_norm}.*"),
-    (ENCODER + "layers.{}.linear{1,2}.*",               LOCATOR + "encoder.{}.image.mlp.fc{1,2}.*"),
+    (ENCODER + "layers.{}.{norm1,norm2,linear1,linear2}.*",
+     LOCATOR + "encoder.{}.image.{attn_norm,mlp_norm,mlp.fc1,mlp.fc2}.*"),
     (DECODER + "layers.{}.{self_attn,ca_text}.in_proj_{weight,bias}",
      LOCATOR + "decoder.{}.{self_attn,text_attn}.wqkv.{weight,bias}"),
     (DECODER + "layers.{}.{self_attn,ca_text}.out_proj.*", LOCATOR + "decoder.{}.{self_attn,text_attn}.wo.*"),
     (DECODER + "layers.{}.cross_attn.{sampling_offsets,attention_weights,value_proj,output_proj}.*",
      LOCATOR + "decoder.{}.attn.{offsets,weights,wv,wo}.*"),
-    (DECODER + "layers.{}.{norm1,norm2,norm3,catext_norm}.*",
-     LOCATOR + "decoder.{}.{attn_norm,self_norm,mlp_norm,text_norm}.*"),
-    (DECODER + "layers.{}.linear{1,2}.*",               LOCATOR + "decoder.{}.mlp.fc{1,2}.*"),
+    (DECODER + "layers.{}.{norm1,norm2,norm3,catext_norm,linear1,linear2}.*",
+     LOCATOR + "decoder.{}.{attn_norm,self_norm,mlp_norm,text_norm,mlp.fc1,mlp.fc2}.*"),
     (DECODER + "norm.*",                                LOCATOR + "norm.*"),
     (DECODER + "ref_point_head.layers.{0,1}.*",         LOCATOR + "query_pos.{0,2}.*"),
     (DECODER + "bbox_embed.0.layers.{0,1,2}.*",         LOCATOR + "box.{0,2,4}.*"),
@@ -223,57 +227,52 @@ CHATTERBOX = [("lm.base_model.model." + theirs, *ours) for theirs, *ours in LLAM
 ]
 TABLE = CHATBIND + CLIP + IMAGEBIND + SAM               # their names never meet, so one table reads most,
 
-# Diffusion decoders: theirs is img, vid or aud, then the subfolder, then the key, as in img.unet.conv_in.weight. Where
-# old and new releases have different names, ours repeats itself; the first name is the one to export.
-WHICH, CODER = "{img,vid,aud}.", "{img,vid,aud}.vae.{encoder,decoder}."
-TEXT, TEXT_OURS = "{img,vid}.text_encoder.{text_model.,}", "writers.{img,vid}.text.{,}"   # transformers 5: no prefix
-CLAP, CLAP_OURS = "aud.text_encoder.text_model.", "writers.aud.text."
-UNCHANGED = [
-    WHICH + "unet.*", WHICH + "vae.{quant_conv,post_quant_conv}.*", CODER + "mid_block.resnets.*",
-    CODER + "mid_block.attentions.0.group_norm.*", CODER + "{conv_in,conv_norm_out,conv_out,down_blocks,up_blocks}.*",
-    "aud.vocoder.{conv_pre,upsampler,resblocks,conv_post}.*"]
-PAINTERS = [(name, "writers." + name) for name in UNCHANGED] + [
-    (CODER + "mid_block.attentions.0.{to_q,to_k,to_v,to_out.0,query,key,value,proj_attn}.*",
-     "writers." + CODER + "mid_block.attentions.0.{to_q,to_k,to_v,to_out.0,to_q,to_k,to_v,to_out.0}.*"),
-    ("aud.vocoder.{mean,scale}",                        None, "statistics of speech, not used"),
-    (TEXT + "embeddings.position_ids",                  None, "they count 0, 1, 2, ..."),
-    (TEXT + "embeddings.{token,position}_embedding.*",  TEXT_OURS + "{embed,pos}.*"),
-    (TEXT + "encoder.layers.{}.self_attn.{q,k,v,out}_proj.*",   TEXT_OURS + "blocks.{}.attn.{wq,wk,wv,wo}.*"),
-    (TEXT + "encoder.layers.{}.layer_norm{1,2}.*",      TEXT_OURS + "blocks.{}.{attn,mlp}_norm.*"),
-    (TEXT + "encoder.layers.{}.mlp.*",                  TEXT_OURS + "blocks.{}.mlp.*"),
-    (TEXT + "final_layer_norm.*",                       TEXT_OURS + "norm.*"),
-    (CLAP + "embeddings.{position,token_type}_ids",     None, "they count 0, 1, 2, ...; they are 0"),
-    (CLAP + "embeddings.{word,position,token_type}_embeddings.*",   CLAP_OURS + "{embed,pos,kind}.*"),
-    (CLAP + "embeddings.LayerNorm.*",                   CLAP_OURS + "embed_norm.*"),
-    (CLAP + "encoder.layer.{}.attention.self.{query,key,value}.*",  CLAP_OURS + "blocks.{}.attn.{wq,wk,wv}.*"),
-    (CLAP + "encoder.layer.{}.attention.output.dense.*",            CLAP_OURS + "blocks.{}.attn.wo.*"),
-    (CLAP + "encoder.layer.{}.{attention.output,output}.LayerNorm.*",   CLAP_OURS + "blocks.{}.{attn,mlp}_norm.*"),
-    (CLAP + "encoder.layer.{}.{intermediate,output}.dense.*",       CLAP_OURS + "blocks.{}.mlp.{fc1,fc2}.*"),
-    (CLAP + "pooler.dense.*",                           CLAP_OURS + "pool.*"),
-    ("aud.text_encoder.text_projection.linear{1,2}.*",  CLAP_OURS + "fc{1,2}.*"),
+# A diffusion decoder is a folder of its own; theirs is the subfolder, then the key, as in unet.conv_in.weight. Where
+# old and new releases have different names, ours repeats itself.
+TOWER_TEXT, CLAP = "text_encoder.{text_model.,}", "text_encoder.text_model."           # transformers 5: no prefix
+CODER, PIXELS = "vae.{encoder,decoder}.", "vae.{encoder,decoder}.mid_block.attentions.0."
+UNCHANGED = ["unet.*", "vae.{quant_conv,post_quant_conv}.*", CODER + "mid_block.resnets.*", PIXELS + "group_norm.*",
+             CODER + "{conv_in,conv_norm_out,conv_out,down_blocks,up_blocks}.*",
+             "vocoder.{conv_pre,upsampler,resblocks,conv_post}.*"]
+PAINTER = [(name, name) for name in UNCHANGED] + [
+    (PIXELS + "{to_q,to_k,to_v,to_out.0,query,key,value,proj_attn}.*",
+     PIXELS + "{to_q,to_k,to_v,to_out.0,to_q,to_k,to_v,to_out.0}.*"),
+    ("vocoder.{mean,scale}",                            None, "statistics of speech, not used"),
+    (TOWER_TEXT + "embeddings.{position,token_type}_ids", None, "they count 0, 1, 2, ...; they are 0"),
+    (TOWER_TEXT + "{embeddings.token_embedding,embeddings.position_embedding,final_layer_norm}.*",
+     "text.{,}{embed,pos,norm}.*"),
+    (TOWER_TEXT + "encoder.layers.{}.self_attn.{q,k,v,out}_proj.*", "text.{,}blocks.{}.attn.{wq,wk,wv,wo}.*"),
+    (TOWER_TEXT + "encoder.layers.{}.{layer_norm1,layer_norm2,mlp}.*", "text.{,}blocks.{}.{attn_norm,mlp_norm,mlp}.*"),
+    (CLAP + "embeddings.{word_embeddings,position_embeddings,token_type_embeddings,LayerNorm}.*",
+     "text.{embed,pos,kind,embed_norm}.*"),
+    (CLAP + "encoder.layer.{}.attention.{self.query,self.key,self.value,output.dense,output.LayerNorm}.*",
+     "text.blocks.{}.{attn.wq,attn.wk,attn.wv,attn.wo,attn_norm}.*"),
+    (CLAP + "encoder.layer.{}.{intermediate.dense,output.dense,output.LayerNorm}.*",
+     "text.blocks.{}.{mlp.fc1,mlp.fc2,mlp_norm}.*"),
+    (CLAP + "pooler.dense.*",                           "text.pool.*"),
+    ("text_encoder.text_projection.linear{1,2}.*",      "text.fc{1,2}.*"),
 ]
-SIGNAL, PROJ = "gen_text_hidden_fcs{,_video,_audio}.0.", "writers." + WHICH + "proj."
+SIGNAL, PROJ = "gen_text_hidden_fcs{,_video,_audio}.0.", "writers.{img,vid,aud}.proj."
 OUTPUT_PROJECTION = [                                   # in NExT-GPT's own checkpoints
     (SIGNAL + "query_embs",                             PROJ + "query_embs"),
     (SIGNAL + "{fc,model}.*",                           PROJ + "{fc,model}.*"),
     (SIGNAL + "tfm.{encoder,decoder}.norm.*",           PROJ + "{encoder,decoder}_norm.*"),
     (SIGNAL + "tfm.{encoder,decoder}.layers.{}.{self,multihead}_attn.in_proj_{weight,bias}",
      PROJ + "{encoder,decoder}.{}.{attn,cross}.wqkv.{weight,bias}"),
-    (SIGNAL + "tfm.{encoder,decoder}.layers.{}.{self,multihead}_attn.out_proj.*",
-     PROJ + "{encoder,decoder}.{}.{attn,cross}.wo.*"),
-    (SIGNAL + "tfm.{encoder,decoder}.layers.{}.linear{1,2}.*",              PROJ + "{encoder,decoder}.{}.mlp.fc{1,2}.*"),
+    (SIGNAL + "tfm.{encoder,decoder}.layers.{}.{self_attn.out_proj,multihead_attn.out_proj,linear1,linear2}.*",
+     PROJ + "{encoder,decoder}.{}.{attn.wo,cross.wo,mlp.fc1,mlp.fc2}.*"),
     (SIGNAL + "tfm.encoder.layers.{}.norm{1,2}.*",      PROJ + "encoder.{}.{attn,mlp}_norm.*"),
     (SIGNAL + "tfm.decoder.layers.{}.norm{1,2,3}.*",    PROJ + "decoder.{}.{attn,cross,mlp}_norm.*"),
 ]
 # The prefix says whether the model has LoRA; {,} in our name makes nothing of either.
 LLAMA_MODEL = "llama_model.{,base_model.model.}"
 NEXTGPT = [(LLAMA_MODEL + theirs, ours and "{,}" + ours, *why) for theirs, ours, *why in LLAMA] + [
-    ("llama_model.base_model.model.model.layers.{}.self_attn.{q,k,v,o}_proj.lora_{A,B}.default.weight",
-     "llm.blocks.{}.attn.w{q,k,v,o}.lora_{A,B}"),
+    ("llama_model.base_model.model." + theirs, ours) for theirs, ours in LORA] + [
     ("input_embeddings.weight",                         None, "the embedding once more"),
     ("llama_proj.*",                                    "readers.imagebind.projector.*"),
 ] + OUTPUT_PROJECTION
-TABLES = {"nextchat": NEXTCHAT, "chatterbox": CHATTERBOX, "groundingdino": GROUNDING_DINO, "nextgpt": NEXTGPT}     # the rest
+TABLES = {"llava": LLAVA, "nextchat": NEXTCHAT, "chatterbox": CHATTERBOX, "groundingdino": GROUNDING_DINO,
+          "nextgpt": NEXTGPT, "painter": PAINTER}       # the rest
 
 # Names in config.json (theirs, ours), read both ways as well.
 LLM_FIELDS = [("hidden_size", "dim"), ("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head"),
@@ -329,7 +328,7 @@ def rewrite(key, pattern, target):
 
 def translate(key, table):
     """Our name of their key, or None if it is dropped. Raises KeyError unless exactly one row matches."""
-    hits = [(theirs, ours) for theirs, ours, *_ in table if rewrite(key, theirs, theirs) is not None]
+    hits = [(theirs, ours) for theirs, ours, *_ in table if compiled(theirs)[0].fullmatch(key)]
     if len(hits) != 1:
         raise KeyError(f"{key} is matched by {len(hits)} rows" + "".join(f"; {theirs}" for theirs, _ in hits))
     theirs, ours = hits[0]
@@ -352,7 +351,9 @@ def rename(state, table):
 
 WRAPPERS = "state_dict", "model", "module"              # Lightning; GroundingDINO; DeepSpeed
 INDICES = "model.safetensors.index.json", "pytorch_model.bin.index.json"
-LAYOUTS = "model*.safetensors", "*.safetensors", "pytorch_model*.bin", "*.bin", "*.pth", "*.pt", "*.ckpt"
+LAYOUTS = ("model.safetensors", "diffusion_pytorch_model.safetensors", "model*.safetensors", "*.safetensors",
+           "pytorch_model.bin", "diffusion_pytorch_model.bin", "pytorch_model*.bin", "*.bin", "*.pth", "*.pt", "*.ckpt")
+PAINTER_PARTS = "unet", "vae", "text_encoder", "vocoder"       # folders of a diffusion model
 
 
 class Stored(NamedTuple):
@@ -495,6 +496,9 @@ def open_file(path):
 
 def open_files(path):
     """{key: Stored} of a source: a file, the shards an index names, or what a folder has of the first of LAYOUTS."""
+    if (path / "model_index.json").is_file():
+        parts = [part for part in PAINTER_PARTS if (path / part).is_dir()]
+        return {f"{part}.{key}": x for part in parts for key, x in open_files(path / part).items()}
     files, out = [path] if path.is_file() else [], {}
     for index in (path / name for name in INDICES if not files and (path / name).is_file()):
         names = read_json(index).get("weight_map")
@@ -514,12 +518,17 @@ def open_files(path):
 
 # ---- Sources
 
-SIGNS = {"imagebind": "modality_", "nextchat": r"loc_encoder\.", "sam": r"^mask_decoder\.",
+SIGNS = {"imagebind": "modality_", "chatterbox": r"^lm\.base_model\.", "nextchat": r"^loc_encoder\.",
+         "groundingdino": r"\.fusion_layers\.", "sam": r"^mask_decoder\.", "painter": r"^unet\.",
          "nextgpt": r"^(llama_model|llama_proj|gen_text_hidden_fcs\w*)\.",
          "clip": r"vision_model\.|pre_layrnorm\.", "llama": r"model\.layers\.",
          "projector": r"mm_projector\."}                # of several that fit, the first
+LLMS = "llama", "llava", "chatbind", "nextchat", "chatterbox"           # kinds with a whole language model
+TOKENS = list(M.CHATBIND_TOKENS)                        # padding first, then the three around media
+PUBLISHED = {p.system: p.added_tokens for p in M.PRESETS.values() if p.system != "tiny"}
 EMBED, HEAD, BRIDGE = "llm.embed.weight", "llm.lm_head.weight", "readers.imagebind.projector.weight"
-AUDIO_SCALE = TOWER + "audio.log_scale"
+AUDIO_SCALE, CLS = TOWER + "audio.log_scale", "readers.clip.tower.cls"
+MASK_TOKENS = "writers.at.sam.mask_decoder.mask_tokens.weight"
 
 
 class Row(NamedTuple):
@@ -533,7 +542,7 @@ class Row(NamedTuple):
 
 
 class Source(NamedTuple):
-    """One checkpoint under our names. kind: one of SIGNS, chatbind or delta."""
+    """One checkpoint under our names. kind: one of SIGNS, llava, chatbind or delta."""
     path: Path
     kind: str
     tensors: dict                       # our name: Stored
@@ -553,18 +562,29 @@ class Source(NamedTuple):
         found = (re.match(re.escape(stem) + r"\.blocks\.(\d+)\.", name) for name in self.tensors)
         return 1 + max((int(match[1]) for match in found if match), default=-1)
 
+    def tokens(self, needed=()):
+        """{added token: row of its embedding}, as its files say or as published. Raises Refused if they do not fit."""
+        rows = self.shape(EMBED)[0] if EMBED in self.tensors else 0
+        if self.kind == "projector":                    # trained for the last tokens
+            return {name: rows - i for i, name in enumerate(reversed(TOKENS[1:]), 1) if i <= rows}
+        tokens = self.json("added_tokens.json") or PUBLISHED.get(self.kind.replace("delta", "chatbind"), {})
+        if not tokens.keys() >= set(needed) or any(type(i) is not int or not 0 <= i < rows for i in tokens.values()):
+            raise Refused(f"{self.path}: added_tokens.json is missing or does not fit {rows} embedding rows; "
+                          "take the one of the same download")
+        return tokens
+
 
 def kind_of(keys):
     return next((kind for kind, sign in SIGNS.items() if any(re.search(sign, key) for key in keys)), None)
 
 
 def group(paths):
-    """(path, {key: Stored}) of each source. Files of one folder and kind with no key in common are shards of one."""
+    """(path, {key: Stored}) of each source. Files whose names differ by a number and that share no key are shards."""
     out = []
     for path in map(Path, paths):
-        found, (last, others) = open_files(path), out[-1] if out else (path, {})
-        beside = out and path.is_file() and last.is_file() and path.parent == last.parent
-        if beside and len({kind_of(found), kind_of(others)} - {None}) < 2 and not found.keys() & others.keys():
+        found, (last, others) = open_files(path), out[-1] if out else (Path(), {})
+        same = path.is_file() and re.sub(r"\d", "", str(path)) == re.sub(r"\d", "", str(last))
+        if same and not found.keys() & others.keys():
             others |= found
         else:
             out.append((path, found))
@@ -574,10 +594,12 @@ def group(paths):
 def open_source(path, found):
     """The Source of one checkpoint. The norms, near 1 in a model and near 0 in a delta, are read to tell the two."""
     kind, tensors, rows = kind_of(found), {}, []
-    table = TABLES.get(kind, TABLE)
     if kind is None:
-        raise Refused(f"{path}: not a LLaMA, CLIP, SAM, ImageBind, ChatBind, NExT-Chat or NExT-GPT (it holds {min(found)}); "
-                      "give one of those")
+        raise Refused(f"{path}: not a LLaMA, CLIP, SAM, GroundingDINO, ImageBind, ChatBind, NExT-Chat, ChatterBox, "
+                      f"NExT-GPT or diffusion model (it holds {min(found)}); give one of those")
+    if kind == "llama" and read_json(beside(path, "config.json")).get("model_type") == "llava":
+        kind = "llava"                                  # its projector is for CLIP; a ChatBind's has the same name
+    table = TABLES.get(kind, TABLE)
     for key, stored in found.items():
         key = key.removeprefix("module.")               # some GroundingDINO files
         if kind == "projector":                         # written with and without prefixes
@@ -590,7 +612,7 @@ def open_source(path, found):
             rows.append(Row(str(path), kind, "UNEXPECTED", stored.key, note="unknown to the tables"))
             continue
         if name is None:
-            why = next(row[2] for row in table if row[1] is None and rewrite(key, row[0], row[0]))
+            why = next(row[2] for row in table if row[1] is None and compiled(row[0])[0].fullmatch(key))
             rows.append(Row(str(path), kind, "dropped", stored.key, note=why))
         elif name in tensors:
             raise Refused(f"{path}: {stored.key} and {tensors[name].key} both become {name}; remove one of them")
@@ -604,29 +626,31 @@ def open_source(path, found):
     return Source(path, kind, tensors, [row._replace(kind=kind) for row in rows])
 
 
-def open_sources(paths):
-    """{role: Source}; the role is the kind, or llm. Raises Refused for what does not make one model."""
+def open_sources(paths, preset):
+    """{role: Source}; the role is the kind, or llm for the first whole language model. Raises Refused for what does not
+    make one model; to build a preset, parts of several models may come together."""
     parts = {}
     for source in (open_source(*pair) for pair in group(paths)):
-        role = "llm" if source.kind in ("llama", "chatbind") else source.kind
-        if role in parts:
+        role = "llm" if source.kind in LLMS and not (preset and "llm" in parts) else source.kind
+        if role in parts or role == getattr(parts.get("llm"), "kind", ""):
             what = "whole language models (norm weights of a delta average 0)" if role == "llm" else f"of kind {role}"
-            raise Refused(f"{parts[role].path} and {source.path} are both {what}; leave one of them out")
+            first = parts.get(role, parts.get("llm"))
+            raise Refused(f"{first.path} and {source.path} are both {what}; leave one of them out")
         parts[role] = source
     llm, additions = parts.get("llm"), [parts[role] for role in ("delta", "projector", "nextgpt") if role in parts]
-    addition = additions[0] if additions else None
-    if addition and not llm:
-        raise Refused(f"{addition.path} is a {addition.kind}, useless alone; name its base model too, for instance: "
-                      f"convert_weights.py vicuna-7b/ {addition.path} imagebind_huge.pth --out DIR")
-    if addition and (llm.kind == "chatbind" or len(additions) > 1):
-        raise Refused(f"{llm.path} and {addition.path}: the projector would be given twice; leave one of them out")
+    useless = [parts[kind] for kind in ("sam", "groundingdino") if kind in parts] + additions
+    if useless and not llm:
+        path, kind = useless[-1].path, useless[-1].kind
+        raise Refused(f"{path} is a {kind}, useless alone; name its base model too, for instance: "
+                      f"convert_weights.py vicuna-7b/ {path} imagebind_huge.pth --out DIR")
+    if additions and not preset and (llm.kind != "llama" or len(additions) > 1):
+        raise Refused(f"{llm.path} and {additions[0].path}: the projector would be given twice; leave one of them out")
+    if "painter" in parts and len(parts) > 1:
+        raise Refused(f"{parts['painter'].path}: a diffusion model makes a weights folder of its own; convert it alone")
     return parts
 
 
 # ---- Configuration
-
-TOKENS = list(M.CHATBIND_TOKENS)                        # padding first, then the three around media
-
 
 def llm_size(source):
     return f"{source.depth('llm')} layers of width {source.shape(EMBED)[-1]}"
@@ -636,7 +660,8 @@ def llm_config(source, rows, c):
     """What their config.json says about the language model; left out values have the original LLaMA's defaults."""
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
     scaling = rope.get("rope_type") or rope.get("type") or "default"
-    known = {"model_type": "llama|llava.*", "hidden_act": "silu", "rope_scaling": "default|llama3"}
+    known = {"model_type": ".*" if source.kind == "nextchat" else "llama|llava.*", "hidden_act": "silu",
+             "rope_scaling": "default|llama3"}
     given = {"model_type": "llama", "hidden_act": "silu"} | c | {"rope_scaling": scaling}
     if odd := [key for key in known if not re.fullmatch(known[key], str(given[key]))]:
         raise Refused(f"{source.path}: {odd[0]} {given[odd[0]]!r} is not supported; known: {known[odd[0]]}")
@@ -651,18 +676,18 @@ def llm_config(source, rows, c):
             "bos": int(bos), "eos": tuple(map(int, eos if isinstance(eos, list) else [eos]))}
 
 
-def closest_preset(source, rows):
+def closest_preset(source):
     """For want of a config.json: a preset of this depth and width, of the same kind and vocabulary if there is one."""
-    size, chat = (source.depth("llm"), source.shape(EMBED)[-1]), BRIDGE in source.tensors
+    size, kind = (source.depth("llm"), source.shape(EMBED)[-1]), "chatbind" if BRIDGE in source.tensors else source.kind
     fits = [p for p in M.PRESETS.values() if p.llm and (p.llm.n_layer, p.llm.dim) == size]
     if not fits:
         raise Refused(f"{source.path}: no config.json beside it, and no preset has {llm_size(source)}; put one there")
-    return min(fits, key=lambda p: ((p.system == "chatbind") != chat, p.llm.vocab_size != rows))
+    return min(fits, key=lambda p: (p.system != kind, p.llm.vocab_size != source.shape(EMBED)[0]))
 
 
 def clip_config(source):
     """CLIPConfig, from shapes; heads cannot be seen in them, those of all published CLIPs are 64 wide."""
-    stem, c = "readers.clip.tower", source.json("config.json")
+    stem, c = "readers.clip.tower", source.json("config.json") if source.kind == "clip" else {}
     c = c.get("vision_config") or c
     if c.get("hidden_act", "quick_gelu") != "quick_gelu":
         raise Refused(f"{source.path}: hidden_act {c['hidden_act']!r} is not supported; known: quick_gelu")
@@ -685,7 +710,7 @@ def sam_config(source):
         n_head=dim // size("image_encoder.blocks.0.attn.rel_pos_h", 1),
         mlp_dim=size("image_encoder.blocks.0.mlp.lin1.bias"),
         window=(min(reach) + 1) // 2, global_layers=[i for i, n in enumerate(reach) if n > min(reach)],
-        n_mask=size("mask_decoder.mask_tokens.weight"), prompt_dim=size("mask_decoder.mask_tokens.weight", 1),
+        n_mask=source.shape(MASK_TOKENS)[0], prompt_dim=source.shape(MASK_TOKENS)[1],
         mask_dim=size("prompt_encoder.mask_downscaling.3.bias"),
         dec_mlp_dim=size("mask_decoder.transformer.layers.0.mlp.lin1.bias"),
         iou_dim=size("mask_decoder.iou_prediction_head.layers.0.bias"))
@@ -728,8 +753,18 @@ def unet_config(c):
             "context_dim": 0 if c.get("class_embed_type") else c["cross_attention_dim"]}
 
 
+def painter_files(source):
+    """{subfolder: values} of a diffusion model's JSON files; the tokenizer's is special_tokens_map.json."""
+    names = {part: "config.json" for part in PAINTER_PARTS} | {
+        "scheduler": "scheduler_config.json", "tokenizer": "special_tokens_map.json"}
+    files = {part: values for part, name in names.items() if (values := source.json(f"{part}/{name}"))}
+    if lost := [f"{part}/{names[part]}" for part in ("unet", "vae", "text_encoder", "scheduler") if part not in files]:
+        raise Refused(f"{source.path}: MISSING {lost[0]}; download the whole folder again")
+    return files
+
+
 def painter_config(files, where):
-    """PainterConfig of a decoder's JSON files, {subfolder: values}; the tokenizer's is special_tokens_map.json."""
+    """PainterConfig of a decoder's JSON files, {subfolder: values}."""
     for part, known in PAINTER_KNOWN.items():
         given = files.get(part, {})
         if odd := [k for k, v in known.items() if given.get(k) is not None and not re.fullmatch(v, str(given[k]))]:
@@ -754,32 +789,34 @@ def painter_config(files, where):
 def place_tokens(source, rows, projector):
     """({added token: id}, embedding rows). A projector file alone appends the tokens it was trained with."""
     tokens, new = source.json("added_tokens.json"), rows
-    if projector and not tokens.keys() >= set(TOKENS[1:]):
-        trained = projector.shape(EMBED)[0] if EMBED in projector.tensors else 2
-        new = rows + 3 if trained == 2 else trained
-        if new - rows not in (0, 3, 4):
-            raise Refused(f"{projector.path} was trained with {trained} embedding rows, {source.path} has {rows}; "
-                          "give it the language model it was trained with")
-        names = TOKENS if new - rows == 4 else TOKENS[1:]
-        tokens |= {name: new - len(names) + i for i, name in enumerate(names)}
-    tokens = tokens or M.CHATBIND_TOKENS
-    if not tokens.keys() >= set(TOKENS[1:]) or any(type(i) is not int or not 0 <= i < new for i in tokens.values()):
-        raise Refused(f"{source.path}: added_tokens.json is missing or does not fit {new} embedding rows; "
-                      "take the one of the same download")
-    return tokens, new
+    if not projector or tokens.keys() >= set(TOKENS[1:]):
+        return source.tokens(TOKENS[1:]), rows
+    trained = projector.shape(EMBED)[0] if EMBED in projector.tensors else 2
+    new = rows + 3 if trained == 2 else trained
+    if new - rows not in (0, 3, 4):
+        raise Refused(f"{projector.path} was trained with {trained} embedding rows, {source.path} has {rows}; "
+                      "give it the language model it was trained with")
+    names = TOKENS if new - rows == 4 else TOKENS[1:]
+    return tokens | {name: new - len(names) + i for i, name in enumerate(names)}, new
+
+
+def nextchat_config(source, parts):
+    """What a NExT-Chat adds to the configuration of its language model; its towers may lie in files of their own."""
+    clip, sam = (next((part for part in parts.values() if name in part.tensors), None) for name in (CLS, MASK_TOKENS))
+    clip, sam = clip_config(clip) if clip else closest_preset(source).clip, sam_config(sam) if sam else None
+    depth = sum(re.fullmatch(r"readers\.clip\.projector\.(\d+\.)?weight", name) is not None for name in source.tensors)
+    media = {"image_size": clip.image_size, "sam_size": sam.image_size if sam else 0}
+    known = {name: getattr(M.NEXTCHAT, name) for name in ("system", "reads", "writes")}
+    return known | {"clip": clip, "sam": sam, "projector_depth": depth, "media": M.NEXTCHAT.media | media,
+                    "added_tokens": source.tokens(M.NEXTCHAT_TOKENS)}
 
 
 def nextgpt_config(source, llm):
     """What a NExT-GPT file adds to the configuration of its base. It does not tell alpha: the published one is used."""
-    tokens, rows = source.json("added_tokens.json") or M.NEXTGPT_TOKENS, source.shape(EMBED)[0]
-    signals = {token for run in M.SIGNALS.values() for token in run}
-    if not tokens.keys() >= signals or any(type(i) is not int or not 0 <= i < rows for i in tokens.values()):
-        raise Refused(f"{source.path}: added_tokens.json does not fit {rows} embedding rows or lacks signal tokens; "
-                      "take the one of the same download")
     rank = next((x.like.shape[0] for name, x in source.tensors.items() if name.endswith("lora_A")), 0)
-    out = {"system": "nextgpt", "added_tokens": tokens, "writes": M.SIGNALS, "projections": {},
-           "llm": replace(llm, vocab_size=rows, lora_rank=rank, lora_dropout=M.NEXTGPT.llm.lora_dropout),
-           "imagebind": M.ImageBindConfig({}, source.shape(BRIDGE)[-1])}
+    more = {"vocab_size": source.shape(EMBED)[0], "lora_rank": rank, "lora_dropout": M.NEXTGPT.llm.lora_dropout}
+    out = {"system": "nextgpt", "added_tokens": source.tokens(sum(M.SIGNALS.values(), ())), "writes": M.SIGNALS,
+           "projections": {}, "llm": replace(llm, **more), "imagebind": M.ImageBindConfig({}, source.shape(BRIDGE)[-1])}
     for name, run in M.SIGNALS.items():
         stem = f"writers.{name}.proj"
         _, n_query, dim = source.shape(f"{stem}.query_embs")
@@ -790,49 +827,65 @@ def nextgpt_config(source, llm):
     return out
 
 
-def configure(parts, preset):
-    """ModelConfig of these sources."""
-    named, out = M.PRESETS[preset] if preset else M.ModelConfig(), {}
-    if main := parts.get("delta") or parts.get("llm"):
+def configure(parts):
+    """The config of these sources. ChatterBox's files tell no sizes, so that it is a preset."""
+    if "painter" in parts:
+        return painter_config(painter_files(parts["painter"]), parts["painter"].path)
+    main, out = parts.get("delta") or parts.get("llm"), {}
+    if main and main.kind == "chatterbox":
+        return closest_preset(main)
+    if main:
         rows, projector = main.shape(EMBED)[0], parts.get("projector")
         if projector or BRIDGE in main.tensors:
             tokens, rows = place_tokens(main, rows, projector)
             bind = M.ImageBindConfig({}, (projector or main).shape(BRIDGE)[-1])
             out = {"system": "chatbind", "added_tokens": tokens, "imagebind": bind}
-        c = main.json("config.json") or parts["llm"].json("config.json")
-        if c and not named.llm:
+        if main.kind == "llava":
+            out = {"added_tokens": main.tokens()}
+        if c := main.json("config.json") or parts["llm"].json("config.json"):
             out |= llm_config(main, rows, c)
         else:
-            known = named if named.llm else closest_preset(main, rows)
+            known = closest_preset(main)
             out |= {"llm": replace(known.llm, vocab_size=rows, lora_rank=0), "bos": known.bos, "eos": known.eos}
     if "nextgpt" in parts:
         out |= nextgpt_config(parts["nextgpt"], out["llm"])
-    if "clip" in parts:
-        out |= {"clip": named.clip or clip_config(parts["clip"]), "reads": {"image": "clip"}}
+    if main and main.kind == "nextchat":
+        out |= nextchat_config(main, parts)
+    elif "clip" in parts:
+        out |= {"clip": clip_config(parts["clip"]), "reads": {"image": "clip"}}
     if "imagebind" in parts:
-        bind = named.imagebind or imagebind_config(parts["imagebind"])
+        bind = imagebind_config(parts["imagebind"])
         if "nextgpt" in parts and "audio" in bind.towers:       # parity: its sounds stay at unit length
             bind = replace(bind, towers=bind.towers | {"audio": replace(bind.towers["audio"], scale=False)})
         seen = {"image", "video"} if "vision" in bind.towers else set()
         reads = {kind: "imagebind" for kind in M.IMAGEBIND_READS if kind in seen | bind.towers.keys()}
-        out |= {"imagebind": bind, "reads": reads}
+        out |= {"imagebind": bind, "reads": reads | out.get("reads", {})}
     return M.ModelConfig(**out)
 
 
 # ---- Plan and report
 
 COPIES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
-          "bpe_simple_vocab_16e6.txt.gz")
+          "bpe_simple_vocab_16e6.txt.gz", "merges.txt", "vocab.json")
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# What training makes, and which file gives the rest
+LEARNED = re.compile(r"readers\.(\w+\.projector|box|region)\..*|.*\.lora_[AB]|"
+                     r"writers\.(at\.(?!sam\.).*|vg\.query\..*|\w+\.proj\..*)")
+GIVEN_BY = {"readers.clip.tower": "clip-vit-large-patch14 or -336", "writers.at.sam": "sam_vit_h_4b8939.pth",
+            "readers.imagebind.tower": "imagebind_huge.pth", "writers.vg.locator": "groundingdino_swinb_cogcoor.pth"}
 
 
 class Target(NamedTuple):
-    """A tensor to write: `stored`, plus `base` in its first rows, grown to `shape`, with `tail` over its last rows."""
+    """A tensor to write: `stored` plus `base` in its first rows; of these the first `keep`, grown to `shape`; with rows
+    of others in place of some; plus LoRA."""
     stored: Stored
     shape: tuple
     dtype: torch.dtype
     base: Stored | None = None          # what a delta is added to
-    tail: Stored | None = None          # embedding rows trained with a projector
+    keep: int | None = None             # rows of the vocabulary without added tokens
+    rows: tuple = ()                    # of added tokens: (Stored, its rows, ours)
+    lora: tuple = ()                    # B, A, factor
 
     @property
     def nbytes(self):
@@ -843,12 +896,34 @@ class Target(NamedTuple):
         if self.base:                                   # parity: apply_delta adds in float16
             x = x.half().contiguous()
             x[:self.base.like.shape[0]] += self.base.read().half()
+        if self.keep:
+            x = x[:self.keep]
         if x.shape != self.shape:                       # as in training: new rows are the mean of the old ones
             x = torch.cat([x, x.float().mean(0, keepdim=True).to(x.dtype).expand(self.shape[0] - len(x), -1)])
-        if self.tail:
-            n = max(2, self.tail.like.shape[0] - self.stored.like.shape[0])
-            x[-n:] = self.tail.read()[-n:].to(x.dtype)
+        for other, theirs, ours in self.rows:
+            x[ours] = other.read()[theirs].to(x.dtype)
+        if self.lora:
+            b, a, factor = self.lora
+            x = x.float() + factor * b.read().float() @ a.read().float()
         return x.to(self.dtype).contiguous()
+
+
+class Made(NamedTuple):
+    """In place of a Stored: a tensor that no source gives, initialised for training, each time in the same way."""
+    model: torch.nn.Module              # on meta
+    key: str
+    like: torch.Tensor
+
+    def read(self):
+        part = self.model.get_submodule(part_of(self.key))
+        *path, leaf = self.key.removeprefix(part_of(self.key) + ".").split(".")
+        holder = part.get_submodule(".".join(path))
+        setattr(holder, leaf, torch.nn.Parameter(torch.empty(self.like.shape)))
+        torch.manual_seed(zlib.crc32(self.key.encode()))
+        M.initialise(part)
+        x = getattr(holder, leaf).detach()
+        setattr(holder, leaf, torch.nn.Parameter(self.like))
+        return x
 
 
 class Plan(NamedTuple):
@@ -871,37 +946,47 @@ def cast(dtype, choice):
 
 def part_of(name):
     """Component that a tensor of ours belongs to: llm, readers.clip.tower, ..."""
-    return ".".join(name.split(".")[:3 if name.startswith("readers.") else 1])
+    return ".".join(name.split(".")[:3 if name.startswith(("readers.", "writers.")) else 1])
 
 
-def shorter(name, old, new):
-    """Whether a matrix with a row per token may have to grow from one shape to the other."""
-    return name in (EMBED, HEAD) and len(old) == len(new) == 2 and old[0] <= new[0] and old[1] == new[1]
-
-
-def judge(role, name, stored, parts, wanted):
-    """(fate, note) of one tensor: does the model have it, in this shape (wanted), and does what it is added to fit?"""
-    shape, base = tuple(stored.like.shape), parts["llm"] if "delta" in parts else None
-    if base and role == "llm":
-        known = name in parts["delta"].tensors
-        return ("merged", "") if known else ("UNEXPECTED", f"{parts['delta'].path} does not have it")
-    if role == "llm" and "nextgpt" in parts and name in (EMBED, HEAD):
-        return "dropped", f"{parts['nextgpt'].path} has all of its rows"
-    if wanted is None and "nextgpt" in parts and name == AUDIO_SCALE:
-        return "dropped", "NExT-GPT's sounds stay at unit length"
+def judge(name, source, parts, wanted, taken, preset):
+    """(fate, note) of a tensor: does the model have it (wanted: its shape there), is it not another source's, does what
+    it is added to fit?"""
+    shape, delta = tuple(source.tensors[name].like.shape), parts.get("delta")
+    if delta and source is parts["llm"]:
+        return ("merged", "") if name in delta.tensors else ("UNEXPECTED", f"{delta.path} does not have it")
+    if source.kind == "projector" and name == EMBED:
+        return "merged", "rows of added tokens"
+    if wanted is None and name in (HEAD, AUDIO_SCALE):          # the latter only NExT-GPT leaves out
+        return "dropped", "tied to the embedding" if name == HEAD else "NExT-GPT's sounds stay at unit length"
     if wanted is None:
-        tied = name == HEAD
-        return ("dropped", "tied to the embedding") if tied else ("UNEXPECTED", f"a model of these sizes has no {name}")
-    if shape != wanted and not ("projector" in parts and shorter(name, shape, wanted)):
+        return "UNEXPECTED", f"{preset or 'a model of these sizes'} has no {name}"
+    if name in taken:
+        shared = any(x is source.tensors[name] for x, *_ in taken[name].rows)
+        return ("merged", "rows of added tokens") if shared else ("dropped", "another source gives it")
+    grows = name in (EMBED, HEAD) and shape[1:] == wanted[1:]
+    if shape != wanted and not (grows and (preset or "projector" in parts and shape[0] <= wanted[0])):
         return "MISMATCHED", f"{list(shape)}, where the model needs {list(wanted)}"
-    if role == "projector" and name == EMBED:
-        return "merged", "rows of the start and end tokens"
-    if role != "delta" or name.startswith("readers."):
+    if source is not delta or name.startswith("readers."):
         return "renamed", ""
+    base = parts["llm"]
     old = tuple(base.tensors[name].like.shape) if name in base.tensors else None
-    if old != shape and not (old and shorter(name, old, shape)):
+    if old != shape and not (old and grows and old[0] <= shape[0]):
         return "MISMATCHED", f"{list(shape)} in the delta, {list(old) if old else 'absent'} in {base.path}"
     return "merged", ""
+
+
+def token_rows(name, cfg, sources, shape):
+    """(Stored, its rows, ours) of the added tokens, each from the first of the sources that has learned it."""
+    out, known = [], set()
+    for source in sources:
+        x = source.tensors.get(name)
+        if x is None or source.kind == "delta" or x.like.shape[1:] != shape[1:]:
+            continue
+        new = {row: token for token, row in source.tokens().items() if token in cfg.added_tokens.keys() - known}
+        known.update(new.values())
+        out += [(x, list(new), [cfg.added_tokens[token] for token in new.values()])] if new else []
+    return out
 
 
 def check_base(base, delta, cfg):
@@ -914,58 +999,104 @@ def check_base(base, delta, cfg):
                       f"({', '.join(cfg.added_tokens)}) do not explain; name the base it was made against")
 
 
-def plan_weights(paths, preset="", dtype="keep"):
-    """The Plan that makes one weights folder of public checkpoints. Reads headers, and norms to tell a delta."""
-    if preset and preset not in M.PRESETS:
-        raise Refused(f"unknown preset {preset!r}; known: {', '.join(M.PRESETS)}")
-    parts = open_sources(paths)
+def skeleton(parts, preset):
+    """The module of these sources on meta. Raises Refused."""
     try:
-        cfg = configure(parts, preset)
+        cfg = M.PRESETS[preset] if preset else configure(parts)
         with torch.device("meta"):
-            want = {name: tuple(x.shape) for name, x in M.Model(cfg).state_dict().items()}
+            return G.Painter(cfg) if "painter" in parts else M.Model(cfg)
     except Refused:
         raise
     except Exception as error:                          # sizes of a stranger's config.json can break any layer
         raise Refused(f"{parts.popitem()[1].path}: config.json or shapes describe no model ({error!r:.200})") from None
-    if cfg.llm and cfg.llm.tied:
-        del want[HEAD]
-    base, tail = {}, parts["projector"].tensors.get(EMBED) if "projector" in parts else None
+
+
+def fill(targets, model, preset):
+    """Rows of the report for what no source gives. What training makes becomes a target if the model is a preset."""
+    rows, like = [], targets[EMBED].dtype if EMBED in targets else torch.float32
+    for name, x in model.state_dict().items():
+        part = part_of(name)
+        if name in targets or name in M.tied(model):
+            continue
+        if preset and LEARNED.fullmatch(name):
+            targets[name] = Target(Made(model, name, model.get_parameter(name)), tuple(x.shape), like)
+            rows.append(Row("no source", preset, "initialised", name, part, "to be trained"))
+        else:
+            note = f"for {name}; {GIVEN_BY.get(part, 'a whole model')} has it"
+            rows.append(Row("", "", "MISSING", original(name) or name, part, note))
+    return rows
+
+
+def plan_weights(paths, preset="", dtype="keep", merge_lora=False):
+    """The Plan that makes one weights folder of public checkpoints. Reads headers, and norms to tell a delta.
+
+    Each tensor comes from the first source that has it: first the preset's own system and what is added to a language
+    model, then whole language models with all they bring, then the others. Of these, a preset takes what fits.
+    """
+    if preset and preset not in M.PRESETS:
+        raise Refused(f"unknown preset {preset!r}; known: {', '.join(M.PRESETS)}")
+    parts = open_sources(paths, preset)
+    model = skeleton(parts, preset)
+    cfg, want = model.cfg, {name: tuple(x.shape) for name, x in model.state_dict().items() if name not in M.tied(model)}
+    own = "delta", "projector", getattr(cfg, "system", "")
+    sources = sorted(parts.values(), key=lambda source: (source.kind not in own, source.kind not in LLMS))
     if "delta" in parts:
         check_base(parts["llm"], parts["delta"], cfg)
-        base = parts["llm"].tensors
-    targets, report = {}, [row for source in parts.values() for row in source.rows]
-    for role, source in parts.items():
+    base = parts["llm"].tensors if "delta" in parts else {}
+    targets, report = {}, [row for source in sources for row in source.rows]
+    for source in sources:
         for name, x in source.tensors.items():
-            fate, note = judge(role, name, x, parts, want.get(name))
-            if name in targets and fate == "renamed":
-                fate, note = "MISMATCHED", f"{targets[name].stored.path} gives it too"
-            report.append(Row(str(source.path), source.kind, fate, x.key, part_of(name), note))
-            if fate == "renamed" or fate == "merged" and role == "delta":
+            fate, note = judge(name, source, parts, want.get(name), targets, preset)
+            if fate == "renamed" or fate == "merged" and source.kind == "delta":
                 kind = cast(torch.float16 if name in base else x.like.dtype, dtype)
-                targets[name] = Target(x, want[name], kind, base.get(name), tail if name == EMBED else None)
-    for name in (name for name in want if name not in targets):
-        report.append(Row("", "", "MISSING", original(name) or name, part_of(name), f"for {name}"))
-    order = [parts[role] for role in ("imagebind", "clip", "llm", "delta", "nextgpt") if role in parts]
-    files = [beside(source.path, name) for source in order for name in COPIES]              # the last one's is kept
+                new = Target(x, want[name], kind, base.get(name))
+                if name in (EMBED, HEAD) and (preset or "projector" in parts) and source.kind != "delta":
+                    keep = min(cfg.added_tokens.values(), default=None) if preset else None
+                    new = new._replace(keep=keep, rows=token_rows(name, cfg, sources, want[name]))
+                targets[name] = new
+            fate = "merged" if merge_lora and fate == "renamed" and ".lora_" in name else fate
+            fate = "dropped" if preset and fate.isupper() else fate
+            report.append(Row(str(source.path), source.kind, fate, x.key, part_of(name), note))
+    report += fill(targets, model, preset)
+    cfg = merge(targets, cfg) if merge_lora else cfg
+    order = sorted(reversed(sources), key=lambda source: source.kind in (*LLMS, "delta", "nextgpt"))
+    folder = "tokenizer/" if "painter" in parts else ""
+    files = [beside(source.path, folder + name) for source in order for name in COPIES]     # the last one's is kept
     return Plan({"model": targets}, {}, [path for path in files if path.is_file()], report, cfg)
 
 
-def original(name):
+def merge(targets, cfg):
+    """Let the targets of a plan absorb their LoRA; returns the config of that."""
+    for name in [name for name in targets if name.endswith("lora_A")]:
+        a, b = (targets.pop(name[:-1] + x).stored for x in "AB")
+        weight = name.replace("lora_A", "weight")
+        if weight in targets:                           # else it is reported missing
+            targets[weight] = targets[weight]._replace(lora=(b, a, cfg.llm.lora_alpha / cfg.llm.lora_rank))
+    return replace(cfg, llm=replace(cfg.llm, lora_rank=0))
+
+
+def original(name, tables=(TABLE, *TABLES.values())):
     """The public name of one of our tensors, None if there is none: the tables, from right to left."""
-    return next(filter(None, (rewrite(name, row[1], row[0]) for row in TABLE if row[1])), None)
+    rows = (row for table in tables for row in table if row[1])
+    return next(filter(None, (rewrite(name, row[1], row[0]) for row in rows)), None)
 
 
 def their_config(cfg, dtype):
-    """config.json of a Hugging Face LLaMA or, if there is a projector, of ChatBind."""
-    llm, chat = cfg.llm, cfg.imagebind
+    """config.json of a Hugging Face LLaMA, of ChatBind or of NExT-Chat."""
+    llm = cfg.llm
     out = {theirs: getattr(llm, ours) for theirs, ours in LLM_FIELDS} | {
-        "model_type": "llava_image_bind_select_all" if chat else "llama", "hidden_act": "silu",
-        "architectures": ["LlavaLlamaImageBindSelectForCausalLM" if chat else "LlamaForCausalLM"],
+        "model_type": "llama", "hidden_act": "silu", "architectures": ["LlamaForCausalLM"],
         "head_dim": llm.head_dim or llm.dim // llm.n_head, "torch_dtype": str(dtype).removeprefix("torch."),
         "bos_token_id": cfg.bos, "eos_token_id": list(cfg.eos) if len(cfg.eos) > 1 else cfg.eos[0]}
     if llm.rope_factor != 1:
         out["rope_scaling"] = {"rope_type": "llama3"} | {theirs: getattr(llm, ours) for theirs, ours in ROPE_FIELDS}
-    return out | ({"mm_hidden_size": chat.out_dim, "use_mm_proj": True, "mm_use_im_start_end": True} if chat else {})
+    if cfg.system == "chatbind":
+        out |= {"model_type": "llava_image_bind_select_all", "architectures": ["LlavaLlamaImageBindSelectForCausalLM"],
+                "mm_hidden_size": cfg.imagebind.out_dim}
+    if cfg.system == "nextchat":
+        out |= {"model_type": "nextchat", "architectures": ["NextChatForSegLM"], "mm_hidden_size": cfg.clip.dim,
+                "mm_depth": cfg.projector_depth, "mm_vision_select_layer": cfg.clip.feature_layer}
+    return out | ({} if cfg.system == "plain" else {"use_mm_proj": True, "mm_use_im_start_end": True})
 
 
 def plan_export(folder, dtype="keep"):
@@ -973,14 +1104,15 @@ def plan_export(folder, dtype="keep"):
     cfg, folder = M.read_config(folder), Path(folder)
     files, texts, report = {}, {"added_tokens.json": cfg.added_tokens} if cfg.added_tokens else {}, []
     if cfg.llm and cfg.llm.lora_rank:
-        raise Refused(f"{folder}: LoRA matrices have no public names; fold them in first (model.merge_lora)")
+        raise Refused(f"{folder}: LoRA matrices have no public names; fold them in first (--merge-lora)")
     if cfg.projections:
         raise Refused(f"{folder}: the public form of NExT-GPT is an addition to another model, which is not written")
+    whole = cfg.system == "nextchat"                            # its towers lie in the same file
     for name, x in open_files(folder).items():
-        key, part = original(name), part_of(name)
+        key, part = original(name, [NEXTCHAT if whole else TABLE]), part_of(name)
         fate, note = ("renamed", key) if key else ("UNEXPECTED", "has no public name")
         report.append(Row(str(folder), "weights", fate, name, part, note))
-        tower = part.endswith(".tower") and (cfg.llm or part != "readers.clip.tower")
+        tower = part.endswith(".tower") and (cfg.llm or part != "readers.clip.tower") and not whole
         stem = part.split(".")[1] if tower else "model"
         files.setdefault(stem, {})[key] = Target(x, tuple(x.like.shape), cast(x.like.dtype, dtype))
     if cfg.imagebind and "text" in cfg.imagebind.towers:        # the original's strict load asks for it
@@ -1015,7 +1147,7 @@ def show(plan, verbose=False):
         say("\n    ".join([f"{fate} {len(rows)}"] + [f"{row.key}  {row.note}" for row in shown]))
         if len(rows) > 20 and not verbose:
             say(f"    ... and {len(rows) - 20} more; --verbose lists them")
-    if plan.cfg and plan.cfg.imagebind and not plan.cfg.imagebind.towers:
+    if (bind := getattr(plan.cfg, "imagebind", None)) and not bind.towers:
         say("note: without an ImageBind tower this model reads no media; add imagebind_huge.pth to the sources")
     say(f"{sum(map(len, plan.files.values()))} tensors, {plan.nbytes / 1e9:.2f} GB to write")
 
@@ -1100,20 +1232,24 @@ def write(plan, out, sources, max_shard=5e9, overwrite=False):
             M.write_config(plan.cfg, new)
 
 
-def convert(sources, out, *, preset="", dtype="keep", max_shard=5e9, overwrite=False):
+def convert(sources, out, *, preset="", dtype="keep", merge_lora=False, max_shard=5e9, overwrite=False):
     """Make the weights folder `out` of public checkpoints (paths). Raises Refused, a ValueError, with what to do."""
-    write(plan_weights(sources, preset, dtype), out, sources, max_shard, overwrite)
+    write(plan_weights(sources, preset, dtype, merge_lora), out, sources, max_shard, overwrite)
 
 
 def main(args):
     sources = [args.export] if args.export else args.sources
-    plan = plan_export(args.export, args.dtype) if args.export else plan_weights(sources, args.preset, args.dtype)
+    plan = (plan_export(args.export, args.dtype) if args.export else
+            plan_weights(sources, args.preset, args.dtype, args.merge_lora))
     show(plan, args.verbose)
     if args.report:
         args.report.write_text(json.dumps([row._asdict() for row in plan.report], indent=1))
     check(plan)
     if not args.dry_run:
         write(plan, args.out, sources, args.max_shard, args.overwrite)
+        if args.quantize:
+            rest = [path for path in args.out.iterdir() if path.name in COPIES]
+            M.save(M.load(args.out, quantize=args.quantize), args.out, rest)
         say(f"wrote {args.out}")
 
 

@@ -49,11 +49,12 @@ class VAEConfig:                        # defaults: Stable Diffusion 1.5 and Zer
     n_resnet: int = 2
     groups: int = 32
     scale: float = 0.18215              # latents are what the encoder gives times this
+    patch: int = 0                      # nothing learned instead: latents are squares of so many pixels along a side
 
     @property
     def factor(self):
         """Pixels per latent along a side."""
-        return 2 ** (len(self.widths) - 1)
+        return self.patch or 2 ** (len(self.widths) - 1)
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,15 @@ class PainterConfig:                    # defaults: Stable Diffusion 1.5
     scheduler: str = "plms"             # row of SCHEDULERS
     beta_start: float = 0.00085         # noise added by the first of the 1000 training steps
     beta_end: float = 0.012             # and by the last
+    size: tuple = ()                    # what to paint if nobody says: H W, F H W or seconds; () = SIZES
+    steps: int = 50                     # likewise
+    guidance: float = 7.5
+    clean: bool = False                 # the UNet predicts the clean picture, not the noise
+
+    @property
+    def kind(self):
+        """What it paints: img, vid or aud, the writer that prompts it."""
+        return "aud" if self.vocoder else "vid" if self.unet.video else "img"
 
 
 SD15 = PainterConfig(proj=ProjectionConfig())
@@ -209,6 +219,13 @@ class Resnet(nn.Module):
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
+class FrameConv(nn.Conv3d):
+    """A convolution along time alone: (B, C, F, H W) -> the same, in two dimensions for speed."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight.squeeze(-1), self.bias, padding=(1, 0))
+
+
 class TemporalConv(nn.Module):
     """Four convolutions along time, their sum with the input: (N, C, H, W) -> the same."""
 
@@ -217,12 +234,12 @@ class TemporalConv(nn.Module):
         for i in range(1, 5):
             drop = [nn.Identity()] if i > 1 else []     # dropout in training, which shifts the published names
             self.add_module(f"conv{i}", nn.Sequential(nn.GroupNorm(groups, dim), nn.SiLU(), *drop,
-                                                      nn.Conv3d(dim, dim, (3, 1, 1), padding=(1, 0, 0))))
+                                                      FrameConv(dim, dim, (3, 1, 1))))
 
     def forward(self, x, given):
-        h = x.unflatten(0, (-1, given.n_frame)).transpose(1, 2)                             # (B, C, F, H, W)
+        h = x.unflatten(0, (-1, given.n_frame)).transpose(1, 2).flatten(3)                  # (B, C, F, H W)
         h = self.conv4(self.conv3(self.conv2(self.conv1(h))))
-        return x + h.transpose(1, 2).flatten(0, 1)                                          # (N, C, H, W)
+        return x + h.transpose(1, 2).flatten(0, 1).view_as(x)                               # (N, C, H, W)
 
 
 class Downsample(nn.Module):
@@ -505,6 +522,20 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(latents / self.cfg.scale))
 
 
+class Patches(nn.Module):
+    """Stands in for a VAE: the pixels of a square become the channels of a latent (Li and He 2025, Back to basics)."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+
+    def encode(self, x, noise=None):
+        return self.cfg.scale * F.pixel_unshuffle(x, self.cfg.patch)
+
+    def decode(self, latents):
+        return F.pixel_shuffle(latents, self.cfg.patch) / self.cfg.scale
+
+
 # ---- Vocoder
 
 class ResidualBlock(nn.Module):
@@ -669,7 +700,7 @@ class Painter(nn.Module):
         self.cfg = cfg
         self.proj = OutputProjection(cfg.proj) if cfg.proj else None
         self.text = cfg.text and (CLAPText if cfg.text.out_dim else CLIPText)(cfg.text)
-        self.unet, self.vae = UNet(cfg.unet), VAE(cfg.vae)
+        self.unet, self.vae = UNet(cfg.unet), (Patches if cfg.vae.patch else VAE)(cfg.vae)
         self.vocoder = Vocoder(cfg.vocoder) if cfg.vocoder else None
 
     def unprompted(self, embeds):
@@ -683,21 +714,21 @@ class Painter(nn.Module):
     def forward(self, h, embeds, **how):
         """Signal tokens (see OutputProjection) -> media, by draw_image, draw_video or draw_audio."""
         prompt = self.proj(h, embeds)                                                       # (B, n_query, out_dim)
-        if self.vocoder is not None:
-            return draw_audio(self, prompt.squeeze(1), **how)
-        return (draw_video if self.cfg.unet.video else draw_image)(self, prompt, **how)
+        return DRAW[self.cfg.kind](self, prompt.squeeze(1) if self.vocoder else prompt, **how)
 
 
 # ---- Samplers
 # draw_*(painter, prompt_embeds, size, **how): how is what `denoise` takes.
 
-def denoise(painter, embeds, shape, *, negative=None, steps=50, guidance=7.5, seed=None, noise=None):
+def denoise(painter, embeds, shape, *, negative=None, steps=None, guidance=None, seed=None, noise=None):
     """The loop from noise to latents of `shape`, for prompts (B, T, C) or (B, C).
 
-    negative: what to steer away from (the empty text); guidance: how much (1 or less: not at all). The noise to start
-    from may be given; else it is drawn on the CPU, so that a seed means the same on every device.
+    negative: what to steer away from (the empty text); guidance: how much (1 or less: not at all); None: the painter's
+    own. The noise to start from may be given; else it is drawn on the CPU, so that a seed means the same on every device.
     """
-    cfg, unet, guided = painter.cfg, painter.unet, guidance > 1
+    cfg, unet = painter.cfg, painter.unet
+    steps, guidance = cfg.steps if steps is None else steps, cfg.guidance if guidance is None else guidance
+    guided = guidance > 1
     if cfg.scheduler not in SCHEDULERS or not 0 < steps < 1000:
         raise ValueError(f"{cfg.scheduler!r}, {steps} steps; use one of {', '.join(SCHEDULERS)} and 1 to 999 steps")
     if noise is None:
@@ -715,9 +746,14 @@ def denoise(painter, embeds, shape, *, negative=None, steps=50, guidance=7.5, se
         if guided:
             uncond, cond = noise_pred.chunk(2)
             noise_pred = uncond + guidance * (cond - uncond)
+        if cfg.clean:
+            noise_pred = (latents - signal[t].sqrt() * noise_pred) / (1 - signal[t]).sqrt()
         past = [(latents, noise_pred), *past[:4]]
         latents = update(k, past, times, signal)
     return latents
+
+
+SIZES = {"img": (512, 512), "vid": (24, 320, 576), "aud": (9.0,)}              # NExT-GPT's
 
 
 def latent_sides(pixels, factor):
@@ -728,16 +764,18 @@ def latent_sides(pixels, factor):
 
 
 @torch.no_grad()
-def draw_image(painter, prompt_embeds, size=(512, 512), **how):
+def draw_image(painter, prompt_embeds, size=(), **how):
     """Pictures of prompts (B, 77, C): uint8 (B, H, W, 3). size: (H, W) in pixels."""
+    size = size or painter.cfg.size or SIZES["img"]
     shape = len(prompt_embeds), painter.cfg.unet.channels, *latent_sides(size, painter.cfg.vae.factor)
     x = painter.vae.decode(denoise(painter, prompt_embeds, shape, **how)).float() / 2 + 0.5     # (B, 3, H, W)
     return (x.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)
 
 
 @torch.no_grad()
-def draw_video(painter, prompt_embeds, size=(24, 320, 576), **how):
+def draw_video(painter, prompt_embeds, size=(), **how):
     """Clips of prompts (B, 77, C): uint8 (B, F, H, W, 3). size: (F, H, W), frames and pixels."""
+    size = size or painter.cfg.size or SIZES["vid"]
     shape = len(prompt_embeds), painter.cfg.unet.channels, size[0], *latent_sides(size[1:], painter.cfg.vae.factor)
     frames = denoise(painter, prompt_embeds, shape, **how).transpose(1, 2).flatten(0, 1)        # (N, C, H, W)
     x = torch.cat([painter.vae.decode(frame).float() for frame in frames.split(1)]) / 2 + 0.5   # one by one: memory
@@ -746,12 +784,16 @@ def draw_video(painter, prompt_embeds, size=(24, 320, 576), **how):
 
 
 @torch.no_grad()
-def draw_audio(painter, prompt_embeds, seconds=5.0, **how):
+def draw_audio(painter, prompt_embeds, seconds=None, **how):
     """Sounds of prompts (B, C): float samples (B, seconds * rate) in -1..1. parity: some come out a bit short."""
     cfg, voice = painter.cfg, painter.cfg.vocoder
+    seconds = (cfg.size or SIZES["aud"])[0] if seconds is None else seconds
     rows = math.ceil(int(seconds / (voice.hop / voice.rate)) / cfg.vae.factor)
     if rows < 1:
         raise ValueError(f"a sound of {seconds} seconds; the shortest has {voice.hop / voice.rate}")
     shape = len(prompt_embeds), cfg.unet.channels, rows, voice.mel_bins // cfg.vae.factor
     mel = painter.vae.decode(denoise(painter, prompt_embeds, shape, **how))[:, 0]               # (B, T, mel_bins)
     return painter.vocoder(mel).float()[:, :int(seconds * voice.rate)]
+
+
+DRAW = {"img": draw_image, "vid": draw_video, "aud": draw_audio}

@@ -11,8 +11,9 @@ import math
 import os
 import shutil
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
+from typing import get_args, get_origin
 
 import torch
 import torch.nn as nn
@@ -20,10 +21,11 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from attention import attention
-from generate import OutputProjection, ProjectionConfig
-from locate import (BoxHead, Locator, LocatorConfig, RegionConfig, RegionEncoder, best_box, box_loss, cycle_loss, loc_encoder,
-                    locator_losses, mask_losses)
-from vision import (HUGE, CLIPConfig, CLIPVision, ImageBind, ImageBindConfig, SAMConfig, SwinConfig, TowerConfig, merge_heads,
+from generate import OutputProjection, Painter, PainterConfig, ProjectionConfig
+from locate import (BoxHead, DeformableAttention, Locator, LocatorConfig, RegionConfig, RegionEncoder, best_box, box_loss,
+                    cycle_loss, loc_encoder, locator_losses, mask_losses)
+from quantize import quantize as quantize_llm
+from vision import (HUGE, CLIPConfig, CLIPVision, ImageBind, ImageBindConfig, SAMConfig, TowerConfig, merge_heads,
                     split_heads)
 
 FORMAT = 1                              # of weights folders; load() refuses a newer one
@@ -76,6 +78,7 @@ class ModelConfig:
     eos: tuple[int, ...] = (2,)
     added_tokens: dict[str, int] = field(default_factory=dict)
     media: dict = field(default_factory=dict)               # fields of data.MediaSpec that differ from its defaults
+    quantized: str = ""                 # int8 or int4: the LLM's matrices as quantize.py keeps them; empty = floats
 
     def n_token(self, kind):
         """Placeholder tokens that one medium of this kind takes."""
@@ -100,9 +103,10 @@ TINY = ModelConfig(
                                       scale=False, early=(32, 64)),
                 "audio": TowerConfig(96, 4, 2, 1, (64, 204), (64, 12))},
         out_dim=192, patches=True),
+    sam=SAMConfig(128, 8, 64, 3, 2, 128, window=4, global_layers=(1,), prompt_dim=32, dec_head=2, dec_mlp_dim=64, iou_dim=32),
     reads={"image": "imagebind", "video": "imagebind", "audio": "imagebind", "box": "box"}, writes={"at": ("<at>",)}, system="tiny",
     added_tokens={"<im_patch>": 600, "<im_start>": 601, "<im_end>": 602, "<at>": 603, "<boxes>": 604},
-    media=dict(image_size=64, square=True, video_clips=2, video_crops=1, mel_bins=64, audio_clips=1))
+    media=dict(image_size=64, square=True, sam_size=128, video_clips=2, video_crops=1, mel_bins=64, audio_clips=1))
 
 CHATTERBOX_TOKENS = {"[VG]": 32000, "<im_patch>": 32001, "<im_start>": 32002, "<im_end>": 32003, "<bbox>": 32004}
 NEXTCHAT_TOKENS = {"<im_patch>": 32000, "<im_start>": 32001, "<im_end>": 32002, "<at>": 32003, "<boxes>": 32004}
@@ -120,6 +124,14 @@ NEXTGPT = ModelConfig(
     reads={kind: "imagebind" for kind in ("image", "video", "audio")}, added_tokens=NEXTGPT_TOKENS,
     projections={"img": ProjectionConfig(), "vid": ProjectionConfig(n_signal=24, out_dim=1024),
                  "aud": ProjectionConfig(n_signal=8, n_query=1, out_dim=512)})
+
+OMNI_TOKENS = {token: 32000 + i for i, token in enumerate(
+    ("<im_patch>", "<im_start>", "<im_end>", "<at>", "<boxes>", "[VG]", *sum(SIGNALS.values(), ())))}
+OMNI = replace(                         # every reader and writer at once, which no published system has
+    NEXTCHAT, llm=LLMConfig(vocab_size=32000 + len(OMNI_TOKENS)), imagebind=ImageBindConfig(), system="omni",
+    region=RegionConfig(out_dim=4096), locator=LocatorConfig(), projections=NEXTGPT.projections, added_tokens=OMNI_TOKENS,
+    reads=IMAGEBIND_READS | {"image": "clip", "box": "box", "region": "region"},
+    writes={"at": ("<at>",), "vg": ("[VG]",)} | SIGNALS, media=NEXTCHAT.media | {"clip_size": 224, "det_size": 512})
 
 PRESETS = {
     "vicuna-7b-v1.5": ModelConfig(llm=LLMConfig()),
@@ -139,6 +151,7 @@ PRESETS = {
         reads={"image": "clip", "region": "region"}, writes={"vg": ("[VG]",)}, added_tokens=CHATTERBOX_TOKENS,
         media=dict(det_size=512)),
     "nextgpt-7b-tiva": NEXTGPT,
+    "omni-7b": OMNI,
     "tiny": TINY,
 }
 
@@ -229,14 +242,14 @@ class Attention(nn.Module):
         self.wo = linear(cfg, "wo", cfg.n_head * hd, cfg.dim)
         self.wqkv = None                                    # wq, wk and wv in one, after fuse()
 
-    def forward(self, x, rope, bias, cache):
+    def forward(self, x, rope, cache, **hides):
         nh, nkv = self.n_head, self.n_kv_head
         x = self.wqkv(x) if self.wqkv else torch.cat([self.wq(x), self.wk(x), self.wv(x)], dim=-1)
         qk, v = split_heads(x, nh + 2 * nkv).split([nh + nkv, nkv], dim=1)
         q, k = rotate(qk, *rope).split([nh, nkv], dim=1)                                    # (B, nh or nkv, T, hd)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                                           # (B, nkv, S, hd)
-        return self.wo(merge_heads(attention(q, k, v, causal=True, bias=bias)))
+        return self.wo(merge_heads(attention(q, k, v, causal=True, **hides)))
 
 
 class SwiGLU(nn.Module):
@@ -258,8 +271,8 @@ class LLMBlock(nn.Module):
         self.attn_norm, self.attn = RMSNorm(cfg.dim, cfg.norm_eps), Attention(cfg, layer)
         self.mlp_norm, self.mlp = RMSNorm(cfg.dim, cfg.norm_eps), SwiGLU(cfg)
 
-    def forward(self, x, rope, bias, cache):
-        x = x + self.attn(self.attn_norm(x), rope, bias, cache)
+    def forward(self, x, rope, cache, **hides):
+        x = x + self.attn(self.attn_norm(x), rope, cache, **hides)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -268,12 +281,6 @@ def places(segments):
     at = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
     first = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
     return at - (at * first).cummax(1).values
-
-
-def segment_bias(segments, dtype):
-    """Segments (B, T) -> bias (B, 1, T, T), 0 within a segment and the least number between two."""
-    other = segments[:, None, :, None] != segments[:, None, None, :]
-    return torch.zeros(other.shape, dtype=dtype, device=segments.device).masked_fill_(other, torch.finfo(dtype).min)
 
 
 class LLM(nn.Module):
@@ -299,11 +306,10 @@ class LLM(nn.Module):
         bias = None
         if segments is not None:
             rope = [table[places(segments)][:, None] for table in rope]                     # (B, 1, T, hd)
-            bias = segment_bias(segments, x.dtype)
         if attn_mask is not None:
             bias = x.new_zeros(attn_mask.shape).masked_fill(~attn_mask, torch.finfo(x.dtype).min)[:, None, None]   # (B, 1, 1, T)
         for block in self.blocks:
-            x = block(x, rope, bias, cache)
+            x = block(x, rope, cache, bias=bias, segments=segments)
         if cache is not None:
             cache.pos += x.shape[1]
         return self.norm(x)
@@ -341,7 +347,8 @@ class CLIPReader(nn.Module):
             self.projector = nn.Sequential(self.projector, *(m for _ in range(depth - 1) for m in (nn.GELU(), nn.Linear(dim, dim))))
 
     def forward(self, kind, x, model):
-        return self.projector(self.tower(x))                                                # (M, N, C)
+        """x: pictures (M, 3, H, W), or the levels that a RegionReader made of them, of which this is the deepest."""
+        return self.projector(self.tower(x) if torch.is_tensor(x) else x[-1])               # (M, N, C)
 
 
 class BoxReader(nn.Sequential):
@@ -355,13 +362,17 @@ class BoxReader(nn.Sequential):
 
 
 class RegionReader(RegionEncoder):
-    """Boxes (R, 4) xyxy in 0..1, each of one of the images (B, 3, H, W) -> one soft token per box, by CLIP's features there."""
+    """Boxes (R, 4) xyxy in 0..1, each of one of the pictures, which come as levels -> one soft token per box."""
+
+    def levels(self, image, model):
+        """What CLIP sees in pictures (M, 3, H, W) at several depths, shallow to deep: (M, N, C) each."""
+        clip = model.readers["clip"].tower
+        wanted = range(clip.cfg.n_layer - 1, 0, -3)[:self.cfg.n_level]
+        return [x[:, 1:] for i, x in enumerate(clip.hidden_states(image)) if i in wanted]
 
     def forward(self, kind, payload, model):
-        clip, image = model.readers["clip"].tower, payload["image"]
-        wanted = range(clip.cfg.n_layer - 1, 0, -3)[:self.cfg.n_level][::-1]                # shallow to deep
-        levels = [x[:, 1:] for i, x in enumerate(clip.hidden_states(image)) if i in wanted]     # (B, N, C) each
-        boxes = [payload["boxes"][payload["image_of"] == i] for i in range(len(image))]
+        levels = payload["image"]
+        boxes = [payload["boxes"][payload["image_of"] == i] for i in range(len(levels[0]))]
         return super().forward(levels, boxes)[:, None]                                      # (R, 1, C)
 
 
@@ -437,6 +448,16 @@ def lm_loss(lm_head, h, labels):
     return F.cross_entropy(lm_head(h[:, :-1][keep]).float(), labels[:, 1:][keep])
 
 
+def box_share(boxes, n):
+    """Boxes (R, 4) xyxy in 0..1 -> share of each that lies in each of the n patches of its square picture, (R, n)."""
+    side = math.isqrt(n)
+    start = torch.arange(side, device=boxes.device) / side
+    low, high = (boxes[:, i:i + 2, None].float() for i in (0, 2))                           # (R, 2, 1)
+    covers = (torch.minimum(high, start + 1 / side) - torch.maximum(low, start)).clamp(min=1e-6)    # (R, 2, side)
+    share = (covers[:, 1, :, None] * covers[:, 0, None]).flatten(1)                         # rows of patches first
+    return share / share.sum(1, keepdim=True)
+
+
 class Model(nn.Module):
     """Readers, LLM, writers. Nothing here names a system: a preset says which parts exist and what each reads or writes."""
 
@@ -472,6 +493,9 @@ class Model(nn.Module):
         ids (B, T); media {kind: stacked payloads of M media}; slots {kind: rows and columns, (2, M * n)}.
         """
         x = self.llm.embed(ids)
+        if "region" in media:           # CLIP looks once, for the pictures and for the regions in them
+            levels = self.readers["region"].levels(media["image"], self)
+            media = media | {"image": levels, "region": media["region"] | {"image": levels}}
         for kind, payload in media.items():
             new = self.read(kind, payload).flatten(0, 1).to(x.dtype)                        # (M * n, C)
             x = x.index_put(tuple(slots[kind]), new)
@@ -487,20 +511,34 @@ class Model(nn.Module):
         return x
 
     def word_loss(self, batch):
-        """Which words a caption has, told from its medium alone: features, averaged, against the vocabulary.
+        """Which words a caption has, told from its medium alone: features, averaged, against the vocabulary. Where turns name
+        boxes, the words from one box to the next are told from the part of the picture in it, and so is the box.
 
         A new encoder learns by this what things look like, without waiting for the language model to learn where to look
         (Joulin et al. 2016, Learning visual features from large weakly supervised data). Rare and frequent words count alike.
         """
-        seen = torch.cat([self.read(kind, x).mean(1) for kind, x in batch.media.items()])                  # (M, C)
-        row_of = torch.cat([batch.slots[kind][0, ::self.cfg.n_token(kind)] for kind in batch.media])        # (M,)
-        logits = self.llm.lm_head(self.llm.norm(seen)).float()                              # (M, V)
-        labels = batch.labels[row_of]                                                       # (M, T)
+        seen, labels, losses, T, boxes = [], [], {}, batch.labels.shape[1], batch.media.get("box")
+        for kind in [kind for kind in batch.media if kind != "box"]:
+            x = self.read(kind, batch.media[kind])                                          # (M, n, C)
+            row = batch.slots[kind][0, ::x.shape[1]]                                        # (M,)
+            boxed = torch.isin(row, batch.slots["box"][0]) if kind == "image" and boxes is not None else row < 0
+            seen.append(x.mean(1)[~boxed])
+            labels.append(batch.labels[row[~boxed]])                                        # (M, T)
+            if kind != "image" or boxes is None:
+                continue
+            at, start = batch.slots["box"]                                                  # (R,) each
+            share, of = box_share(boxes, x.shape[1]), (at[:, None] > row).sum(1)
+            seen.append((share[:, None].to(x.dtype) @ x[of])[:, 0])
+            losses = {f"at_{part}": loss for part, loss in box_loss(self.writers["at"](seen[-1]), boxes).items()}
+            end = torch.where(F.pad(at[1:] == at[:-1], (0, 1)), start.roll(-1), T)
+            place = torch.arange(T, device=at.device)
+            labels.append(batch.labels[at].where((place >= start[:, None]) & (place < end[:, None]), -100))
+        logits, labels = self.llm.lm_head(self.llm.norm(torch.cat(seen))).float(), torch.cat(labels)
         row, column = (labels != -100).nonzero(as_tuple=True)
         words = labels[row, column]
         share = 1 / words.bincount(minlength=logits.shape[1])[words]
         loss = F.cross_entropy(logits[row], words, reduction="none")
-        return {"words": (loss * share).sum() / share.sum()}
+        return {"words": (loss * share).sum() / share.sum()} | losses
 
     def forward(self, batch, words=False):
         """Named losses of a data.Batch: the text's, and those of every writer that has targets in it; or only word_loss."""
@@ -522,7 +560,7 @@ def initialise(model):
     Linear, convolution, embedding, lora_A      normal(0, 1 / sqrt(fan in)); those that write to the residual stream / sqrt(2 n_layer)
     positions, class tokens, extra key and value                    normal(0, 0.02)
     queries of an output projection             normal(0, 1)
-    norms 1; biases, lora_B 0; log_scale log(1 / 0.07)
+    norms 1; biases, lora_B 0; log_scale log(1 / 0.07); offsets of deformable attention as its `aim` has them
     """
     stacks = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     norms = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm, RMSNorm))}
@@ -542,6 +580,9 @@ def initialise(model):
     for name, b in model.named_buffers():
         if name.endswith("log_scale"):
             b.fill_(math.log(1 / 0.07))
+    for m in model.modules():
+        if isinstance(m, DeformableAttention):
+            m.aim()
 
 
 def parameter_table(model):
@@ -686,22 +727,20 @@ def to_config(cls, values, where):
     for key, value in values.items():
         if isinstance(value, int) and not (-64 if key == "feature_layer" else 0) <= value <= LIMITS.get(key, 1 << 24):
             raise ValueError(f"{where}: {key} = {value} is out of bounds")
-    nested = {"llm": LLMConfig, "imagebind": ImageBindConfig, "clip": CLIPConfig, "sam": SAMConfig, "region": RegionConfig,
-              "locator": LocatorConfig, "swin": SwinConfig}
     out = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    for key, part in nested.items():
-        if cls in (ModelConfig, LocatorConfig) and isinstance(out.get(key), dict):
-            out[key] = to_config(part, out[key], f"{where}: {key}")
-    for key, part in {"towers": TowerConfig, "projections": ProjectionConfig}.items():
-        if key in out:
-            out[key] = {name: to_config(part, row, f"{where}: {name}") for name, row in out[key].items()}
+    for f in (f for f in fields(cls) if isinstance(out.get(f.name), dict)):
+        part, rows = next(filter(is_dataclass, (f.type, *get_args(f.type))), None), out[f.name]
+        if part and get_origin(f.type) is dict:
+            out[f.name] = {name: to_config(part, row, f"{where}: {name}") for name, row in rows.items()}
+        elif part:
+            out[f.name] = to_config(part, rows, f"{where}: {f.name}")
     if "writes" in out:
         out["writes"] = {name: tuple(tokens) for name, tokens in out["writes"].items()}
     return cls(**out)
 
 
-def read_config(folder):
-    """ModelConfig of a weights folder. Raises FileNotFoundError or ValueError, saying what is wrong with which file."""
+def read_config(folder, cls=ModelConfig):
+    """The config of a weights folder (cls: a painter's is a PainterConfig). Raises FileNotFoundError or ValueError, saying what is wrong with which file."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a weights folder: it has no config.json (make one with convert_weights.py)")
@@ -712,7 +751,7 @@ def read_config(folder):
         raise ValueError(f"{path}: not a config of this code ({error!r}); convert the folder with convert_weights.py") from None
     if version > FORMAT:
         raise ValueError(f"{path}: format {version} is newer than this code understands ({FORMAT}); update the code")
-    return to_config(ModelConfig, values, path)
+    return to_config(cls, values, path)
 
 
 def tensor_files(folder):
@@ -729,13 +768,17 @@ def tensor_files(folder):
         return {key: folder / "model.safetensors" for key in f.keys()}
 
 
-def skeleton(folder):
-    """The Model of a weights folder on meta, in the stored types, and the file of each tensor.
+def skeleton(folder, build=Model, cls=ModelConfig):
+    """build(config), a Model, of a weights folder on meta, in the stored types, and the file of each tensor.
 
     Raises FileNotFoundError, ValueError naming the file and key that do not fit.
     """
+    cfg = read_config(folder, cls)
+    quantized = getattr(cfg, "quantized", "")
     with torch.device("meta"):
-        model = Model(read_config(folder))
+        model = build(replace(cfg, quantized="") if quantized else cfg)
+        if quantized:
+            quantize_llm(model, quantized)
     want, state = model.state_dict(), {}
     files = tensor_files(folder)
     if odd := set(files) ^ (set(want) - tied(model)):
@@ -760,7 +803,8 @@ def open_all(paths, device="cpu"):
 
 def tied(model):
     """Names of matrices that are another's, and so are not stored."""
-    return {"llm.lm_head.weight"} if model.cfg.llm and model.cfg.llm.tied else set()
+    llm = getattr(model, "llm", None)
+    return {"llm.lm_head.weight"} if llm and llm.cfg.tied else set()
 
 
 def tie(model):
@@ -775,12 +819,29 @@ def assign(model, state):
     tie(model)
 
 
-def load(folder, device="cpu", dtype=None):
-    """The Model of a weights folder, in eval mode, its tensors memory-mapped (dtype None: as stored). Raises as skeleton."""
-    model, files = skeleton(folder)
+def load(folder, device="cpu", dtype=None, quantize="", build=Model, cls=ModelConfig):
+    """The Model of a weights folder, in eval mode, its tensors memory-mapped (dtype None: as stored). Raises as skeleton.
+
+    quantize: int8 or int4 (see quantize.py), a matrix at a time; ValueError for a model that is so already.
+    """
+    model, files = skeleton(folder, build, cls)
+
+    def fetch(name, layer):             # opened for this layer alone: what was read leaves memory with it
+        keys = {key: full if (full := f"{name}.{key}") in files else "llm.embed.weight" for key in layer.state_dict()}     # tied
+        with open_all([files[full] for full in keys.values()], device) as opened:
+            layer.load_state_dict({key: opened[files[full]].get_tensor(full) for key, full in keys.items()}, assign=True)
+        return layer
+    if quantize:
+        quantize_llm(model, quantize, fetch)
     with open_all(files.values(), device) as opened:
-        assign(model, {key: opened[path].get_tensor(key) for key, path in files.items()})
+        assign(model, {key: opened[files[key]].get_tensor(key) if x.is_meta else x
+                       for key, x in model.state_dict().items() if key not in tied(model)})
     return model.to(dtype=dtype).eval()
+
+
+def load_painter(folder, device="cpu", dtype=None):
+    """The Painter of a weights folder, as load; `save` writes one. Beside the weights lie the files of its tokenizer."""
+    return load(folder, device, dtype, build=Painter, cls=PainterConfig)
 
 
 def write_tensors(path, like, values):

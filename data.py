@@ -309,10 +309,18 @@ class System:
 
 
 IM = ("<im_patch>", "<im_start>", "<im_end>")
-SIGNALS = {name: tuple(f"[{name.upper()}{i}]" for i in range(n)) for name, n in (("img", 4), ("vid", 24), ("aud", 8))}
+
+
+def signals(**counts):
+    """The signal tokens of writers: img=2 makes [IMG0] and [IMG1]."""
+    return {name: tuple(f"[{name.upper()}{i}]" for i in range(n)) for name, n in counts.items()}
+
+
+SIGNALS = signals(img=4, vid=24, aud=8)
 SYSTEMS = {
     "plain": System("vicuna_v1_1", "vicuna_v1_1"),
-    "tiny": System("tiny", "tiny", (*IM, "<at>", "<boxes>"), media_last=True, box=("<at>", "<boxes>")),
+    "tiny": System("tiny", "tiny", (*IM, "<at>", "<boxes>"), media_last=True, box=("<at>", "<boxes>"),
+                   signals=signals(img=8, vid=4, aud=4)),       # which paint.py adds
     "chatbind": System("multimodal", "llava_v0", ("[PAD]", *IM), media_last=True),
     "nextchat": System("vicuna_v1_1", "vicuna_v1_1", (*IM, "<at>", "<boxes>"), legacy=False,
                        box=("<at>", "<boxes>"), mask_pad=True),
@@ -320,6 +328,8 @@ SYSTEMS = {
     # The published model has no tokens for its tags (see model.NEXTGPT_TAGS): there they are text. New ones have.
     "nextgpt": System("nextgpt", "nextgpt_train", sum(SIGNALS.values(), ("<Img>", "</Img>")),
                       ("<Img>", "<s>", "</Img> "), signals=SIGNALS),
+    "omni": System("vicuna_v1_1", "vicuna_v1_1", (*IM, "<at>", "<boxes>", "[VG]", *sum(SIGNALS.values(), ())),
+                   box=("<at>", "<boxes>"), find="[VG]", signals=SIGNALS),
 }
 
 
@@ -407,6 +417,7 @@ SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of 0..
 class MediaSpec:
     """Sizes and sampling that an encoder wants; defaults: ImageBind-Huge as ChatBind and NExT-GPT feed it."""
     image_size: int = 224
+    clip_size: int = 0                  # side of clips, depth and heat maps; 0: as pictures
     crop_round: bool = False            # False: CLIP processor's crop offset (floor); True: ImageBind's (half to even)
     square: bool = False                # pictures are padded to white squares, not cropped (NExT-Chat)
     sam_size: int = 0                   # side of the picture that SAM sees as well; 0: none
@@ -457,6 +468,16 @@ def read_image(path):
         raise MediaError(f"{path}: damaged picture ({error})") from None
 
 
+def moved(x, shift, flip):
+    """A picture (3, H, W) shifted right and down by pixels, black where nothing comes in, then mirrored."""
+    (dx, dy), (H, W) = shift, x.shape[1:]
+    if dx or dy:
+        still, x = x, normalise(torch.zeros_like(x))
+        x[:, max(dy, 0):H + min(dy, 0), max(dx, 0):W + min(dx, 0)] = \
+            still[:, max(-dy, 0):H - max(dy, 0), max(-dx, 0):W - max(dx, 0)]
+    return x.flip(-1) if flip else x
+
+
 def resize_crop(image, size, crop_round):
     """PIL bicubic resize of the short side, then a centre crop of size x size."""
     w, h = image.size
@@ -505,7 +526,7 @@ def stretched_tensor(image, spec=MediaSpec()):
 
 def thermal_tensor(image, spec=MediaSpec()):
     """PIL picture -> (1, size, size) grey in 0..1, not normalised."""
-    pixels = np.array(resize_crop(image.convert("L"), spec.image_size, crop_round=True))
+    pixels = np.array(resize_crop(image.convert("L"), spec.clip_size or spec.image_size, crop_round=True))
     return torch.from_numpy(pixels)[None].float() / 255
 
 
@@ -516,7 +537,7 @@ def depth_tensor(metres, focal_baseline=None, spec=MediaSpec()):
     """
     disparity = (focal_baseline or 1.0) / torch.as_tensor(metres, dtype=torch.float32).clamp(0.01, 50)
     image = Image.fromarray((disparity.clamp(max=75) / 75).numpy())
-    return (torch.from_numpy(np.array(resize_crop(image, spec.image_size, True)))[None] - 0.0418) / 0.0295
+    return (torch.from_numpy(np.array(resize_crop(image, spec.clip_size or spec.image_size, True)))[None] - 0.0418) / 0.0295
 
 
 def imu_tensor(samples, steps=2000):
@@ -631,7 +652,7 @@ def spatial_crops(x, size, n):
 
 def video_tensor(frames, n_frames, fps, spec=MediaSpec()):
     """Frames -> (clips * crops, 3, F, size, size), clip-major. frames: callable, [numbers] -> uint8 arrays (H, W, 3)."""
-    clips, size = clip_frames(n_frames, fps, spec), spec.image_size
+    clips, size = clip_frames(n_frames, fps, spec), spec.clip_size or spec.image_size
     wanted = sorted({i for clip in clips for i in clip})
     decoded = dict(zip(wanted, frames(wanted)))
     out = []
@@ -843,6 +864,8 @@ class Medium:
     path: str = ""
     tensor: torch.Tensor | None = None
     stretch: bool = False               # to the encoder's square, where its spec would crop (some sets of ChatterBox)
+    shift: tuple = (0, 0)               # pixels right and down that the encoder sees it moved,
+    flip: bool = False                  # and then mirrored; its boxes have followed (COCO in ChatterBox)
     size: tuple = ()                    # width and height of a picture, pixels
     sam: torch.Tensor | None = None     # the same picture for SAM
     det: torch.Tensor | None = None     # and for the locator
@@ -898,6 +921,7 @@ def load_medium(medium, spec):
     """Fill in what encoders and writers read of a medium. Raises MediaError."""
     medium.tensor = read_media(medium.path, "stretched" if medium.stretch else medium.kind, spec)
     if medium.kind == "image":
+        medium.tensor = moved(medium.tensor, medium.shift, medium.flip)
         medium.size = open_image(medium.path).size
         medium.sam = read_media(medium.path, "sam", spec) if spec.sam_size else None
         medium.det = read_media(medium.path, "det", spec) if spec.det_size else None
@@ -1069,35 +1093,39 @@ def truncate(r, length, protected):
     kept = [i for i in range(len(r.ids)) if i not in gone]
     place = {old: new for new, old in enumerate(kept)}
     ids, labels = ([row[i] for i in kept] for row in (r.ids, r.labels))
-    return Rendered(ids, labels, *([(x, place[at]) for x, at in things] for things in (r.slots, r.targets)))
+    targets = [(x, [place[i] for i in at] if isinstance(x, Signal) else place[at]) for x, at in r.targets]
+    return Rendered(ids, labels, [(x, place[at]) for x, at in r.slots], targets)
+
+
+def asked(rendered, places, kind):
+    """Boxes of a kind to be said or found -> slots (2, m) of the tokens that ask for them, the boxes, the picture of each."""
+    found = [(row, start + at, box, next(m for m, _ in r.slots if m.kind == "image"))
+             for r, (row, start) in zip(rendered, places) for box, at in r.targets if getattr(box, "kind", "") == kind]
+    rows, columns, boxes, pictures = zip(*found) if found else [()] * 4
+    return torch.tensor([rows, columns]), boxes, pictures
 
 
 def box_targets(rendered, places, given):
     """-> {} or {"at": what is to be said there}: slots (2, m), boxes (m, 4) of the frame, all boxes given (R, 4), and where
-    masks are known masks (m, 1, S, S) and image (B, 3, S, S), the pictures for SAM."""
-    found = [(row, start + at, box) for r, (row, start) in zip(rendered, places) for box, at in r.targets
-             if isinstance(box, Box) and box.kind == "box"]
-    if not found:
+    masks are known masks (m, 1, S, S) and image (m, 3, S, S), the picture of each for SAM."""
+    slots, boxes, pictures = asked(rendered, places, "box")
+    if not boxes:
         return {}
-    rows, columns, boxes = zip(*found)
-    out = {"slots": torch.tensor([rows, columns]), "boxes": torch.stack([box.tensor for box in boxes]), "given": given}
+    out = {"slots": slots, "boxes": torch.stack([box.tensor for box in boxes]), "given": given}
     if all(box.sam_mask is not None for box in boxes):
         out["masks"] = torch.stack([box.sam_mask for box in boxes])
-        out["image"] = torch.stack([m.sam for r in rendered for m, _ in r.slots if m.kind == "image"])
+        out["image"] = torch.stack([picture.sam for picture in pictures])
     return {"at": out}
 
 
 def find_targets(rendered, places):
     """-> {} or {"vg": what is to be found}: slots (2, m) of the tokens that ask, boxes_cxcywh (m, 4) of the frame, image
     (m, 3, S, S), the picture of each for the locator."""
-    found = [(row, start + at, box) for r, (row, start) in zip(rendered, places) for box, at in r.targets
-             if isinstance(box, Box) and box.kind == "find"]
-    if not found:
+    slots, boxes, pictures = asked(rendered, places, "find")
+    if not boxes:
         return {}
-    rows, columns, boxes = zip(*found)
     corners = torch.stack([box.tensor for box in boxes]).view(-1, 2, 2)                     # (m, 2, 2)
-    pictures = {row: m.det for r, (row, _) in zip(rendered, places) for m, _ in r.slots if m.kind == "image"}
-    return {"vg": {"slots": torch.tensor([rows, columns]), "image": torch.stack([pictures[row] for row in rows]),
+    return {"vg": {"slots": slots, "image": torch.stack([picture.det for picture in pictures]),
                    "boxes_cxcywh": torch.cat([corners.mean(1), corners[:, 1] - corners[:, 0]], 1)}}
 
 
@@ -1120,12 +1148,14 @@ def pack_rows(lengths, width):
     return places, rows
 
 
-def collate(rendered, n_token, pad=0, max_len=2048, mask_pad=False, pack=0):
+def collate(rendered, n_token, pad=0, max_len=2048, mask_pad=False, pack=0, mock=None):
     """Rendered samples -> Batch: cut at max_len (never inside media), pad on the right, stack media by kind.
 
     pack: put short samples into common rows of about so many tokens, told apart by `segments`; 0 = a row for each.
-    Raises ValueError if a sample has nothing to learn or its media do not fit.
+    mock: one more, whose text is not learned, see datasets.mock. Raises ValueError if a sample has nothing to learn or its
+    media do not fit.
     """
+    rendered = rendered + [mock._replace(labels=[IGNORE] * len(mock.ids))] if mock else rendered
     lengths = [min(len(r.ids), max_len) for r in rendered]
     places, rows = pack_rows(lengths, pack) if pack else ([(i, 0) for i in range(len(lengths))], lengths)
     ids, labels = (torch.full((len(rows), max(rows)), value) for value in (pad, IGNORE))
@@ -1134,7 +1164,7 @@ def collate(rendered, n_token, pad=0, max_len=2048, mask_pad=False, pack=0):
         here = row, slice(at, at + n)
         ids[here], labels[here], segments[here] = torch.tensor(r.ids[:n]), torch.tensor(r.labels[:n]), segments[row].max() + 1
         labels[row, at] = IGNORE                                # nothing comes before it to predict it from
-        if (labels[here] == IGNORE).all():
+        if (labels[here] == IGNORE).all() and not (mock and r is rendered[-1]):
             raise ValueError(f"a sample of {len(r.ids)} tokens has no answer within max_len = {max_len}")
         for medium, start in r.slots:
             columns = torch.arange(start, start + n_token(medium.kind))
@@ -1149,6 +1179,15 @@ def collate(rendered, n_token, pad=0, max_len=2048, mask_pad=False, pack=0):
         picture_rows = slots["image"][0, ::n_token("image")]
         media["region"] = with_pictures(media["region"], slots["region"][0], media["image"], picture_rows)
     return Batch(ids, labels, media, slots, targets, ids != pad if mask_pad else None, segments if pack else None)
+
+
+def to_device(batch, device):
+    """A Batch with all its tensors on a device."""
+    def move(x):
+        if isinstance(x, dict):
+            return {k: move(v) for k, v in x.items()}
+        return x if x is None else x.to(device, non_blocking=True)
+    return Batch(*map(move, batch))
 
 
 # ---- Data sets
@@ -1268,12 +1307,15 @@ class Prepared(torch.utils.data.Dataset):
     """Data sets -> Rendered samples with their media loaded. An unusable record is replaced by the next one and counted.
 
     max_bad: how many may be replaced before DataError or MediaError ends the run. media_front: see media_in_front.
+    max_len: ids of a sample; of a longer one the last go, but none of media and boxes.
     where: a mixture, the (set, record) numbers in their order; default: every record of every set.
     """
 
-    def __init__(self, sets, tok, system, template, n_token, spec, max_bad=0, media_front=False, where=None):
-        self.sets, self.tok, self.system, self.template = sets, tok, system, template
+    def __init__(self, sets, tok, system, template, n_token, spec, max_bad=0, media_front=False, where=None,
+                 max_len=sys.maxsize):
+        self.sets, self.tok, self.system, self.template, self.max_len = sets, tok, system, template, max_len
         self.n_token, self.spec, self.max_bad, self.media_front = n_token, spec, max_bad, media_front
+        self.protected = {tok.special[name] for name in (*tok.added, system.frame[1]) if name in tok.special}
         everything = [(s, i) for s in range(len(sets)) for i in range(len(sets[s]))]
         self.where = everything if where is None else where
         sizes = [one.sizes() for one in sets]
@@ -1308,6 +1350,14 @@ class Prepared(torch.utils.data.Dataset):
             load_media(turns, self.spec)
         if self.media_front:
             turns = [media_in_front(turn, self.template) for turn in turns]
+        full = self.render(turns)
+        r = truncate(full, self.max_len, self.protected)
+        if r is not full and (len(r.ids) > self.max_len or set(r.labels[1:]) == {IGNORE}):
+            raise DataError(f"{self.sets[s].path}: record {i}: nothing to learn within max_len = {self.max_len}")
+        return r
+
+    def render(self, turns):
+        """Loaded turns as the model learns them."""
         return render(turns, self.tok, self.system, self.template, self.n_token, train=True)
 
     def show(self, i):
@@ -1319,13 +1369,15 @@ class Prepared(torch.utils.data.Dataset):
         return text.replace("▁", " ") + "]" * runs[-1][0]
 
 
-def epoch_batches(sizes, batch, seed, epoch):
+def epoch_batches(sizes, batch, seed, epoch, ordered=False):
     """Batches of sample numbers for one epoch, in an order that depends on nothing but the arguments.
 
+    ordered: batches hold the samples as they come.
     Within a batch the short samples come first, so that micro-batches cut from it are padded little while the batch
     stays a fair draw. The rest that fills no batch is left out (unless it is all there is).
     """
     order = list(range(len(sizes)))
-    random.Random(f"{seed}/{epoch}").shuffle(order)
+    if not ordered:
+        random.Random(f"{seed}/{epoch}").shuffle(order)
     order = order[:max(len(order) - len(order) % batch, batch)]
     return [sorted(order[i:i + batch], key=lambda j: (sizes[j], j)) for i in range(0, len(order), batch)]

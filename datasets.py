@@ -292,7 +292,8 @@ def flickr(row, ask):
 
 def rec(row, ask):
     """RefCOCO and Visual Genome: an expression, find its box."""
-    return [ask(expr=[field(row, "expression")]), ["Answer: ", box_of(row), " ."]]
+    text = field(row, "expression") if "expression" in row else str(ask.rng.choice(texts(row, "expressions")))
+    return [ask(expr=[text]), ["Answer: ", box_of(row), " ."]]
 
 
 def res(row, ask):
@@ -305,6 +306,12 @@ def reg(row, ask):
     """RefCOCO and Visual Genome: a box, say what it holds."""
     text = field(row, "expression") if "expression" in row else texts(row, "expressions")[0]
     return [ask(objs=[box_of(row)]), [text]]
+
+
+def each_region(row, ask, turns):
+    """All regions of a picture, a question each: turns is reg or rec."""
+    out = [turn for one in field(row, "regions", list) for turn in turns(one, ask)]
+    return out[:1] + [[part for part in turn if part is not ask.picture] for turn in out[1:]]
 
 
 def vqa(row, ask):
@@ -438,12 +445,14 @@ class Format(NamedTuple):
     name: str = "*"                     # its file, * being the name
     unpack: Callable = lambda whole: whole                      # what a .json file holds -> its records
     stretch: bool = False               # the picture, see data.Medium
+    moves: bool = False                 # the picture is shifted and mirrored at random, see move
 
 
 FORMATS = {
     "caption": Format(caption, "image_cap"),
     "flickr": Format(flickr, "flickr30k", "image_id", "*.jpg"),
     "rec": Format(rec, "REC"), "res": Format(res, "REC"), "reg": Format(reg, "REG"), "gc": Format(reg, "GC"),
+    "recs": Format(partial(each_region, turns=rec), "REC"), "regs": Format(partial(each_region, turns=reg), "REG"),
     "vqa": Format(vqa, "VQA", "image_path"),
     "vqa-e": Format(vqa_e, "VQA_CoT", "file_path"), "vqa-x": Format(vqa_x, "VQA_CoT", "file_path"),
     "pope": Format(pope, "VQA", "image"),
@@ -493,9 +502,31 @@ class Rows:
             return to_sample(row, self.format, self.images, self.prompts, np.random.default_rng([self.seed, i]))
 
 
+class Part:
+    """A share of a data set: as many of its records, evenly spread."""
+
+    def __init__(self, whole, share):
+        self.whole, self.path = whole, whole.path
+        self.index = np.linspace(0, len(whole) - 1, max(round(share * len(whole)), 1)).astype(int).tolist()
+
+    def __len__(self):
+        return len(self.index)
+
+    def sizes(self):
+        """Rough length of each record."""
+        sizes = self.whole.sizes()
+        return [sizes[i] for i in self.index]
+
+    def __getitem__(self, i):
+        return self.whole[self.index[i]]
+
+
 def open_set(name, media="", draw=False):
     """The data set FILE (LLaVA or caption records), nextgpt:FILE (see Dialogs) or FORMAT:FILE, a row of FORMATS; its media in
-    the folder `media`, default beside the file."""
+    the folder `media`, default beside the file. FILE@0.25 is a quarter of its records."""
+    if re.search(r"@[\d.]+$", name):
+        name, _, share = name.rpartition("@")
+        return Part(open_set(name, media, draw), float(share))
     format, _, path = name.rpartition(":")
     if format == "nextgpt":
         return Dialogs(path, media or None, draw)
@@ -506,15 +537,13 @@ def to_sample(row, format, images, prompts, rng):
     """A record -> Sample. Raises DataError (and what the standard types raise for a record that is no dict)."""
     name = str(field(row, format.picture, (str, int)))
     picture = Medium("image", str(safe_join(images, format.name.replace("*", name))), stretch=format.stretch)
-    return Sample(format.turns(row, Ask(prompts, picture, rng)), str(row.get("id", row.get("question_id", ""))), row)
+    turns = format.turns(row, Ask(prompts, picture, rng))
+    if format.moves:
+        move(picture, [part for turn in turns for part in turn if isinstance(part, Box)], row["width"], row["height"], rng)
+    return Sample(turns, str(row.get("id", row.get("question_id", ""))), row)
 
 
-# ---- Mixtures: lists of items in, a list of items out
-
-def items(sets):
-    """Data sets {name: set} -> {name: its (set number, record number) pairs}, what Prepared takes as `where`."""
-    return {name: [(s, i) for i in range(len(one))] for s, (name, one) in enumerate(sets.items())}
-
+# ---- Mixtures: lists of items in, a list of items out; an item is (set number, record number)
 
 def subset(source, portion, seed=None):
     """The first int(portion * n) items, shuffled before if there is a seed."""
@@ -569,9 +598,46 @@ def nextchat_2(s, seed=0):
     return interleave([talk, interleave(tasks, [0.2] * 5, seed)], [0.5, 0.5], seed)
 
 
-MIXTURES = {                            # (system, stage) -> {name: items} -> items
-    ("nextchat", 1): nextchat_1, ("nextchat", 2): nextchat_2, ("nextchat", 3): lambda s: s["res"],
+MIXTURES = {                            # (system, stage) -> {name: items}, batch, seed -> items
+    ("nextchat", 1): lambda s, batch, seed: nextchat_1(s), ("nextchat", 2): lambda s, batch, seed: nextchat_2(s, seed),
+    ("nextchat", 3): lambda s, batch, seed: s["res"],
 }
+SOURCES = {                             # name in a mixture of NExT-Chat -> format and published file
+    "caption": "caption:CAP_coco2014_train.jsonl", "flickr": "flickr:CWB_flickr30k_train.jsonl",
+    "rec": "rec:REC_ref3_train.jsonl", "reg": "reg:REC_ref3_train.jsonl", "res": "res:RES_ref3_train.jsonl",
+    "recvg": "rec:GC_genome196_train.jsonl", "gc": "gc:GC_genome196_train.jsonl",
+    "vqa": "vqa:v2_OpenEnded_mscoco_train2014_questions.jsonl", "vqa-e": "vqa-e:vqa_E_train.jsonl",
+    "vqa-x": "vqa-x:vqa_X_train.jsonl", "llava": "llava:llava_instruct_150k.json", "vcr": "vcr-q-ra:vcr_train.jsonl",
+    "gpt4gen": "gpt4gen-bc:GPT4GEN_BoxCoT_train.jsonl", "gpt4gen-rd": "gpt4gen-bc:GPT4GEN_RD_BoxCoT_train.jsonl",
+    "v7w": "v7w:v7w_pointing_train.jsonl",
+}
+
+
+class Sources(dict):
+    """{name: items} of the data sets in a folder, each opened when a mixture asks for it; `sets` has them in that order.
+
+    Pictures of a set lie in the folder of its name within `media`, if there is one (a link, perhaps), else in `media`.
+    """
+
+    def __init__(self, folder, media):
+        super().__init__()
+        self.folder, self.media, self.sets = Path(folder), Path(media), []
+
+    def __missing__(self, name):
+        format, file = SOURCES[name].split(":")
+        own = self.media / name
+        self.sets.append(Rows(self.folder / file, format, own if own.is_dir() else self.media))
+        self[name] = [(len(self.sets) - 1, i) for i in range(len(self.sets[-1]))]
+        return self[name]
+
+
+def open_mixture(key, folder, media, batch, seed=0):
+    """Data sets of a folder and the mixture of (system, stage) of them, what Prepared takes as `where`."""
+    if key not in MIXTURES:
+        raise ValueError(f"{folder}: no mixture is known for stage {key[1]} of {key[0]}; name files, with commas between")
+    sources = Sources(folder, media or folder)
+    where = MIXTURES[key](sources, batch, seed)
+    return sources.sets, where
 
 
 def mock(image_size):
@@ -882,6 +948,22 @@ def cb_ref(row, ask, read=check_box, late=True):
     return talk([*map(plain, whole[start:end]), ([*regions, chunks[-1]], [whole[end].answer])], FRONT, ask.picture)
 
 
+def named(text, given):
+    """A text with the box of each name behind its first mention that is left, or else at the end."""
+    parts = [text]
+    for name, box in given:
+        before, name, after = parts[-1].partition(name)
+        parts[-1:] = [before + name, Box(box), after]
+    return parts
+
+
+def cb_rounds(row, ask):
+    """A whole talk for models that say boxes: those of questions behind the names, those of answers at their end."""
+    rows = [(named(PLACE.sub(r"\1", r.question), r.given), [r.answer, *(Box(box) for _, box in r.shown)])
+            for r in rounds(row, cut=False)]
+    return talk(rows, FRONT, ask.picture)
+
+
 class Talk(NamedTuple):
     """How to speak about the regions of a picture."""
     prefix: str                         # with <image>
@@ -956,6 +1038,24 @@ def regions(row, ask, label):
     return [found[i] for i in ask.rng.permutation(len(found))[:ask.prompts.limit]]
 
 
+def move(picture, boxes, width, height, rng):
+    """Half of the time each, shift a picture by up to 32 pixels of 224 and mirror it, and its boxes with it.
+
+    A shift that pushes a box out of sight is not made.
+    """
+    shift = rng.integers(-32, 33, 2).tolist() if rng.random() < 0.5 else (0, 0)
+    size, by = np.array([width, height] * 2), np.array(shift * 2) / 224
+    new = [(np.array(box.xyxy_px) + by * size).clip(0, size) for box in boxes]
+    if all((224 * (xyxy[2:] - xyxy[:2]) >= 2 * size[:2]).all() for xyxy in new):
+        picture.shift = tuple(shift)
+        for box, xyxy in zip(boxes, new):
+            box.xyxy_px = tuple(xyxy.tolist())
+    picture.flip = bool(rng.random() < 0.5)
+    for box in boxes if picture.flip else ():
+        x1, y1, x2, y2 = box.xyxy_px
+        box.xyxy_px = width - x2, y1, width - x1, y2
+
+
 def answer_about(what, ask):
     """An answer with a head and a tail."""
     return [str(ask.rng.choice(ask.prompts.heads)) + what + str(ask.rng.choice(ask.prompts.tails))]
@@ -1023,12 +1123,13 @@ CHATTERBOX = {
         "cb-lc-gnd": cb_chain, "cb-lc": cb_vqa, "cb-mrg": cb_vqa, "cb-mrg-ref": cb_mrg, "cb-ref": cb_ref,
         "cb-refcoco-ref": partial(cb_ref, read=corners_of, late=False)}.items()
 } | {
-    f"{name}-regions": Format(turns, f"talk-{name}", "file_name", unpack=by_picture, stretch=True) for name, turns in {
+    f"{name}-regions": Format(turns, f"talk-{name}", "file_name", unpack=by_picture, stretch=True, moves=name == "coco")
+    for name, turns in {
         "coco": partial(by_region, label=category), "refcoco": partial(by_region, label=ref_caption),
         "refcoco+": partial(by_region, label=ref_caption), "refcocog": partial(by_region, label=ref_caption),
         "vg": partial(by_region, label=own_caption), "flickr30k": flickr_regions}.items()
 } | {"llava-instruct": Format(llava, picture="image")}
-FORMATS |= CHATTERBOX
+FORMATS |= CHATTERBOX | {"rounds": Format(cb_rounds, picture="image", unpack=under_data)}
 
 GROUNDING = {"cb-refcoco-gnd": 5, "cb-coco-gnd": 8, "cb-gnd": 1, "cb-lc-gnd": 1}            # how often each is drawn
 REFERRING = {"cb-mrg-ref": 3, "cb-ref": 2, "cb-refcoco-ref": 3, "coco-regions": 1, "refcoco-regions": 1,
@@ -1036,23 +1137,35 @@ REFERRING = {"cb-mrg-ref": 3, "cb-ref": 2, "cb-refcoco-ref": 3, "coco-regions": 
 TALKING = {"cb-lc": 2, "cb-mrg": 1, "llava-instruct": 7}
 
 
+STEPS = 3000                            # of an epoch
+
+
 def draws(s, rates, n, rng):
     """n items: sources drawn by their rates, an item of each evenly."""
     sources, p = [s[name] for name in rates], np.array([*rates.values()]) / sum(rates.values())
-    return [sources[k][rng.integers(len(sources[k]))] for k in rng.choice(len(rates), n, p=p)]
+    which = rng.choice(len(rates), n, p=p)
+    items = rng.integers(np.array([len(source) for source in sources])[which])
+    return [sources[k][i] for k, i in zip(which.tolist(), items.tolist())]
 
 
-def chatterbox_1(s, n=10 ** 6, seed=0):
-    """The first stage."""
-    return draws(s, GROUNDING, n, np.random.default_rng(seed))
+def chatterbox_1(s, batch, seed):
+    """An epoch of the first stage."""
+    return draws(s, GROUNDING, STEPS * batch, np.random.default_rng(seed))
 
 
-def chatterbox_2(s, steps=10, batch=960, seed=0):
-    """The second stage, in whole batches of one kind each, to be kept in this order: a batch that asks for boxes teaches no
-    text. A step is a batch of grounding; every fifth brings one of talks and every tenth one of regions as well."""
+def chatterbox_2(s, batch, seed):
+    """An epoch of the second stage, in whole batches of one kind each, to be kept in this order: a batch that asks for
+    boxes teaches no text. A step is a batch of grounding; every fifth brings one of talks and every tenth one of regions as well."""
     rng = np.random.default_rng(seed)
-    return [item for step in range(1, steps + 1) for rates, every in ((GROUNDING, 1), (REFERRING, 10), (TALKING, 5))
+    return [item for step in range(1, STEPS + 1) for rates, every in ((GROUNDING, 1), (REFERRING, 10), (TALKING, 5))
             if step % every == 0 for item in draws(s, rates, batch, rng)]
 
 
+SOURCES |= {name: f"{name}:{file}" for name, file in {
+    "cb-refcoco-gnd": "CB-refcoco-GND.json", "cb-coco-gnd": "CB-coco-GND.json", "cb-gnd": "CB_GND.json",
+    "cb-lc-gnd": "CB_LC.json", "cb-lc": "CB_LC.json", "cb-mrg": "CB_MRG.json", "cb-mrg-ref": "CB_MRG.json", "cb-ref": "CB_REF.json",
+    "cb-refcoco-ref": "CB-refcoco-REF.json", "coco-regions": "instances_train2017.json",
+    "refcoco-regions": "finetune_refcoco_train.json", "refcoco+-regions": "finetune_refcoco+_train.json",
+    "refcocog-regions": "finetune_refcocog_train.json", "vg-regions": "vg_train.json",
+    "flickr30k-regions": "final_flickr_separateGT_train.json", "llava-instruct": "llava_instruct_150k.json"}.items()}
 MIXTURES |= {("chatterbox", 1): chatterbox_1, ("chatterbox", 2): chatterbox_2}

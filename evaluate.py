@@ -2,25 +2,34 @@
 
     python evaluate.py weights/tiny unseen/questions.json
     python evaluate.py weights/nextchat-7b-336 --task rec REC_refcoco_unc_val.jsonl --images train2014 --out runs/rec
+    python evaluate.py weights/tiny --task rounds unseen/CB_LC.json --out runs/rounds
+    python evaluate.py weights/chatbind-7b --task vqa questions.jsonl --images val2014 --out runs/vqa
+    python evaluate.py review -q questions.jsonl -a other.jsonl runs/vqa/answers.jsonl -r rules.json --judge ./judge -o out.jsonl
 
-The tasks are rec, res, pope and caption. The second command goes on where it was stopped, and shares the work under
+The tasks are rec, res, pope, caption, rounds, vqa and sqa. A task goes on where it was stopped, and shares the work under
 torchrun --standalone --nproc_per_node=N; ranks never talk, each writes a file of its own.
 In order: metrics (exact match, ScienceQA, reviews by a judge), boxes and masks (REC, RES), answers (POPE, PointQA,
 GQA), captions (CIDEr-D, Vedantam et al., arXiv 1411.5726), tasks (what a row of predictions holds, and its figures),
-predictions (files that grow row by row and survive a kill), the run. A question is right if the answer is the expected
-one but for case and blanks.
+predictions (files that grow row by row and survive a kill), the run, answer files with ScienceQA and a judge.
+A question is right if the answer is the expected one but for case and blanks.
 """
 import argparse
 import hashlib
 import json
 import math
 import os
+import random
 import re
+import shlex
+import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -210,23 +219,23 @@ def meteor(candidates, references):
 
 # ---- Tasks: what the model said about a sample -> a row of the predictions file; rows -> figures
 
-def boxes_in(sample):
-    return [part for turn in sample.turns[1::2] for part in turn if isinstance(part, data.Box)]
+def boxes_in(turn):
+    return [part for part in turn if isinstance(part, data.Box)]
 
 
-def text_in(turn):
-    return "".join(part for part in turn if isinstance(part, str))
+def text_in(turn, between=""):
+    return between.join(part for part in turn if isinstance(part, str))
 
 
 def rec_row(sample, out):
     """out["boxes"]: (n, 4) of the frame, of which the first counts."""
     box = out["boxes"][0].tolist() if len(out["boxes"]) else None
-    return {"box": box, "target": boxes_in(sample)[0].tensor.tolist()}
+    return {"box": box, "target": boxes_in(sample.turns[-1])[0].tensor.tolist()}
 
 
 def res_row(sample, out):
     """out["masks"]: bool (n, H, W) of the picture. parity: more than one mask counts as none."""
-    target = boxes_in(sample)[0].mask
+    target = boxes_in(sample.turns[-1])[0].mask
     mask = np.asarray(out["masks"][0]) if len(out["masks"]) == 1 else np.zeros_like(target)
     return dict(zip(("intersection", "union"), overlap(mask, target)), rle=datasets.mask_rle(mask))
 
@@ -236,8 +245,26 @@ def text_row(sample, out):
     return {"text": unspace(out["text"]), "target": text_in(sample.turns[-1])}
 
 
+def grounding(reply, answer):
+    """The least IoU of the boxes in a reply and, in their order, in the true answer; 0 if their numbers differ."""
+    found, true = ([box.tensor for box in boxes_in(turn)] for turn in (reply, answer))
+    return box_iou(torch.stack(found), torch.stack(true)).min().item() if len(found) == len(true) else 0.0
+
+
+def rounds_row(sample, out):
+    """out["replies"]: to each question, a list of texts and Boxes. The IoU of an answer without boxes is None."""
+    answers, replies = sample.turns[1::2], out["replies"]
+    return {"text": [text_in(reply, " ") for reply in replies], "target": [text_in(answer, " ") for answer in answers],
+            "iou": [grounding(*pair) if boxes_in(pair[1]) else None for pair in zip(replies, answers)]}
+
+
 def columns(rows, *keys):
     return [[row[key] for row in rows] for key in keys]
+
+
+def share(values):
+    """Mean of numbers or truths, None of nothing."""
+    return sum(values) / len(values) if values else None
 
 
 def pope_figures(rows):
@@ -246,11 +273,31 @@ def pope_figures(rows):
 
 
 def caption_figures(rows):
-    """CIDEr-D times 100 and METEOR, one reference a sample."""
-    ours, theirs = ([tokenise(caption_text(text)) for text in column] for column in columns(rows, "text", "target"))
+    """Share of captions that are right, CIDEr-D times 100 and METEOR, one reference a sample."""
+    texts = [[caption_text(text) for text in column] for column in columns(rows, "text", "target")]
+    right = [normal(a) == normal(b) for a, b in zip(*texts)]
+    ours, theirs = ([tokenise(text) for text in column] for column in texts)
     scores = cider(ours, [[words] for words in theirs])
-    return {"cider": 100 * sum(scores) / len(scores),
+    return {"right": sum(right) / len(right), "cider": 100 * sum(scores) / len(scores),
             "meteor": meteor(map(" ".join, ours), [[" ".join(words)] for words in theirs])}
+
+
+def rounds_figures(rows):
+    """Shares of right texts and of boxes found (IoU of 0.5 or more), over all rounds and over the first, second ... of the
+    dialogues; mean IoU; share of dialogues that are right from beginning to end."""
+    count = max(len(row["text"]) for row in rows)
+    text, box, iou, whole = ([[] for _ in range(count)], [[] for _ in range(count)], [], [])
+    for row in rows:
+        said = [normal(a) == normal(b) for a, b in zip(row["text"], row["target"])]
+        found = [x is None or x >= 0.5 for x in row["iou"]]
+        whole.append(all(said + found))
+        for i, x in enumerate(row["iou"]):
+            text[i].append(said[i])
+            if x is not None:
+                box[i].append(found[i])
+                iou.append(x)
+    return {"text": share(sum(text, [])), "text_by_round": [*map(share, text)], "box": share(sum(box, [])),
+            "box_by_round": [*map(share, box)], "iou": share(iou), "dialogues": share(whole)}
 
 
 TASKS = {                               # task -> (sample, what the model said) -> row; rows -> figures
@@ -258,6 +305,7 @@ TASKS = {                               # task -> (sample, what the model said) 
     "res": (res_row, lambda rows: res(*columns(rows, "intersection", "union"))),
     "pope": (text_row, pope_figures),
     "caption": (text_row, caption_figures),
+    "rounds": (rounds_row, rounds_figures),
 }
 
 
@@ -319,8 +367,10 @@ def figures(task, folder, run, n):
 
 # ---- Run
 
-LENGTHS = {"res": 20, "pope": 20, "caption": 500}               # tokens of an answer at most, as NExT-Chat was evaluated
+# Tokens of an answer at most, as NExT-Chat and ChatterBox were evaluated
+LENGTHS = {"res": 20, "pope": 20, "caption": 500, "rounds": 320}
 FORMATS = {"caption": "reg"}                                    # of a task's file, where it has another name
+MIN_SCORE = 0.3                                                 # of a box that was looked for; below: none
 
 
 class Asker:
@@ -337,24 +387,25 @@ class Asker:
         """Embeddings (1, T, C) of a prompt, and its attn_mask or None."""
         batch = data.collate([rendered._replace(labels=rendered.ids)], self.model.cfg.n_token,
                              max_len=self.model.cfg.llm.max_len, mask_pad=self.system.mask_pad)
-        to = partial(torch.Tensor.to, device=self.device)
-        media, slots = ({kind: to(x) for kind, x in part.items()} for part in (batch.media, batch.slots))
-        return self.model.embed(to(batch.ids), media, slots), to(batch.attn_mask) if self.system.mask_pad else None
+        batch = data.to_device(batch, self.device)
+        return self.model.embed(batch.ids, batch.media, batch.slots), batch.attn_mask
 
-    def render(self, question, answer=None):
-        """Rendered question, with an answer or open for one."""
-        n_token = self.model.cfg.n_token
-        return data.render([question, answer], self.tok, self.system, self.template, n_token, train=bool(answer))
+    def render(self, turns, train=False):
+        """Rendered turns; a last one of None asks for an answer."""
+        return data.render(turns, self.tok, self.system, self.template, self.model.cfg.n_token, train=train)
 
     @torch.inference_mode()
-    def answer(self, question, max_new_tokens=128):
-        """The greedy answer to one turn, a list of strings, media and boxes -> text, ids of all, hidden states."""
-        r, hidden = self.render(question), []
+    def answer(self, turns, max_new_tokens=128):
+        """The greedy answer to turns, lists of strings, media and boxes -> text, ids of all, hidden states.
+
+        Whatever id follows `<at>` counts as `<boxes>`: the model is fed the box it meant.
+        """
+        r, hidden, at = self.render([*turns, None]), [], next(iter(self.model.feeds), -1)
         embeds, mask = self.embed(r)
         stream, ids = data.TextStream(self.tok, (self.template.stop,)), list(r.ids)
         for id in M.generate(self.model, embeds, max_new_tokens=max_new_tokens, hidden=hidden, attn_mask=mask):
-            stream.push(id)
-            ids.append(id)
+            ids.append(self.tok.special[self.system.box[-1]] if ids[-1] == at else id)
+            stream.push(ids[-1])
             if stream.done:
                 break
         return stream.text.strip(), ids, hidden
@@ -365,7 +416,7 @@ class Asker:
 
         parity: nothing is generated; the words before `<at>` are put into the model's mouth.
         """
-        r = self.render(question, ["Answer: ", data.Box((0, 0, 0, 0), tensor=torch.zeros(4))])
+        r = self.render([question, ["Answer: ", data.Box((0, 0, 0, 0), tensor=torch.zeros(4))]], train=True)
         end = r.targets[0][1] + 1
         embeds, mask = self.embed(r._replace(ids=r.ids[:end], slots=[slot for slot in r.slots if slot[1] < end]))
         return self.model.writers["at"](self.model.llm(embeds, attn_mask=mask)[:, -1]).cpu()
@@ -374,10 +425,41 @@ class Asker:
     def segment(self, question, max_new_tokens):
         """Bool masks (n, H, W) of the picture for the boxes in the answer to a turn."""
         picture = next(part for part in question if isinstance(part, data.Medium))
-        _, ids, hidden = self.answer(question, max_new_tokens)
+        _, ids, hidden = self.answer([question], max_new_tokens)
         image, start = picture.sam[None].to(self.device), len(ids) - len(hidden)
         found = M.read_out(self.model, ids, hidden, "at", start, image=image)
         return data.Geometry(*picture.size).masks_to_pixels(found[1]).cpu() if found else torch.zeros(0)
+
+    @torch.inference_mode()
+    def reply(self, turns, max_new_tokens):
+        """The greedy answer to turns as texts and Boxes; one that is looked for (ChatterBox) comes last."""
+        text, ids, hidden = self.answer(turns, max_new_tokens)
+        start, boxes = len(ids) - len(hidden), []
+        asked = [i for i, id in enumerate(ids[:start]) if id == self.tok.special.get(self.system.find)]
+        if "at" in self.model.writers and (found := M.read_out(self.model, ids, hidden, "at", start)):
+            boxes = found[0]
+        elif asked:
+            image = next(part for part in turns[0] if isinstance(part, data.Medium)).det[None].to(self.device)
+            boxes, score = M.read_out(self.model, [*ids[:start], -1], hidden[:1], "vg", asked[-1], image=image)
+            boxes = boxes[score > MIN_SCORE]
+        texts = text.split(" ".join(self.system.box)) if self.system.box else [text]
+        boxes = [data.Box((), tensor=box.cpu()) for box in boxes]
+        return [part for pair in zip_longest(texts, boxes) for part in pair if part]
+
+    def converse(self, turns, max_new_tokens):
+        """Replies to all questions of a dialogue, each after what the model replied before, as in a chat.
+
+        parity: ChatterBox forgets the boxes of earlier rounds, and looks for one wherever the true answer has any.
+        """
+        said, replies = [], []
+        for question, answer in zip(turns[::2], turns[1::2]):
+            if "vg" in self.model.writers:
+                said = [[part for part in turn if not isinstance(part, data.Box)] for turn in said]
+                regions = [replace(part, kind="region") if isinstance(part, data.Box) else part for part in question]
+                question = regions + [data.Box((), kind="find")] * bool(boxes_in(answer))
+            replies.append(self.reply([*said, question], max_new_tokens))
+            said += [question, replies[-1]]
+        return replies
 
     def predict(self, task, sample):
         """What the model says about a sample of a task, for predict_all."""
@@ -387,7 +469,9 @@ class Asker:
             return {"boxes": self.point(question)}
         if task == "res":
             return {"masks": self.segment(question, LENGTHS[task])}
-        return {"text": self.answer(question, LENGTHS[task])[0]}
+        if task == "rounds":
+            return {"replies": self.converse(sample.turns, LENGTHS[task])}
+        return {"text": self.answer([question], LENGTHS[task])[0]}
 
 
 def run_task(asker, args):
@@ -396,7 +480,8 @@ def run_task(asker, args):
         raise ValueError(f"{args.weights}: this model {'makes no masks' if args.task == 'res' else 'says no boxes'}")
     prompts = datasets.load_prompts(args.templates) if args.templates else datasets.PROMPTS
     media = args.media or args.questions.parent
-    rows = datasets.Rows(args.questions, FORMATS.get(args.task, args.task), media, prompts, args.seed)
+    rows = SOURCES[args.task](args.questions, media) if args.task in SOURCES else \
+        datasets.Rows(args.questions, FORMATS.get(args.task, args.task), media, prompts, args.seed)
     digest = hashlib.sha256(args.questions.read_bytes()).hexdigest()
     run = {"task": args.task, "weights": str(args.weights), "file": digest, "templates": str(args.templates or ""),
            "seed": args.seed}
@@ -406,6 +491,8 @@ def run_task(asker, args):
         return print(f"{done} of {len(rows)} samples are done, other ranks are at the rest")
     result = json.dumps(figures(args.task, args.out, run, len(rows)))
     (args.out / "metrics.json").write_text(result)
+    if args.task in SOURCES:
+        write_answers(args.out, run)
     print(result)
 
 
@@ -416,7 +503,7 @@ def ask_all(asker, args):
         question, [expected] = sample.turns[:2]
         data.load_media([question], asker.spec)
         rows.append({"id": len(rows), "kind": sample.meta.get("kind", ""), "question": sample.meta["conversations"][0]["value"],
-                     "text": asker.answer(question)[0], "answer": expected})
+                     "text": asker.answer([question])[0], "answer": expected})
     if args.out:
         args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for kind, (right, asked) in accuracy(rows).items():
@@ -424,11 +511,144 @@ def ask_all(asker, args):
     print(f"{(time.time() - began) / len(rows):.3f} seconds a question")
 
 
+# ---- Answer files, ScienceQA, a judge
+
+def question_samples(path, media, read=dict):
+    """Rows {question_id, image, text}, as `read` makes them of records -> Samples, pictures below the questions."""
+    samples = []
+    for i, record in enumerate(data.read_records(path)):
+        with data.naming(path, i, record):
+            row = read(record)
+            seen = ["\n", data.Medium("image", str(data.safe_join(media, row["image"])))] if row.get("image") else []
+            samples.append(data.Sample([[row["text"], *seen]], str(row["question_id"]), row))
+    return samples
+
+
+def science_samples(path, media):
+    """ScienceQA's conversations; the choices and the right one's number are in the problems.json beside them."""
+    problems = json.loads((path.parent / "problems.json").read_text())
+
+    def read(record):
+        text, problem = record["conversations"][0]["value"].replace("<image>", "").strip(), problems[str(record["id"])]
+        return {"question_id": record["id"], "text": text, "image": record.get("image"), "target": problem["answer"],
+                "choices": len(problem["choices"])}
+    return question_samples(path, media, read)
+
+
+def question_row(sample, out):
+    kept = {name: sample.meta[name] for name in ("question_id", "target", "choices", "image") if name in sample.meta}
+    return {**kept, "prompt": sample.meta["text"], "text": out["text"]}
+
+
+def choice(row):
+    """The number of the choice that an answer commits to. parity: without one, any choice, here always the same."""
+    letters = choices(row["text"])
+    number = ord(letters[0]) - ord("A") if len(letters) == 1 else row["choices"]
+    return number if number < row["choices"] else random.Random(str(row["question_id"])).randrange(row["choices"])
+
+
+def science_figures(rows):
+    """Percent right of all questions, of those with a picture and of those without; the number that named no choice."""
+    right, seen = [choice(row) == row["target"] for row in rows], [bool(row.get("image")) for row in rows]
+    groups = {"accuracy": right, **{name: [r for r, s in zip(right, seen) if s == which]
+                                    for name, which in (("image", True), ("text", False))}}
+    percent = {name: round(100 * sum(group) / len(group), 2) if group else None for name, group in groups.items()}
+    return {**percent, "unclear": sum(len(choices(row["text"])) != 1 for row in rows)}
+
+
+def write_answers(folder, run):
+    """answers.jsonl of a finished run, with the keys that LLaVA's judges read."""
+    with open(Path(folder, "answers.jsonl"), "w") as file:
+        for row in read_predictions(folder, run):
+            name = hashlib.sha256(json.dumps([run, row["question_id"], row["text"]]).encode()).hexdigest()[:22]
+            print(json.dumps({key: row[key] for key in ("question_id", "prompt", "text")} | {
+                "answer_id": name, "model_id": run["weights"], "metadata": {}}), file=file)
+
+
+SOURCES = {"vqa": question_samples, "sqa": science_samples}
+TASKS |= {"vqa": (question_row, lambda rows: {}), "sqa": (question_row, science_figures)}
+LENGTHS |= {"vqa": 1024, "sqa": 1024}
+
+
+def review_requests(questions, answers, rules, contexts=None):
+    """What a judge is asked about two lists of answers: rows {id, question_id, answer1_id, answer2_id, category, prompt},
+    the prompt in the originals' layout.
+
+    rules: {category: {role, prompt}}; contexts: {image, captions, instances} by image, or None for text alone, where an
+    unknown category counts as `default`. Raises ValueError naming the question where rows do not fit together.
+    """
+    answers = [{row["question_id"]: row for row in rows} for rows in answers]
+    seen, out = {row["image"]: row for row in contexts or ()}, []
+    for i, question in enumerate(questions, 1):
+        name, category = question["question_id"], question.get("category", "default")
+        if any(name not in rows for rows in answers):
+            raise ValueError(f"question {name} has no answer in one of the files")
+        if category not in rules and (contexts is not None or "default" not in rules):
+            raise ValueError(f"question {name}: no rule for {category!r}; there are {', '.join(rules)}")
+        rule, (one, two) = rules.get(category) or rules["default"], (rows[name] for rows in answers)
+        text, role = "", rule["role"]
+        if contexts is not None:
+            context = seen[question["image"]]
+            boxes = "\n".join(f"{thing['category']}: {thing['bbox']}" for thing in context["instances"])
+            text = "[Context]\n{}\n\n{}\n\n".format("\n".join(context["captions"]), boxes)
+        text += f"[Question]\n{question['text']}\n\n"
+        for k, answer in enumerate((one, two), 1):
+            text += f"[{role} {k}]\n{answer['text']}\n\n[End of {role} {k}]\n\n"
+        ids = {f"answer{k}_id": answer.get("answer_id", name) for k, answer in enumerate((one, two), 1)}
+        out.append({"id": i, "question_id": name, **ids, "category": category,
+                    "prompt": text + f"[System]\n{rule['prompt']}\n\n"})
+    return out
+
+
+def review(requests, command, path):
+    """Have any program judge: it reads a request as JSON from each line and writes {id, content} for each, in any order.
+
+    Its replies become rows of the review file at `path`, each as it comes; what stands there is not asked again.
+    """
+    path.touch()
+    asked = {row["id"]: row for row in requests}
+    for row in (done := data.read_records(path)):
+        asked.pop(row["id"], None)
+    with TemporaryFile("w+") as file, open(path, "ab") as out:
+        file.writelines(json.dumps(row) + "\n" for row in asked.values())
+        file.seek(0)
+        with subprocess.Popen(shlex.split(command), stdin=file, stdout=subprocess.PIPE, text=True) as judge:
+            for reply in map(json.loads, judge.stdout):
+                if request := asked.pop(reply["id"], None):
+                    del request["prompt"]
+                    done.append({**request, "content": reply["content"], "tuple": review_scores(reply["content"])})
+                    append(out, done[-1])
+    if asked:
+        raise ValueError(f"{command}: ended with {judge.returncode}, {len(asked)} requests without a reply; start it again")
+    return done
+
+
+def main_review(argv):
+    """Write the requests to a judge, or have it answer them, and print the mean scores."""
+    p = argparse.ArgumentParser(description="Have a program compare two files of answers.", prog="evaluate.py review")
+    add, rows = p.add_argument, data.read_records
+    add("--questions", "-q", type=rows, required=True, help="jsonl {question_id, text, category, image}")
+    add("--answers", "-a", type=rows, nargs=2, required=True, help="two answers.jsonl")
+    add("--rules", "-r", type=Path, required=True, help="JSON {category: {role, prompt}}")
+    add("--context", "-c", type=rows, help="jsonl {image, captions, instances}")
+    add("--judge", help="program that reads lines {id, prompt} and writes lines {id, content}; default: print requests")
+    add("--out", "-o", type=Path, help="file of reviews")
+    args = p.parse_args(argv)
+    if args.judge and not args.out:
+        p.error("--judge needs --out FILE")
+    requests = review_requests(args.questions, args.answers, json.loads(args.rules.read_text()), args.context)
+    rows = [summarise_reviews(review(requests, args.judge, args.out))] if args.judge else requests
+    print(*map(json.dumps, rows), sep="\n")
+
+
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["review"]:
+        return main_review(argv[1:])
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("weights", type=Path, help="weights folder")
     p.add_argument("questions", type=Path, help="file of a task, or LLaVA records of one exchange, each with a `kind`")
-    p.add_argument("--task", choices=TASKS, help="REC, RES, POPE or region captions")
+    p.add_argument("--task", choices=TASKS, help="what the file holds and how it is counted")
     p.add_argument("--media", "--images", type=Path, help="folder of the media, default: beside the questions")
     p.add_argument("--out", type=Path, help="of a task: folder of predictions and figures; else jsonl file of every answer")
     p.add_argument("--templates", type=Path, help="JSON of prompts in the layout of the originals, default: ours")

@@ -1,6 +1,6 @@
 """Many processes as one: ranks, sharding (FSDP2), checkpoints that any number of processes can read. Knows no stage.
 
-In order: ranks and tensors in parts, sharding, checkpoints.
+In order: ranks and tensors in parts, sharding, memory of a step, checkpoints.
 Papers: ZeRO (Rajbhandari et al. 2020), FSDP (Zhao et al. 2023), recomputation (Chen et al. 2016).
 One process runs the same lines: its part of every tensor is all of it. No tensor parallelism: the models of this code
 fit without, and it would put communication into every layer of model.py.
@@ -8,6 +8,7 @@ fit without, and it would put communication into every layer of model.py.
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -19,8 +20,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from safetensors import safe_open
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -35,9 +37,19 @@ def ranks():
 
 
 def join(device):
-    """Meet the other processes if torchrun started some; each takes the GPU of its number."""
+    """Meet the other processes if torchrun started some; each takes the GPU of its number.
+
+    torchrun keeps one store through all its restarts, with the addresses of the dead in it. So rank 0 gives every group
+    a name of its own, to look up addresses under, and takes it back once all have met.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
+        store, rank, world = next(dist.rendezvous("env://"))
+        if rank == 0:
+            store.set("name", os.urandom(8).hex())
+        dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", rank=rank, world_size=world,
+                                store=dist.PrefixStore(store.get("name").decode(), store))
+        if rank == 0:
+            store.delete_key("name")
         if device != "cpu":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
@@ -89,6 +101,11 @@ PRODUCTS = [getattr(torch.ops.aten, name).default for name in (
     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention")]
 
 
+def stacks_of(model):
+    """The lists of blocks in a model."""
+    return [m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and name.endswith("blocks")]
+
+
 def shard(model, device, bf16=False, recompute="", compile=False):
     """Make a model ready to train, from outside and in place: each block (of any list called `blocks`) recomputes in the
     backward pass all of itself ("block") or all but its matrix products ("select"), is compiled, is shared out.
@@ -98,8 +115,7 @@ def shard(model, device, bf16=False, recompute="", compile=False):
     mesh = init_device_mesh(device, (ranks()[1],)) if ranks()[1] > 1 else None
     contexts = {"context_fn": partial(create_selective_checkpoint_contexts, PRODUCTS)} if recompute == "select" else {}
     policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
-    stacks = [m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and name.endswith("blocks")]
-    for block in (block for stack in reversed(stacks) for block in stack):
+    for block in (block for stack in reversed(stacks_of(model)) for block in stack):
         if recompute:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
         if compile:
@@ -107,6 +123,68 @@ def shard(model, device, bf16=False, recompute="", compile=False):
         if mesh:
             fully_shard(block, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh) if mesh else model
+
+
+def gather_once(model):
+    """Gather every part and let go of it. torch cannot accumulate gradients beside parts that were never gathered, such as
+    those of a writer that this stage does not ask."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.unshard()
+            part.reshard()
+
+
+# ---- Memory of a step
+
+def kept_bytes(run, skip=()):
+    """Bytes that autograd keeps of what run() computes for the backward pass, storages of the tensors in `skip` aside."""
+    skipped, kept = {x.untyped_storage()._cdata for x in skip}, {}
+
+    def note(x):
+        kept[x.untyped_storage()._cdata] = x                    # held, so that no other takes its place
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = run()
+    del out
+    return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in skipped)
+
+
+def block_bytes(cfg, tokens, bf16, learned):
+    """Bytes that a block of the language model keeps of `tokens` tokens for the backward pass; nothing is computed."""
+    with FakeTensorMode():
+        block = M.LLMBlock(cfg, 0)
+        for name, p in block.named_parameters():
+            p.data = p.data.to(torch.bfloat16 if bf16 else torch.float32)
+            p.requires_grad_(name in learned)
+        x, rope = torch.zeros(1, tokens, cfg.dim, requires_grad=True), M.rope_table(cfg, tokens, "cpu")
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return kept_bytes(lambda: block(x, rope, None), [*block.parameters(), *rope])
+
+
+def plan(model, world, tokens, bf16=True, recompute="", cuts=1):
+    """Bytes that a training step takes on each of `world` processes, by what they are for.
+
+    model: on meta, with the types and requires_grad of training. tokens: places in a micro-batch; cuts: micro-batches an
+    update. Exact for weights, gradients and moments. gathered: the root's tensors and gradients, which stay whole through
+    the pass, and those of the two largest blocks (one computes, one is on its way). activations: of the language model's
+    blocks and logits; those of other parts that learn, and what a kernel needs for itself, come on top.
+    """
+    def size(p, parts):
+        return math.prod((-(-len(p) // parts), *p.shape[1:])) if p.ndim else 1
+    params, learned = [*model.parameters()], [p for p in model.parameters() if p.requires_grad]
+    blocks = [[*block.parameters()] for stack in stacks_of(model) for block in stack]
+    inside = {p for block in blocks for p in block}
+    whole = [p.numel() * (p.itemsize + 4 * p.requires_grad) for p in params if p not in inside]
+    block = max(sum(p.numel() * (2 if bf16 else p.itemsize) * (1 + p.requires_grad) for p in b) for b in blocks)
+    cast = sum(2 * p.numel() for p in learned if p.ndim > 1) * bf16     # autocast's copies, of one process
+    cfg, names = model.cfg.llm, {name for name, p in model.llm.blocks[0].named_parameters() if p.requires_grad}
+    keeps, enters = block_bytes(cfg, tokens, bf16, names), 4 * tokens * cfg.dim
+    return {"weights": sum(size(p, world) * p.itemsize for p in params),
+            "gradients": sum(4 * size(p, world if cuts == 1 else 1) for p in learned),
+            "moments": sum(8 * size(p, world) for p in learned),
+            "gathered": sum(whole) + 2 * block if world > 1 else cast,
+            "activations": (cfg.n_layer * enters + keeps if recompute == "block" else cfg.n_layer * keeps)
+            + tokens * cfg.vocab_size * (10 if bf16 else 12)}
 
 
 # ---- Checkpoints

@@ -18,12 +18,14 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from safetensors import safe_open
 from torch.utils.data import DataLoader
@@ -32,7 +34,8 @@ from tqdm import tqdm
 import data
 import datasets
 import model as M
-from ranks import FULL, fill, find_checkpoint, join, leave_ranks, local, ranks, restore, rows, save_checkpoint, shard, share, whole
+from ranks import (FULL, fill, find_checkpoint, gather_once, join, leave_ranks, local, plan, ranks, restore, rows, save_checkpoint,
+                   shard, share, whole)
 
 
 # ---- Settings and stages
@@ -41,14 +44,14 @@ from ranks import FULL, fill, find_checkpoint, join, leave_ranks, local, ranks, 
 class Settings:
     system: str = "tiny"                # with stage: the row of STAGES
     stage: int = 1
-    data: str = "shapes/conversations.json"     # LLaVA or caption files, or FORMAT:FILE (see datasets.py), with commas between
+    data: str = "shapes/conversations.json"     # files, FORMAT:FILE (see datasets.py), commas between; or a folder to mix as published
     media: str = ""                     # folder that media names start from; default: beside each file
     init: str = ""                      # weights folder to start from; empty: a new model of the preset called `system`
     tokenizer: str = ""                 # tokenizer.model for a new model
     projector: str = ""                 # stage 1's learned tensors (its model.safetensors), laid over init
     out: str = "runs/tiny"              # checkpoints, metrics.jsonl and, at the end, the folder `weights`
     export: str = ""                    # write the model, as the newest checkpoint has it, as this weights folder, and leave
-    epochs: float = 0                   # this and the next eight: 0 = the stage's own
+    epochs: float = 0                   # this and the next nine: 0 = the stage's own
     batch: int = 0                      # samples per update, whatever the number of processes
     lr: float = 0.0
     warmup: float = 0.0                 # share of steps in which lr rises
@@ -56,9 +59,9 @@ class Settings:
     beta2: float = 0.0                  # of AdamW
     save_every: int = 0
     keep: int = 0                       # newest checkpoints kept
+    max_len: int = 0                    # tokens per sample; of a longer one the last words go
     steps: int = 0                      # overrides epochs
     micro: int = 0                      # samples per forward of a process; the rest is accumulated; 0 = all at once
-    max_len: int = 2048                 # tokens per sample
     pack: int = 0                       # put short samples into common rows of so many tokens; 0 = a row for each
     clip: float = 1.0                   # gradient norm
     seed: int = 0
@@ -71,6 +74,7 @@ class Settings:
     checkpoint: str = ""                # recompute in the backward pass: block = all of a block, select = all but its products
     compile: int = 0                    # 1 = torch.compile every block
     save_dtype: str = ""                # of the final weights: float16, bfloat16; default as trained
+    plan: int = 0                       # print the memory that so many processes take (init: a folder or a preset), and leave
     stop_after: int = 0                 # leave after so many steps with a checkpoint, as a signal would
 
 
@@ -91,43 +95,63 @@ class Stage:
     draw: bool = False                  # caption files teach to draw, not to caption
     save_every: int = 1000
     keep: int = 3
+    max_len: int = 2048
+    mock: bool = False                  # every micro-batch ends with datasets.mock
+    sam: bool = True                    # SAM sees the pictures, and where all boxes have masks these are learned
+    ordered: bool = False               # batches come in the order of the mixture
     weights: dict = field(default_factory=dict)     # of losses by name; the others count once
     hush: str = ""                      # a batch with losses of this writer teaches no text
+    turns: bool = False                 # data sets take turns, a batch of each, until the largest was seen
     words: bool = False                 # learn no sentences but which words each has, see Model.word_loss
 
 
-OWN = "epochs", "batch", "lr", "warmup", "weight_decay", "beta2", "save_every", "keep"      # what a flag may override
+OWN = "epochs", "batch", "lr", "warmup", "weight_decay", "beta2", "save_every", "keep", "max_len"  # what a flag may override
 PROJECTOR = r"readers\.\w+\.projector\..*"
 NEXTCHAT = PROJECTOR + r"|llm\..*|readers\.box\..*|writers\.at\.loc_decoder\..*"
 NEXTCHAT_BOXES = {"at_l1": 2, "at_giou": 0.2}
+NEXTCHAT_STAGE = dict(lr=2e-5, batch=64, max_len=4096)
 # parity: ChatterBox's Swin runs without gradient. All rows of the vocabulary learn.
 CHATTERBOX = (r"llm\..*\.lora_[AB]|llm\.embed\.weight|llm\.lm_head\.weight|readers\.region\..*|writers\.vg\.query\..*"
               r"|writers\.vg\.locator\.(?!swin\.).*")
-CHATTERBOX_STAGE = dict(lr=3e-5, batch=960, schedule="linear", warmup=1 / 300, beta2=0.95, save_every=50,
+CHATTERBOX_STAGE = dict(lr=3e-5, batch=960, epochs=5, schedule="linear", warmup=1 / 300, beta2=0.95, save_every=50,
                         weights={"vg_focal": 2, "vg_l1": 5, "vg_giou": 2}, hush="vg_")
+MASKS = r"writers\.at\.seg_prompt_mlp\..*|writers\.at\.sam\..*"
 TOWER = r"readers\.\w+\.tower\..*"
-TINY_WORDS = r"readers\.imagebind\..*|llm\.norm\.weight|llm\.embed\.weight"
+TINY_WORDS = r"readers\.imagebind\..*|llm\.norm\.weight|llm\.embed\.weight|writers\.at\.loc_decoder\..*"
 TOKENS, SIGNALS, LORA = r"llm\.embed\.weight|llm\.lm_head\.weight|", r"writers\.\w+\.proj\..*", r"llm\..*\.lora_[AB]"
 # parity: all of the embedding and of lm_head learn in every stage, and the first update has a rate of its own
 NEXTGPT = Stage(TOKENS + PROJECTOR, lr=5e-4, batch=18, schedule="logarithmic", warmup=0.1, first_lr=4e-4,
-                weight_decay=1e-3, beta2=0.95)
+                weight_decay=1e-3, beta2=0.95, turns=True)
+# The union: first what stands between the parts, then the language model too, then what outlines and what finds.
+OMNI_JOINTS = (TOKENS + PROJECTOR + r"|readers\.box\..*|readers\.region\..*|writers\.at\.loc_decoder\..*"
+               r"|writers\.vg\.query\..*|" + SIGNALS)
+OMNI = Stage(OMNI_JOINTS, lr=5e-4, batch=64, weights=NEXTCHAT_BOXES | CHATTERBOX_STAGE["weights"] | {"vid_l2": 2})
 STAGES = {
     ("chatbind", 1): Stage(PROJECTOR + r"|llm\.embed\.weight", lr=2e-3, batch=128, rows=("<im_start>", "<im_end>"),
                            save_every=2400, keep=1),
     ("chatbind", 2): Stage(PROJECTOR + r"|llm\..*", lr=2e-5, batch=32, epochs=3, save_every=5000),
-    ("nextchat", 1): Stage(NEXTCHAT, lr=2e-5, batch=64, epochs=2, save_every=5000, weights=NEXTCHAT_BOXES),
-    ("nextchat", 2): Stage(NEXTCHAT, lr=2e-5, batch=64, epochs=3, save_every=4950, weights=NEXTCHAT_BOXES),
-    ("nextchat", 3): Stage(r"writers\.at\.seg_prompt_mlp\..*|writers\.at\.sam\.mask_decoder\..*", lr=2e-5, batch=64, epochs=3,
+    ("nextchat", 1): Stage(NEXTCHAT, **NEXTCHAT_STAGE, epochs=2, save_every=5000, mock=True, sam=False, weights=NEXTCHAT_BOXES),
+    ("nextchat", 2): Stage(NEXTCHAT, **NEXTCHAT_STAGE, epochs=3, save_every=4950, mock=True, sam=False, weights=NEXTCHAT_BOXES),
+    ("nextchat", 3): Stage(r"writers\.at\.seg_prompt_mlp\..*|writers\.at\.sam\.mask_decoder\..*", **NEXTCHAT_STAGE, epochs=3,
                            save_every=5000, weights={"lm": 0, "at_focal": 20}),
     ("chatterbox", 1): Stage(CHATTERBOX, **CHATTERBOX_STAGE),
-    ("chatterbox", 2): Stage(CHATTERBOX, **CHATTERBOX_STAGE),
+    ("chatterbox", 2): Stage(CHATTERBOX, **CHATTERBOX_STAGE, ordered=True),
     ("nextgpt", 1): NEXTGPT,
     ("nextgpt", 2): replace(NEXTGPT, learn=TOKENS + SIGNALS, batch=8, draw=True),
     ("nextgpt", 3): replace(NEXTGPT, learn=TOKENS + "|".join((LORA, PROJECTOR, SIGNALS)), batch=4, first_lr=5e-4,
                             weights={"vid_l2": 2}),
+    ("omni", 1): OMNI,
+    ("omni", 2): replace(OMNI, learn=OMNI_JOINTS + r"|llm\..*", lr=2e-5, epochs=2),
+    ("omni", 3): replace(OMNI, lr=2e-5, weights=OMNI.weights | {"lm": 0, "at_focal": 20},
+                         learn=r"writers\.at\.seg_prompt_mlp\..*|writers\.at\.sam\.mask_decoder\..*"
+                         r"|writers\.vg\.query\..*|writers\.vg\.locator\.(?!swin\.).*"),
     # Encoders first learn words: with a language model that knows nothing yet they would learn to say the same of all.
-    ("tiny", 1): Stage(TINY_WORDS, lr=1e-3, batch=48, warmup=0.05, beta2=0.99, words=True),
+    ("tiny", 1): Stage(TINY_WORDS, lr=1e-3, batch=48, warmup=0.05, beta2=0.99, words=True,
+                      weights={"at_l1": 10, "at_giou": 1}),
     ("tiny", 2): Stage(r".*", lr=1.5e-3, batch=48, warmup=0.05, beta2=0.99, slow=TOWER, slow_lr=0.3, weights=NEXTCHAT_BOXES),
+    ("tiny", 3): Stage(MASKS, lr=2e-3, batch=16, warmup=0.05, beta2=0.99, weights={"lm": 0, "at_focal": 20}),
+    ("tiny", 4): Stage(r"llm\.embed\.weight|" + SIGNALS, lr=2e-3, batch=32, warmup=0.05, beta2=0.99,
+                       rows=sum(data.SYSTEMS["tiny"].signals.values(), ())),
 }
 
 
@@ -204,18 +228,32 @@ def optimizer(learned, stage, s):
 
 # ---- One step
 
-def to_device(batch, device):
-    def move(x):
-        if isinstance(x, dict):
-            return {k: move(v) for k, v in x.items()}
-        return x if x is None else x.to(device, non_blocking=True)
-    return data.Batch(*map(move, batch))
+def counts(batch):
+    """What the losses of a batch are means of: {"lm": labelled tokens, writer: its signal tokens}."""
+    labelled = (batch.labels[:, 1:] != data.IGNORE).sum().item() or len(batch.ids)
+    return {"lm": labelled} | {name: target["slots"].shape[1] for name, target in batch.targets.items()}
 
 
-def with_kinds(batch, shapes):
-    """The batch with no media, none instead of nothing, of kinds that only other ranks have: all must run the same parts."""
-    media = {kind: batch.media.get(kind, torch.zeros(0, *shape)) for kind, shape in sorted(shapes.items())}
-    return batch._replace(media=media, slots={kind: batch.slots.get(kind, torch.zeros(2, 0, dtype=torch.long)) for kind in media})
+def none_of(payload):
+    """No media of the same kind; no regions still have a picture to lie in."""
+    if torch.is_tensor(payload):
+        return payload[:0].clone()
+    return {k: x[:k == "image"].clone() for k, x in payload.items()}
+
+
+def like_others(batch, notes):
+    """The batch with what only other ranks have, as all must run the same parts: none of a kind of media, a writer's
+    targets lent by one who has them. notes: of each rank, its counts and {kind: none of it}."""
+    empty = {kind: none for _, media in notes for kind, none in sorted(media.items())}
+    media = {kind: batch.media.get(kind, empty[kind]) for kind in sorted(empty)}
+    slots = {kind: batch.slots.get(kind, torch.zeros(2, 0, dtype=torch.long)) for kind in media}
+    targets = dict(batch.targets)
+    for name in sorted(set().union(*(own for own, _ in notes))):
+        if not all(name in own for own, _ in notes):
+            lent = [batch.targets.get(name)]
+            dist.broadcast_object_list(lent, next(rank for rank, (own, _) in enumerate(notes) if name in own))
+            targets.setdefault(name, lent[0] | {"slots": torch.zeros_like(lent[0]["slots"])})
+    return batch._replace(media=media, slots=slots, targets=dict(sorted(targets.items())))
 
 
 def total_loss(losses, stage):
@@ -228,28 +266,34 @@ def total_loss(losses, stage):
 def update(model, learned, opt, batches, lr, clip, stage, step=0, bf16=False):
     """One optimizer step over the micro-batches of all ranks -> named losses, gradient norm before clipping.
 
-    A micro-batch weighs as much as it has labelled tokens: however a batch is cut up, its loss is the mean over its tokens.
-    Raises FloatingPointError naming step and loss, on every rank and before a weight is touched, if anything is not finite.
+    A loss of a micro-batch weighs as much as it has labelled tokens, or a writer's targets: however a batch is cut up,
+    its losses are means over all of it. Raises FloatingPointError naming step and loss, on every rank and before a weight
+    is touched, if anything is not finite.
     """
     device, world, total = next(iter(learned.values())).device, ranks()[1], {}
     amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)         # weights stay float32
-    labelled = [(b.labels[:, 1:] != data.IGNORE).sum().item() or len(b.ids) for b in batches]
-    notes = share([(n, {kind: x.shape[1:] for kind, x in b.media.items() if torch.is_tensor(x)}) for n, b in zip(labelled, batches)])
-    all_labelled = sum(n for rank in notes for n, _ in rank)
+    notes = share([(counts(b), {kind: none_of(x) for kind, x in b.media.items()}) for b in batches])
+    of_all = sum((Counter(own) for rank in notes for own, _ in rank), Counter())
     for i, batch in enumerate(batches):
+        own = counts(batch)
         if world > 1:
             model.set_requires_gradient_sync(i == len(batches) - 1)
-            batch = with_kinds(batch, {kind: shape for rank in notes for kind, shape in rank[i][1].items()})
+            batch = like_others(batch, [rank[i] for rank in notes])
         with amp:
-            losses = model(to_device(batch, device), words=stage.words)
-        part = labelled[i] / all_labelled
+            losses = model(data.to_device(batch, device), words=stage.words)
+        parts, lent = {}, 0
         for name, value in losses.items():
-            total[name] = total.get(name, 0) + value.detach() * part
-        (total_loss(losses, stage) * (part * world)).backward()             # FSDP takes the mean over ranks
+            part = name.split("_")[0] if name.split("_")[0] in of_all else "lm"
+            if part in own:
+                parts[name] = value * (own[part] / of_all[part])
+                total[name] = total.get(name, 0) + parts[name].detach()
+            else:
+                lent = lent + 0 * value                         # its gradient of zero reaches what others teach
+        ((total_loss(parts, stage) + lent) * world).backward()              # FSDP takes the mean over ranks
     norm = nn.utils.clip_grad_norm_(learned.values(), clip)
     norm = next(whole([norm])).item()
     all_totals = share({name: value.item() for name, value in total.items()})
-    total = {name: sum(t[name] for t in all_totals) for name in total}
+    total = {name: sum(t.get(name, 0) for t in all_totals) for t in all_totals for name in t}
     for name, value in [*((f"loss {name}", value) for name, value in total.items()), ("the gradient norm", norm)]:
         if not math.isfinite(value):
             raise FloatingPointError(f"step {step}: {name} is {value}; the last checkpoint is untouched")
@@ -272,6 +316,27 @@ def new_model(system, tokenizer):
     return model
 
 
+def widen(model, precision):
+    """Give the tensors of a model that knows what learns the types they train in."""
+    for layer in model.modules():
+        for p in layer.parameters(recurse=False):
+            if p.requires_grad or precision == "fp32" or not isinstance(layer, nn.Linear):
+                p.data = p.data.float()
+
+
+def show_plan(s):
+    """Print what memory a step takes on each process, in GB, as `plan` counts it."""
+    stage, precision = STAGES[s.system, s.stage], s.precision or "bf16"
+    with torch.device("meta"):
+        model = M.Model(M.PRESETS[s.init] if s.init in M.PRESETS else M.read_config(s.init)).to(torch.bfloat16)
+    learn(model, stage)
+    widen(model, precision)
+    batch, max_len = s.batch or stage.batch, s.max_len or stage.max_len
+    micro = s.micro or -(-batch // s.plan)
+    parts = plan(model, s.plan, micro * max_len, precision == "bf16", s.checkpoint, batch // (micro * s.plan))
+    print("\n".join(f"{part:12}{size / 1e9:10.2f} GB" for part, size in (parts | {"all": sum(parts.values())}).items()))
+
+
 def load_model(s, stage, spread):
     """The model of `init`, `spread` over the ranks before each reads only its part of every tensor.
 
@@ -279,10 +344,7 @@ def load_model(s, stage, spread):
     """
     model, files = M.skeleton(s.init)
     learn(model, stage)
-    for layer in model.modules():
-        for p in layer.parameters(recurse=False):
-            if p.requires_grad or s.precision == "fp32" or not isinstance(layer, nn.Linear):
-                p.data = p.data.float()
+    widen(model, s.precision)
     spread(model).to_empty(device=s.device)
     M.tie(model)
     for path in set(files.values()):
@@ -290,20 +352,27 @@ def load_model(s, stage, spread):
     return model
 
 
-def batches(prepared, s, start):
+def numbers(prepared, s, stage):
+    """Batches of sample numbers, epoch after epoch."""
+    for epoch in count():
+        yield from (datasets.in_turns([len(one) for one in prepared.sets], s.batch, s.seed + epoch) if stage.turns else
+                    data.epoch_batches(prepared.sizes, s.batch, s.seed, epoch, stage.ordered))
+
+
+def batches(prepared, s, stage, start):
     """This rank's micro-batches from update number `start` on, in an order that depends on nothing but the seed."""
     rank, world = ranks()
     n = s.batch // s.micro              # micro-batches per update, of all ranks
 
     def indices():
-        for epoch in count():
-            for batch in data.epoch_batches(prepared.sizes, s.batch, s.seed, epoch):
-                parts = [batch[i::n] if s.pack else batch[i * s.micro:(i + 1) * s.micro] for i in range(n)]
-                yield from parts[rank::world]
+        for batch in numbers(prepared, s, stage):
+            parts = [batch[i::n] if s.pack else batch[i * s.micro:(i + 1) * s.micro] for i in range(n)]
+            yield from parts[rank::world]
+    mock = prepared.render(datasets.mock(prepared.spec.image_size).turns) if stage.mock else None
     return DataLoader(prepared, batch_sampler=islice(indices(), start * n // world, s.steps * n // world),
                       num_workers=s.workers, pin_memory=torch.cuda.is_available(),
                       collate_fn=partial(data.collate, n_token=prepared.n_token, max_len=s.max_len, pack=s.pack,
-                                         mask_pad=prepared.system.mask_pad),
+                                         mask_pad=prepared.system.mask_pad, mock=mock),
                       generator=torch.Generator())              # its own, so that it draws nothing from the step's
 
 
@@ -329,11 +398,16 @@ def prepare(s):
             fill({name: named[name] for name in f.keys()}, s.projector)
     system = data.SYSTEMS[cfg.system]
     tok, template = data.Tokenizer(tokenizer, cfg.added_tokens, system.legacy), data.TEMPLATES[system.train_template]
-    sets = [datasets.open_set(name, s.media, draw=stage.draw) for name in s.data.split(",")]
-    prepared = data.Prepared(sets, tok, system, template, cfg.n_token, data.MediaSpec(**cfg.media), s.max_bad)
     own = {name: getattr(s, name) or getattr(stage, name) for name in OWN}
+    if Path(s.data).is_dir():
+        sets, where = datasets.open_mixture((s.system, s.stage), s.data, s.media, own["batch"], s.seed)
+    else:
+        sets, where = [datasets.open_set(name, s.media, draw=stage.draw) for name in s.data.split(",")], None
+    spec = data.MediaSpec(**cfg.media | ({} if stage.sam else {"sam_size": 0}))
+    prepared = data.Prepared(sets, tok, system, template, cfg.n_token, spec, s.max_bad, where=where, max_len=own["max_len"])
     own["batch"] = min(own["batch"], len(prepared))
-    world, steps = ranks()[1], s.steps or max(int(own["epochs"] * len(prepared)) // own["batch"], 1)
+    seen = max(map(len, sets)) * len(sets) if stage.turns else len(prepared)            # samples in an epoch
+    world, steps = ranks()[1], s.steps or max(int(own["epochs"] * seen) // own["batch"], 1)
     s = replace(s, **own, steps=steps, micro=s.micro or own["batch"] // world)
     if not s.micro or s.batch % (s.micro * world):
         raise SystemExit(f"train: batch = {s.batch} is not a multiple of micro = {s.micro} times {world} processes")
@@ -345,15 +419,16 @@ def prepare(s):
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}        # bf16 operations a second, from the datasheets
 
 
-def speed(model, device, counts, seconds):
-    """Named numbers from (tokens, places) of every rank: tokens a second, share of padding, of the device's peak, memory."""
-    (tokens, places), cuda = map(sum, zip(*counts)), device.startswith("cuda")
+def speed(model, device, seen, seconds):
+    """Named numbers from (samples, tokens, places) of every rank: rates, share of padding, of the device's peak, memory."""
+    (samples, tokens, places), cuda = map(sum, zip(*seen)), device.startswith("cuda")
     peak = next((peak for name, peak in PEAK.items() if cuda and name in torch.cuda.get_device_name()), None)
     # per weight: forward 2, backward 2, its own gradient 2 more; recomputing does not count
     flops = sum(p.numel() * (4 + 2 * p.requires_grad) for name, p in model.llm.named_parameters() if "embed" not in name)
     memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"tokens_per_s": round(tokens / seconds), "padding": round(1 - tokens / places, 4),
-            "mfu": peak and round(tokens / seconds * flops / peak / len(counts), 4), "memory_gb": round(memory / 1e9, 3)}
+    return {"samples_per_s": round(samples / seconds, 2), "tokens_per_s": round(tokens / seconds),
+            "padding": round(1 - tokens / places, 4),
+            "mfu": peak and round(tokens / seconds * flops / peak / len(seen), 4), "memory_gb": round(memory / 1e9, 3)}
 
 
 def write_weights(model, s, folder):
@@ -369,6 +444,7 @@ def write_weights(model, s, folder):
 def train(s):
     """A run from its settings to its weights folder, or to the checkpoint at which it was asked to leave."""
     s, stage, model, prepared = prepare(s)
+    gather_once(model)
     learned, out, (rank, world) = learn(model, stage), Path(s.out), ranks()
     opt = optimizer(learned, stage, s)
     if rank == 0:
@@ -388,7 +464,7 @@ def train(s):
     leave = []                          # signals that came: finish the step, save, go
     handlers = {number: signal.signal(number, lambda n, _: leave.append(n))
                 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    loader, since, tokens, places, done = iter(batches(prepared, s, start)), time.time(), 0, 0, start
+    loader, since, seen, done = iter(batches(prepared, s, stage, start)), time.time(), [], start
     bar = tqdm(range(start, s.steps), initial=start, total=s.steps, disable=None if rank == 0 else True)
     for step in bar:
         random.seed(f"{s.seed}/{step}/{rank}")                  # so a step's dropout depends on nothing else, and resumes
@@ -398,19 +474,18 @@ def train(s):
         try:
             losses, norm = update(model, learned, opt, micro, lr, s.clip, stage, step, s.precision == "bf16")
         except FloatingPointError as error:
-            epoch, i = divmod(step, len(prepared) // s.batch)
-            samples = data.epoch_batches(prepared.sizes, s.batch, s.seed, epoch)[i]
+            samples = next(islice(numbers(prepared, s, stage), step, None))
             raise FloatingPointError(f"{error}, samples {samples}") from None
         done = step + 1
-        tokens, places = tokens + sum(int((b.ids != 0).sum()) for b in micro), places + sum(b.ids.numel() for b in micro)
+        seen.append((s.batch / world, sum(int((b.ids != 0).sum()) for b in micro), sum(b.ids.numel() for b in micro)))
         if done % s.log_every == 0 or done == s.steps:
             row = {"step": done, **losses, "lr": lr, "grad_norm": norm, "bad": int(prepared.is_bad.sum()),
-                   **speed(model, s.device, share((tokens, places)), time.time() - since)}
+                   **speed(model, s.device, share([sum(x) for x in zip(*seen)]), time.time() - since)}
             if rank == 0:
                 with open(out / "metrics.jsonl", "a") as log:
                     print(json.dumps(row, allow_nan=False), file=log)
             bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k != "step" and v is not None})
-            since, tokens, places = time.time(), 0, 0
+            since, seen = time.time(), []
         leaving = any(share(bool(leave) or done == s.stop_after))
         if done % s.save_every == 0 or done == s.steps or leaving:
             save_checkpoint(out, done, learned, opt, asdict(s), s.keep)
@@ -427,6 +502,8 @@ def train(s):
 def main(argv=None):
     """Run with the command line's settings; a run that cannot go on says what to do, its last checkpoint untouched."""
     s = parse_settings(argv if argv is not None else sys.argv[1:])
+    if s.plan:
+        return show_plan(s)
     s.device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     join(s.device)
     try:

@@ -1,6 +1,7 @@
-"""Talk with a model about pictures, sounds and clips, and about boxes in pictures.
+"""Talk with a model about pictures, sounds and clips, about boxes in pictures, and have it draw.
 
-In order: command line, Session (the conversation), overlay, terminal (text, pictures, typing), Chat (commands), start.
+In order: command line, Session (the conversation), drawings, overlay, terminal (text, pictures, typing), Chat (commands),
+start.
 A Session knows no terminal, so any front end can use it:
 
     session = chat.open_session("weights/nextchat-7b-336")
@@ -22,6 +23,7 @@ import re
 import shlex
 import sys
 import time
+import wave
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import chain, count, cycle, groupby
@@ -37,8 +39,11 @@ SETTINGS = {                            # name: default, least, most, meaning
     "top_k": (50, 0, 1 << 24, "sample among the k likeliest tokens; 0 = all"),
     "top_p": (1.0, 0, 1, "sample among the likeliest tokens that share this probability"),
     "repetition_penalty": (1.0, 0.1, 10, "above 1 discourages what the answer said already"),
+    "beams": (1, 1, 16, "above 1: the likeliest of so many answers that are followed, without sampling"),
     "max_new_tokens": (256, 1, 1 << 24, "longest answer"),
-    "seed": (0, 0, (1 << 63) - 1, "where sampling starts"),
+    "seed": (0, 0, (1 << 62) - 1, "where sampling and drawing start"),
+    "steps": (0, 0, 999, "steps of a drawing; 0 = as many as its painter likes"),
+    "guidance": (0.0, 0, 100, "how closely drawings follow their text, 1 not at all; 0 = as its painter likes"),
 }
 EXAMPLES = """examples:
   python chat.py                                          chat with the small model that comes along
@@ -78,14 +83,18 @@ def parse_args():
         help="box in the picture, pixels; [0] in the message is the first one; repeatable")
     add("--find", action="store_true", help="let the model look for a box that answers the message (ChatterBox)")
     add("--json", action="store_true", help="print each answer as a JSON object")
-    add("--out", type=Path, metavar="FOLDER", help="write the picture of each answer with boxes, and its masks, as PNG")
+    add("--out", type=Path, metavar="FOLDER", help="write the picture of each answer with boxes, and its masks, as PNG; and "
+        "all that is drawn (drawn)")
     add = parser.add_argument_group("sampling").add_argument
     for name, (default, _, _, meaning) in SETTINGS.items():
         add(f"--{name.replace('_', '-')}", metavar="N", default=default, help=f"{meaning} ({default})")
     add = parser.add_argument_group("model").add_argument
     add("--device", help="cuda, mps, cpu ... (the best there is)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (bfloat16 on cuda, else float32)")
+    add("--quantize", choices=("int8", "int4"), default="", help="keep the language model in 8 or 4 bits")
     add("--context", type=int, default=0, metavar="N", help="tokens to remember (as many as the model was trained for)")
+    add("--painters", metavar="FOLDER", help="holds a folder for each painter (painters, in the weights folder)")
+    add("--no-draw", action="store_true", help="leave the painters out")
     add("--parse-special", action="store_true", help="typed names of special tokens count, as in the originals")
     add = parser.add_argument_group("terminal").add_argument
     add("--pictures", choices=("auto", "kitty", "iterm", "blocks", "off"), default="auto", help="show pictures (auto)")
@@ -103,7 +112,8 @@ from safetensors import SafetensorError
 
 import data
 from datasets import mask_rle
-from model import KVCache, generate, load, read_out, signal_runs
+from generate import DRAW, PainterConfig
+from model import KVCache, beam_search, fuse, generate, load, load_painter, read_config, read_out, signal_runs
 
 # ---- Session
 
@@ -126,6 +136,7 @@ class Turn:
     prompt: list = ()                   # ids that asked for the answer
     ids: list = ()                      # generated
     made: dict = field(default_factory=dict)            # writer: what it made of its signal tokens among them
+    drawn: list = field(default_factory=list)           # Drawings of that, one after another
     stray: list = ()                    # signal tokens that came in no complete run, so nothing was made of them
     reused: int = 0                     # prompt tokens whose keys and values were there already
     dropped: int = 0                    # oldest turns that went to make room
@@ -158,7 +169,9 @@ class Session:
     What fails raises (ValueError or OSError where the user can mend it, or MemoryError) and changes nothing.
     """
 
-    def __init__(self, model, tok, system, template, spec=data.MediaSpec(), context=0, parse_special=False, **settings):
+    def __init__(self, model, tok, system, template, spec=data.MediaSpec(), context=0, parse_special=False, painters=(),
+                 **settings):
+        self.painters = dict(painters)                  # writer: folder of its painter, or the Painter once it was needed
         self.model, self.tok, self.system, self.template, self.spec = model, tok, system, template, spec
         self.weight, self.parse_special = model.llm.embed.weight, parse_special
         self.max_len = min(context or model.cfg.llm.max_len, model.cfg.llm.max_len)
@@ -169,6 +182,7 @@ class Session:
         self.turns, self.pending, self.boxes = [], [], []       # pending, boxes: what goes with the next message
         self.cache, self.held = None, []                # held: for each place of the cache, its id or the Medium there
         self.features = WeakKeyDictionary()             # Medium -> (n, C)
+        self.seen = WeakKeyDictionary()                 # picture -> levels, see model.RegionReader
 
     def set(self, name, value):
         """Change a setting; a seed starts sampling afresh."""
@@ -235,7 +249,10 @@ class Session:
         return self.answer([*self.turns, Turn(text, [*self.pending, *media], given=given, find=find, picture=picture)])
 
     def ask(self, text, image=None, boxes=(), find=False):
-        """One turn in one call -> its text, boxes [[x1, y1, x2, y2]], masks (m, H, W) or None, overlay picture or None."""
+        """One turn in one call -> its text, boxes [[x1, y1, x2, y2]], masks (m, H, W) or None, overlay picture or None.
+
+        What was drawn stands in `last().drawn`.
+        """
         "".join(self.say(text, [self.read(image)] if image else [], boxes, find))
         turn = self.last()
         return turn.answer, turn.boxes, turn.masks, overlay(turn)
@@ -350,13 +367,15 @@ class Session:
         same = next((i for i, (a, b) in enumerate(zip(places, self.held)) if a != b), min(len(places), len(self.held)))
         turn.prompt, turn.dropped = ids, len(turns) - len(kept)
         turn.reused = min(same, len(ids) - 1, self.asked(turn) - 1)             # what must run says what comes next
+        if self.settings["beams"] > 1:
+            turn.reused = 0                             # beams have a cache of their own
         if self.cache:
             self.cache.pos = turn.reused
         try:
             self.cache = self.cache or KVCache(self.model.llm, 1, self.max_len)
             yield from self.decode(turn, slots, places)
         except (KeyboardInterrupt, GeneratorExit):
-            if turn.answer:
+            if turn.answer or turn.made:
                 self.keep(kept)
             raise
         except RuntimeError as error:
@@ -381,11 +400,14 @@ class Session:
         start = time.perf_counter()
         embeds = self.embed(turn.prompt, slots, turn.reused)
         encoded = first = time.perf_counter()
-        options = {name: value for name, value in self.settings.items() if name != "seed"}
+        options = {name: value for name, value in self.settings.items() if name not in ("seed", "steps", "guidance", "beams")}
         options["max_new_tokens"] = min(options["max_new_tokens"], self.max_len - len(turn.prompt))
         stream, said, turn.ids = data.TextStream(self.tok, [self.template.stop]), [], []
         hidden, pointed, before, at = [], [], None, next(iter(self.model.feeds), -1)
-        ids = generate(self.model, embeds, cache=self.cache, generator=self.generator, hidden=hidden, **options)
+        if (beams := self.settings["beams"]) > 1:
+            ids = beam_search(self.model, embeds, n_beam=beams, max_new_tokens=options["max_new_tokens"], hidden=hidden)
+        else:
+            ids = generate(self.model, embeds, cache=self.cache, generator=self.generator, hidden=hidden, **options)
         for id in chain(ids, [None]):                   # None: the end, when all that was held back comes out
             if id is not None:
                 first = first if turn.ids else time.perf_counter()
@@ -394,7 +416,7 @@ class Session:
                 turn.ids.append(id)
                 places.append(id)
             if id is not None and before == at:
-                pointed.append(hidden[-1][:, -1])                                            # (1, C)
+                pointed.append(hidden[len(turn.ids) - 1][:, -1])                                           # (1, C)
                 turn.found.append(self.point(turn, pointed[-1]))
                 places[-1], turn.ids[-1] = turn.found[-1], self.tok.special[self.system.box[-1]]
                 said, stream = [turn.answer, spell(places[-1])], data.TextStream(self.tok, [self.template.stop])
@@ -412,6 +434,7 @@ class Session:
         self.write(turn, hidden)
         if pointed and turn.picture:
             self.outline(turn, torch.cat(pointed))
+        self.paint(turn)
 
     def write(self, turn, hidden):
         """Let the writers of media make what the answer asks for; hidden: what the model thought at each place."""
@@ -420,6 +443,18 @@ class Session:
         turn.made = {name: out for name, out in made.items() if out is not None}
         stray = {at for signal in signals.values() for at in signal_runs(turn.ids[:-1], signal)[1]}
         turn.stray = [self.tok.names[turn.ids[at]] for at in sorted(stray)]
+
+    def paint(self, turn):
+        """Have the painters that are there draw what the writers asked for."""
+        how = {name: self.settings[name] or None for name in ("steps", "guidance")}
+        for name, prompts in turn.made.items():
+            if isinstance(folder := self.painters.get(name), (str, Path)):
+                self.painters[name] = load_painter(folder, self.weight.device, self.weight.dtype)
+            for i, prompt in enumerate(prompts if name in self.painters else ()):
+                painter, seed = self.painters[name], self.settings["seed"] + i
+                prompt = prompt if painter.cfg.vocoder else prompt[None]                    # (1, C) or (1, T, C)
+                made = DRAW[name](painter, prompt, seed=seed, **how)[0].cpu().numpy()
+                turn.drawn.append(Drawing(name, made, painter.cfg.vocoder.rate if painter.cfg.vocoder else 8))
 
     @torch.inference_mode()
     def point(self, turn, h):
@@ -464,16 +499,42 @@ class Session:
         if medium not in self.features:
             x = medium.tensor[None].to(self.weight)
             if medium.kind == "region":
-                image = medium.picture.tensor[None].to(self.weight)
-                x = {"image": image, "boxes": x, "image_of": torch.zeros(1, dtype=torch.long, device=x.device)}
+                image_of = torch.zeros(1, dtype=torch.long, device=x.device)
+                x = {"image": self.levels(medium.picture), "boxes": x, "image_of": image_of}
+            elif medium.kind == "image" and "region" in self.model.readers:
+                x = self.levels(medium)
             self.features[medium] = self.model.read(medium.kind, x)[0]
         return self.features[medium]
 
 
-def open_session(folder=TINY, device=None, dtype=None, **options):
-    """The Session of a weights folder, on the best device there is. Raises OSError or ValueError naming the fault."""
+    def levels(self, picture):
+        """What CLIP sees in a picture, for the model itself and for regions of the picture; computed once."""
+        if picture not in self.seen:
+            image = picture.tensor[None].to(self.weight)
+            self.seen[picture] = self.model.readers["region"].levels(image, self.model)
+        return self.seen[picture]
+
+
+def find_painters(folder, projections):
+    """{writer: folder} of the painters in a folder that may not be there. Raises ValueError for one that does not fit."""
+    found = {}
+    for path in sorted(Path(folder).glob("*/config.json")):
+        cfg = read_config(path.parent, PainterConfig)
+        if (proj := projections.get(cfg.kind)) and proj.out_dim != (cfg.unet.context_dim or cfg.unet.class_dim):
+            raise ValueError(f"{path.parent}: paints from vectors of {cfg.unet.context_dim or cfg.unet.class_dim} numbers, "
+                             f"this model makes {proj.out_dim}")
+        found[cfg.kind] = path.parent
+    return found
+
+
+def open_session(folder=TINY, device=None, dtype=None, quantize="", painters=None, **options):
+    """The Session of a weights folder, on the best device there is. Raises OSError or ValueError naming the fault.
+
+    painters: folder with a folder of each; default: `painters` in the weights folder, if it is there; "": none.
+    """
     device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    model = load(folder, device, getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32")))
+    dtype = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
+    model = load(folder, device, dtype, quantize)
     cfg = model.cfg
     if cfg.llm is None or cfg.system not in data.SYSTEMS:
         raise ValueError(f"{folder}: holds no model to talk with (system {cfg.system!r})")
@@ -482,7 +543,58 @@ def open_session(folder=TINY, device=None, dtype=None, **options):
     if max(tok.sp.get_piece_size() - 1, *tok.special.values()) >= cfg.llm.vocab_size:
         raise ValueError(f"{tok.path}: has more tokens than the model, {cfg.llm.vocab_size}")
     template = data.TEMPLATES[cfg.template or system.template]
-    return Session(model, tok, system, template, data.MediaSpec(**cfg.media), **options)
+    if device.type == "cuda" and not cfg.quantized and not cfg.llm.lora_rank:
+        fuse(model)                     # where starting a product costs as much as the product
+    painters = Path(folder) / "painters" if painters is None else painters
+    painters = find_painters(painters, cfg.projections) if painters else {}
+    return Session(model, tok, system, template, data.MediaSpec(**cfg.media), painters=painters, **options)
+
+
+# ---- Drawings
+
+WHAT = {"img": "picture", "vid": "clip", "aud": "sound"}
+
+
+@dataclass
+class Drawing:
+    """Something that was drawn. content: pixels (H, W, 3) or (F, H, W, 3), or samples (T,) in -1..1."""
+    kind: str                           # img, vid or aud
+    content: np.ndarray
+    rate: int = 8                       # frames or samples a second
+
+    @property
+    def picture(self):
+        """Something to look at: the picture or the middle of the clip; None for sounds."""
+        if self.kind != "aud":
+            return Image.fromarray(self.content if self.kind == "img" else self.content[len(self.content) // 2])
+
+    def write(self, file):
+        """As PNG, GIF or wav."""
+        if self.kind == "aud":
+            with wave.open(file, "wb") as f:
+                f.setnchannels(1), f.setsampwidth(2), f.setframerate(self.rate)
+                f.writeframes((self.content.clip(-1, 1) * 32767).astype("<i2").tobytes())
+        elif self.kind == "img":
+            self.picture.save(file, "PNG")
+        else:
+            first, *rest = map(Image.fromarray, self.content)
+            first.save(file, "GIF", save_all=True, append_images=rest, duration=1000 // self.rate, loop=0)
+
+
+def new_name(folder, pattern):
+    """The first path of a pattern with a {number} that is free; the folder is made."""
+    folder = Path(folder).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    return next(name for i in count(1) if not (name := folder / pattern.format(i)).exists())
+
+
+def write_drawing(drawing, folder):
+    """A drawing as a file of a new number; never replaces a file. Returns its name."""
+    ending = {"img": "png", "vid": "gif", "aud": "wav"}[drawing.kind]
+    name = new_name(folder, f"{WHAT[drawing.kind]}-{{:04}}.{ending}")
+    with open(name, "xb") as file:
+        drawing.write(file)
+    return name
 
 
 # ---- Overlay
@@ -491,17 +603,20 @@ COLOURS = "#F76566", "#18ACBA", "#9400D3", "#454926", "#4E72B8"
 
 
 def overlay(turn):
-    """The picture of a turn with the boxes and masks that were found in it, numbered; None if there are none."""
-    if not (turn.found and turn.picture):
-        return None
-    picture = data.read_image(turn.picture.path)
+    """The picture of a turn with the boxes and masks that were found in it; None if there are none."""
+    return drawn(turn.picture, turn.found) if turn.found and turn.picture else None
+
+
+def drawn(medium, boxes):
+    """A picture with Boxes and their masks in it, numbered."""
+    picture = data.read_image(medium.path)
     em = max(10, min(36, max(picture.size) // 16))
     font, limits = ImageFont.load_default(em), np.array(picture.size * 2) - 1
-    for box, colour in zip(turn.found, cycle(COLOURS)):
+    for box, colour in zip(boxes, cycle(COLOURS)):
         if box.mask is not None:
             picture.paste(colour, mask=Image.fromarray(box.mask.astype(np.uint8) * 128))    # alpha 0.5
     pen = ImageDraw.Draw(picture)
-    for i, (box, colour) in enumerate(zip(turn.found, cycle(COLOURS))):
+    for i, (box, colour) in enumerate(zip(boxes, cycle(COLOURS))):
         x1, y1, x2, y2 = np.nan_to_num(np.array(box.xyxy_px)).clip(0, limits)
         x1, x2, y1, y2 = *sorted((x1, x2)), *sorted((y1, y2))
         pen.rectangle((x1, y1, x2, y2), outline=colour, width=max(1, em // 5))
@@ -512,9 +627,7 @@ def overlay(turn):
 
 def write_overlay(turn, picture, folder):
     """Overlay and masks of a turn as PNG files of a new number; never replaces a file. Returns the overlay's name."""
-    folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    name = next(name for i in count(1) if not (name := folder / f"turn-{i:04}.png").exists())
+    name = new_name(folder, "turn-{:04}.png")
     masks = {f"-mask-{i}": Image.fromarray(box.mask) for i, box in enumerate(turn.found) if box.mask is not None}
     for tail, image in ({"": picture} | masks).items():
         with open(name.with_stem(name.stem + tail), "xb") as file:
@@ -726,13 +839,19 @@ class Chat:
                 raise
             return print(" [stopped]")
         turn = self.session.last()
+        files = [str(write_drawing(drawing, self.args.out or "drawn")) for drawing in turn.drawn]
         report = {"prompt": turn.text, "text": turn.answer, "media": [medium.path for medium in turn.media],
                   "boxes": turn.boxes, "masks": [mask_rle(box.mask) for box in turn.found if box.mask is not None],
-                  "tokens": len(turn.ids), "seconds": round(turn.clock[3] - turn.clock[0], 3),
+                  "files": files, "tokens": len(turn.ids), "seconds": round(turn.clock[3] - turn.clock[0], 3),
                   "seed": self.session.settings["seed"], "model": str(self.args.weights)}
         print(clean(json.dumps(report)) if self.args.json else "", flush=True)
         if turn.stray:
             log(f"asked for media, but not with a complete run of signal tokens: {' '.join(turn.stray)}")
+        for drawing, name in zip(turn.drawn, files):
+            log(f"{WHAT[drawing.kind]}: {name}")
+            self.draw(drawing.picture)
+        if missing := [WHAT[name] for name in turn.made if name not in self.session.painters]:
+            log(f"no painter for a {' or a '.join(missing)}: put its folder into `painters` of the weights, or name --painters")
         self.report_boxes(turn)
         if turn.dropped:
             log(f"the context is full: the oldest {turn.dropped} turns are forgotten")
@@ -791,7 +910,8 @@ class Chat:
         return (f"{self.args.weights}: {sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters, "
                 f"{str(weight.dtype)[6:]} on {weight.device}, context {self.session.max_len}, "
                 f"reads {', '.join(['text', *model.cfg.reads])}" + ", points" * ("at" in model.cfg.writes)
-                + ", masks" * bool(model.cfg.sam) + ", finds" * ("vg" in model.cfg.writes))
+                + ", masks" * bool(model.cfg.sam) + ", finds" * ("vg" in model.cfg.writes)
+                + "".join(f", draws a {WHAT[name]}" for name in model.cfg.projections if name in self.session.painters))
 
     def help(self, _):
         rows = {f"/{name} {usage}": text for name, (_, usage, text) in COMMANDS.items()
@@ -834,7 +954,8 @@ def main(args):
         stream.reconfigure(errors="replace")            # odd bytes in names or input are no reason to end
     try:
         options = {name: vars(args)[name] for name in ("context", "parse_special", *SETTINGS)}
-        session = open_session(args.weights, args.device, args.dtype, **options)
+        painters = "" if args.no_draw else args.painters
+        session = open_session(args.weights, args.device, args.dtype, args.quantize, painters, **options)
         chat = Chat(session, args)
         for path, kind in args.media:
             chat.add([path], kind)

@@ -3,13 +3,14 @@
     python shapes.py --out shapes                      # files to train on, in the formats of the real data sets
     python shapes.py --out unseen --questions 1000     # single questions to test on, and the same annotations
 
-In order: words, pictures, clips, sounds, measuring, questions and captions, pointing, dialogues and requests, files.
+In order: words, pictures, clips, sounds, measuring, questions and captions, pointing, drawings, dialogues and requests, files.
 Boxes are pixel x1 y1 x2 y2. Everything follows from the seed; colours, sizes, places, background and pitch jitter.
 """
 import argparse
 import json
 import math
 import random
+import re
 import wave
 from collections import Counter
 from dataclasses import dataclass
@@ -183,13 +184,14 @@ def blobs(picture):
     """Picture of any size -> (fill colour, area, x, y, the blob alone at a fixed size (32, 32)) of all but specks."""
     pixels, at, out = np.asarray(picture.convert("RGB").resize((SIDE, SIDE)), float), np.arange(SIDE), []
     ground = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), 0)
-    parts = Image.fromarray((np.linalg.norm(pixels - ground, axis=2) > 25).astype("int32"))
+    apart = np.linalg.norm(pixels - ground, axis=2)
+    parts = Image.fromarray((apart > 55).astype("int32"))
     while len(left := np.argwhere(np.asarray(parts) == 1)):
         ImageDraw.floodfill(parts, tuple(left[0, ::-1].tolist()), 2)
         region = np.asarray(parts) == 2
         parts = Image.fromarray(np.asarray(parts) * ~region)
         if region.sum() > 60:
-            fill = np.median(pixels[region], 0)
+            fill = np.median(pixels[region & (apart > 0.7 * apart[region].max())], 0)     # edges may be soft
             cover = region * np.clip((pixels - ground) @ (fill - ground) / np.sum((fill - ground) ** 2), 0, 1)
             area = cover.sum()
             x, y = cover.sum(0) @ at / area, cover.sum(1) @ at / area
@@ -399,6 +401,13 @@ def box_rows(pictures, rng, task):
     return rows
 
 
+def all_regions(p, rng, key):
+    """All things that can be told apart, in any order, with their full name or all that can be said of them."""
+    rows = [{"bbox": box(t)} | ({"expression": a(f"{t.size} {t.name}")} if key == "regs" else {"expressions": said})
+            for t in p.things if (said := [text for kind in referring_expressions(t, p.things) for text in kind])]
+    return rows and {"img_path": p.name, "regions": rng.sample(rows, len(rows))}
+
+
 def flickr_row(p, rng):
     """Caption with marked phrases and the boxes of each: every thing and its place, or things counted by shape."""
     parts = [(a(f"{t.size} {t.name}"), f" {t.place}", [i]) for i, t in enumerate(p.things)]
@@ -422,6 +431,42 @@ def pope_rows(pictures, rng, kind):
             text = f"Is there {a(name)} in the picture?"
             rows.append({"question_id": len(rows) + 1, "image": p.name, "text": text, "label": label})
     return rows
+
+
+# ---- Drawings
+# Pictures that few words tell exactly, for models that draw to learn from; and whether what they draw is what was asked for.
+
+def drawing(rng):
+    """One thing at a place, or two, one beyond the other; they are big unless sizes are told -> things, caption."""
+    things, noun = [make_thing(rng) for _ in range(rng.choice((1, 2, 2)))], rng.choice(NOUNS[-3::2])
+    for t in things if "size" not in noun else ():
+        t.size, t.radius = "big", SIZES["big"] * rng.uniform(0.92, 1.08)
+    way, _, side = rng.choice(RELATIONS)
+    if len(things) == 1:
+        way = rng.choice((-1, 0, 1)), rng.choice((-1, 0, 1))
+    for t, sign in zip(things, (1, -1)):
+        t.x, t.y = (SIDE / 2 + 28.5 * sign * w + rng.uniform(-4, 4) for w in way)
+    names = [a(noun.format(**vars(t))) for t in things]
+    text = f"{rng.choice((side, side.removeprefix('on the ')))} {names[1]}" if len(things) > 1 else things[0].place
+    return things, f"{names[0].capitalize()} {text}."
+
+
+def judge(kind, caption, made):
+    """Whether a picture, the frames of a clip or samples (at RATE) are as a caption says: {what: right}."""
+    if kind == "audio":
+        count, pitch = listen(made)
+        return {"count": NUMBERS[count:count + 1] == caption.lower().split()[:1], "pitch": f"{pitch} beep" in caption}
+    names = re.findall(f"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", caption)
+    if kind == "video":
+        thing, way = watch(made)
+        return {"way": str(way) in re.split(r"\W", caption), "thing": bool(thing) and tuple(thing.name.split()) in names}
+    seen = sorted(look(made), key=lambda t: names.index((t.colour, t.shape)) if (t.colour, t.shape) in names else 9)
+    way = next((way for way, _, side in RELATIONS if f" {side.removeprefix('on the ')} " in caption), None)
+    there = caption.endswith(f" {seen[0].place}.") if len(seen) == 1 else (
+        len(seen) == 2 and bool(way) and along(seen[0], way) - along(seen[1], way) > GAP)
+    return {"shapes": sorted(t.shape for t in seen) == sorted(shape for _, shape in names),
+            "colours": sorted(t.colour for t in seen) == sorted(colour for colour, _ in names),
+            "things": [(t.colour, t.shape) for t in seen] == names, "places": len(seen) == len(names) and there}
 
 
 # ---- Dialogues and requests
@@ -468,6 +513,12 @@ def request(m, rng, year):
             f"{m.kind}_caption_embeddings": Path(m.name).name + ".npy", "conversations": [ask, reply]}
 
 
+def wish(m, rng):
+    """A request that is answered by the medium alone."""
+    row = request(m, rng, 2024)
+    return row | {"conversations": [row["conversations"][0], {"from": "gpt", "value": f"<{m.kind}>"}]}
+
+
 def comprehension(m, rng):
     return {f"input_{m.kind}": m.name, "conversations": turns(f"<{m.kind}>\n{m.questions[-1][1]}", m.caption)}
 
@@ -501,6 +552,12 @@ def write_picture(rng, path):
     return picture_questions(things, rng), describe(things), things
 
 
+def write_drawing(rng, path):
+    things, caption = drawing(rng)
+    draw(things, rng, paper(rng)).save(path, optimize=False)
+    return [], caption, things
+
+
 def write_clip(rng, path):
     thing, way, frames = clip(rng)
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=1000 // FPS, loop=0)
@@ -518,7 +575,7 @@ def write_sound(rng, path):
 
 
 MEDIA = {"image": ("pictures", "png", write_picture), "video": ("clips", "gif", write_clip),
-         "audio": ("sounds", "wav", write_sound)}
+         "audio": ("sounds", "wav", write_sound), "drawing": ("drawings", "png", write_drawing)}
 
 
 def write_medium(job):
@@ -526,6 +583,7 @@ def write_medium(job):
     kind, number, seed, out = job
     folder, ending, write = MEDIA[kind]
     name = f"{folder}/{number:06}.{ending}"
+    kind = "image" if kind == "drawing" else kind
     return Medium(kind, name, *write(random.Random(f"{seed}/{kind}/{number}"), Path(out) / name))
 
 
@@ -563,30 +621,46 @@ def each(media, rng, record):
 
 # File name ({}: train or test) -> media it is about, what makes its rows. As NExT-Chat, ChatterBox, NExT-GPT have them.
 FILES = {f"{task}_{{}}.jsonl": ("image", partial(box_rows, task=task)) for task in ("REC", "RES", "REG")}
+FILES |= {f"{key}_{{}}.jsonl": ("image", partial(each, record=partial(all_regions, key=key))) for key in ("recs", "regs")}
 FILES |= {f"POPE_{k}.jsonl": ("image", partial(pope_rows, kind=k)) for k in ("random", "popular", "adversarial")}
 FILES |= {"CAP_{}.jsonl": ("image", partial(each, record=lambda p, rng: {"img_path": p.name, "caption": p.caption})),
           "CWB_flickr_{}.jsonl": ("image", partial(each, record=flickr_row)),
           "CB_MRG.json": ("image", partial(each, record=partial(dialogue, chain=False))),
-          "CB_LC.json": ("image", partial(each, record=partial(dialogue, chain=True)))}
-FILES |= {f"{kind}_{name}.json": (kind, partial(each, record=record)) for kind in MEDIA for name, record in (
+          "CB_LC.json": ("image", partial(each, record=partial(dialogue, chain=True))),
+          "drawings.json": ("drawing", partial(each, record=pair)),
+          "drawings_wishes.json": ("drawing", partial(each, record=wish)),
+          "video_wishes.json": ("video", partial(each, record=wish)), "audio_wishes.json": ("audio", partial(each, record=wish))}
+FILES |= {f"{kind}_{name}.json": (kind, partial(each, record=record)) for kind in ("image", "video", "audio") for name, record in (
     ("pairs", pair), ("comprehension", comprehension), ("generation", partial(request, year=2024)),
     ("instruction", partial(request, year=2023)))}
 
 
-def write_annotations(media, out, split, seed):
-    """Every file of FILES, each from random numbers of its own."""
-    for name, (kind, make) in FILES.items():
-        rows = make([m for m in media if m.kind == kind], random.Random(f"{seed}/{name}"))
-        text = json.dumps({"data": rows} if name.startswith("CB_") else rows, indent=0)
-        if name.endswith(".jsonl"):
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-        (out / name.format(split)).write_text(text)
+def listed(rows):
+    """JSON with a line per record."""
+    return "[" + ",\n".join(map(json.dumps, rows)) + "]\n"
 
 
-def write_tokenizer(records, path, vocab_size):
-    """Sentencepiece model of all texts, with LLaMA's conventions."""
+def write_annotations(job):
+    """Writes one of FILES, from random numbers of its own."""
+    name, media, out, split, seed = job
+    rows = FILES[name][1](media, random.Random(f"{seed}/{name}"))
+    if name.endswith(".jsonl"):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    else:
+        text = '{"data": ' + listed(rows) + "}" if name.startswith("CB_") else listed(rows)
+    (out / name.format(split)).write_text(text)
+
+
+def write_tokenizer(records, out, vocab_size):
+    """Sentencepiece model of what is said in the conversations and, less often, about boxes; with LLaMA's conventions."""
     import sentencepiece
+    from datasets import PROMPTS
+    path, talks = out / "tokenizer.model", json.loads((out / "CB_LC.json").read_text())["data"]
+    pointing = [json.loads(line)["expression"] for line in open(out / "REC_train.jsonl")]
     texts = sorted({turn["value"] for record in records for turn in record["conversations"]})
+    spoken = [re.sub(" *<.*?>", "", turn["value"]) for row in talks for turn in row["conversation"]] + pointing
+    spoken += [text for texts in (*WISHES.values(), REPLIES, PROMPTS["REC"], PROMPTS["REG"]) for text in texts] * 20
+    texts += random.Random(0).sample(sorted(spoken), min(len(spoken), len(texts) // 2))
     texts += ["USER: ASSISTANT:"] * (len(texts) // 5)           # the roles stand in every conversation, in no record
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts), model_prefix=str(path).removesuffix(".model"), vocab_size=vocab_size,
@@ -598,16 +672,16 @@ def write_tokenizer(records, path, vocab_size):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, required=True, help="folder to write")
-    p.add_argument("--pictures", type=int, default=48000, help="default %(default)s")
+    p.add_argument("--pictures", type=int, default=48000, help="and half as many drawings, default %(default)s")
     p.add_argument("--clips", type=int, default=8000, help="default %(default)s")
     p.add_argument("--sounds", type=int, default=8000, help="default %(default)s")
     p.add_argument("--questions", type=int, default=0, help="write so many single questions instead of conversations")
     p.add_argument("--seed", type=int, help="default 0, with --questions 1")
-    p.add_argument("--vocab-size", type=int, default=600, help="of the tokenizer, default %(default)s")
+    p.add_argument("--vocab-size", type=int, default=700, help="of the tokenizer, default %(default)s")
     args = p.parse_args(argv)
-    counts = {"image": args.pictures, "video": args.clips, "audio": args.sounds}
+    counts = {"image": args.pictures, "video": args.clips, "audio": args.sounds, "drawing": args.pictures // 2}
     if args.questions:
-        counts = {"image": args.questions // 2, "video": args.questions // 4, "audio": args.questions // 4}
+        counts = {kind: args.questions // 4 * (2 if kind in ("image", "drawing") else 1) for kind in counts}
     seed = args.seed if args.seed is not None else int(args.questions > 0)
     for folder, _, _ in MEDIA.values():
         (args.out / folder).mkdir(parents=True, exist_ok=True)
@@ -615,17 +689,21 @@ def main(argv=None):
     jobs = [(kind, i, seed, str(args.out)) for kind, n in counts.items() for i in range(n)]
     with get_context("spawn").Pool() as pool:            # a fork of a program that decodes video may never wake up
         media = list(tqdm(pool.imap(write_medium, jobs, chunksize=64), total=len(jobs), desc="drawing", unit="file", disable=None))
-    write_annotations(media, args.out, "test" if args.questions else "train", seed)
+        split = "test" if args.questions else "train"
+        jobs = [(name, [m for m in media if m.name.startswith(MEDIA[kind][0])], args.out, split, seed)
+                for name, (kind, _) in FILES.items()]
+        list(tqdm(pool.imap(write_annotations, jobs), total=len(jobs), desc="writing", unit="file", disable=None))
+    media = [m for m in media if m.questions]           # nothing is asked about drawings
     rng = random.Random(seed)
     if args.questions:
-        return (args.out / "questions.json").write_text(json.dumps([single_question(m, rng) for m in media], indent=0))
+        return (args.out / "questions.json").write_text(listed(single_question(m, rng) for m in media))
     records = conversations(media, rng)
-    (args.out / "conversations.json").write_text(json.dumps(records, indent=0))
-    (args.out / "captions.json").write_text(json.dumps(each(media, rng, pair), indent=0))
+    (args.out / "conversations.json").write_text(listed(records))
+    (args.out / "captions.json").write_text(listed(each(media, rng, pair)))
     words = each(media, rng, first_words)
-    (args.out / "words.json").write_text(json.dumps(words, indent=0))
-    (args.out / "picture_words.json").write_text(json.dumps([row for row in words if "image_name" in row], indent=0))
-    write_tokenizer(records, args.out / "tokenizer.model", args.vocab_size)
+    (args.out / "words.json").write_text(listed(words))
+    (args.out / "picture_words.json").write_text(listed(row for row in words if "image_name" in row))
+    write_tokenizer(records, args.out, args.vocab_size)
 
 
 if __name__ == "__main__":

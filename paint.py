@@ -1,0 +1,317 @@
+"""Training of painters (generate.py): a UNet and its text tower together, and for sounds a vocoder first.
+
+    python paint.py shapes/drawings.json --out weights/tiny/painters/image
+    python paint.py shapes/video_pairs.json --out weights/tiny/painters/video
+    python paint.py shapes/audio_pairs.json --out weights/tiny/painters/audio
+    python paint.py unseen/drawings.json --judge weights/tiny/painters/image --known shapes/drawings.json --page page.png
+    python paint.py shapes/drawings.json --embed weights/tiny/painters/image            # captions as a writer's targets
+    python paint.py weights/tiny --writers weights/tiny/painters --out runs/tiny_signals
+
+In order: painters, media, vocoder, UNet and text tower, captions, judging, writers, the command.
+Letters: as in generate.py. Papers: diffusion that predicts clean patches (Li and He 2025, Back to basics), loss weights
+(Hang et al. 2023, min-SNR), spectra as the loss of a vocoder (Yamamoto et al. 2020). Files are caption pairs, as
+shapes.py writes them.
+"""
+import argparse
+import json
+import math
+from collections import Counter
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageSequence
+from tqdm import tqdm
+
+import data
+import generate as G
+import model as M
+import shapes
+
+# ---- Painters
+# One row per kind of media: what learns to paint the small world.
+
+TEXT = G.TextConfig(dim=48, n_layer=2, n_head=4, mlp_dim=128, max_len=20, act="gelu", start=1, end=2, pad=0)
+UNET = G.UNetConfig(48, (40, 56), (2, 4), (False, True), n_resnet=1, context_dim=48, groups=8)
+PATCH = G.VAEConfig(patch=4, scale=1.5)
+VOCODER = G.VocoderConfig(mel_bins=32, rate=8000, width=32, up_rates=(5, 4, 4), up_kernels=(15, 8, 8), kernels=(3, 7),
+                          dilations=(1, 3))
+HOW = {"scheduler": "dpm", "clean": True, "steps": 20, "guidance": 3.0}
+PAINTERS = {
+    "image": G.PainterConfig(UNET, PATCH, TEXT, **HOW, size=(32, 32)),
+    "video": G.PainterConfig(replace(UNET, widths=(32, 40), n_head=(4, 4), video=True), PATCH, TEXT, **HOW, size=(8, 32, 32)),
+    "audio": G.PainterConfig(replace(UNET, channels=16, widths=(24, 32), context_dim=0, class_dim=32),
+                             replace(PATCH, channels=1), replace(TEXT, out_dim=32, max_len=34), VOCODER, **HOW, size=(2.0,))}
+KINDS = {"img": "image", "vid": "video", "aud": "audio"}
+
+
+# ---- Media
+
+def picture(image, size):
+    """uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image.convert("RGB").resize(size[::-1], Image.BOX))).permute(2, 0, 1)
+
+
+def samples(path, voice, n):
+    """(n,) at the vocoder's rate."""
+    x, rate = data.read_audio(path)
+    x = data.resample(x[:1], rate, voice.rate)[0]
+    return F.pad(x, (0, n))[:n]
+
+
+def log_mel(x, voice):
+    """Samples (T,) -> (T / hop, mel_bins) around -1..1, one frame every 10 ms."""
+    mel = data.fbank(F.pad(x, (0, voice.rate // 40)), voice.mel_bins, voice.rate)
+    return (mel[:len(x) // voice.hop].clamp(min=-12) + 6) / 6
+
+
+def read_media(path, kind, cfg):
+    """Captions, media (n, ...): uint8 (n, 3, H, W) or (n, F, 3, H, W); of sounds samples (n, T)."""
+    rows = json.loads(Path(path).read_text())
+    captions, media = [row["caption"] for row in rows], []
+    for row in tqdm(rows, desc="reading", disable=None):
+        file = Path(path).parent / row[f"{kind}_name"]
+        if kind == "audio":
+            media.append(samples(file, cfg.vocoder, int(cfg.size[0] * cfg.vocoder.rate)))
+            continue
+        with Image.open(file) as image:
+            frames = [picture(frame, cfg.size[-2:]) for frame in ImageSequence.Iterator(image)]
+        media.append(frames[0] if kind == "image" else torch.stack(frames)[
+            torch.linspace(0, len(frames) - 1, cfg.size[0]).round().long()])
+    return captions, torch.stack(media)
+
+
+def pixels(x):
+    """uint8 -> -1..1; mel frames stay what they are."""
+    return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
+
+
+# ---- Training
+
+def start_small(model):
+    """Zero the last layer of every residual branch and of the UNet, so that training starts from plain sums."""
+    for name, p in model.named_parameters():
+        if any(last in name for last in (".conv2.weight", ".proj_out.weight", "conv4.3.weight", "unet.conv_out.weight")):
+            nn.init.zeros_(p)
+
+
+def fit(parameters, loss_of, n, steps, batch, lr, name, save=None):
+    """AdamW for so many steps of random samples out of n; lr rises over a twentieth, then falls along a cosine.
+
+    save: what to call now and then and at the end.
+    """
+    opt = torch.optim.AdamW(parameters, lr, (0.9, 0.99), weight_decay=0.01, fused=True)
+    bar, mean = tqdm(range(steps), desc=name, mininterval=10), None
+    for step in bar:
+        for group in opt.param_groups:
+            group["lr"] = lr * min(20 * (step + 1) / steps, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        loss = loss_of(torch.randint(n, (batch,)))
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
+        if save and (step % 500 == 499 or step + 1 == steps):
+            save()
+
+
+def spectra(x):
+    """Magnitudes of samples (B, T) at three resolutions."""
+    return [torch.stft(x, n, n // 4, window=torch.hann_window(n), return_complex=True).abs() for n in (128, 256, 512)]
+
+
+def fit_vocoder(vocoder, waves, mels, steps, batch, lr, crop=40):
+    """A vocoder whose sounds have the spectra of the originals, from crops of so many mel frames."""
+    hop = PAINTERS["audio"].vocoder.hop
+
+    def loss_of(rows):
+        start = torch.randint(mels.shape[1] - crop, ()).item()
+        made = vocoder(mels[rows, start:start + crop])
+        real = waves[rows, start * hop:(start + crop) * hop]
+        return sum((a - b).abs().mean() / b.mean() + ((a + 1e-3).log() - (b + 1e-3).log()).abs().mean() / 4
+                   for a, b in zip(spectra(made), spectra(real)))
+    fit(list(vocoder.parameters()), loss_of, len(waves), steps, batch, lr, "vocoder")
+
+
+# ---- UNet and text tower
+
+def fit_unet(painter, media, ids, nothing, *how):
+    """UNet and text tower together: the clean latents at a random step, for a caption or, one time in ten, for no text.
+
+    media (n, ...); ids (n, T) of their captions; nothing (1, T) of no text. How much an error counts depends on the step:
+    between 1 and 5, by how much signal is left. how: what `fit` takes from its steps on.
+    """
+    cfg = painter.cfg
+    levels = G.signal_levels(cfg.beta_start, cfg.beta_end)
+
+    def loss_of(rows):
+        told = painter.text(torch.where(torch.rand(len(rows), 1) < 0.1, nothing, ids[rows]))
+        told = {"text": painter.unet.read(told)} if cfg.unet.context_dim else {"classes": told}
+        x, t = painter.vae.encode(pixels(media[rows])), torch.randint(1000, (len(rows),))
+        x = x.transpose(1, 2) if cfg.unet.video else x                                      # (B, C, F, h, w)
+        a, noise = levels[t].view(-1, *[1] * (x.ndim - 1)), torch.randn_like(x)
+        wrong = painter.unet(a.sqrt() * x + (1 - a).sqrt() * noise, t, **told) - x
+        return ((a / (1 - a)).clamp(1, 5) * wrong ** 2).mean()
+    fit([*painter.unet.parameters(), *painter.text.parameters()], loss_of, len(media), *how)
+
+
+# ---- Captions
+
+def encode_captions(painter, folder, captions):
+    """What a painter's text tower makes of captions: (n, T, C) or (n, C). Beside its weights lies tokenizer.model."""
+    return torch.cat([painter.text(ids) for ids in caption_ids(painter.cfg.text, folder, captions).split(64)])
+
+
+def caption_ids(cfg, folder, captions):
+    """Captions as sentences of a text tower, (n, max_len): start, pieces, end, padding."""
+    tok = data.Tokenizer(Path(folder) / "tokenizer.model").sp
+    rows = [[cfg.start, *tok.encode(text)[:cfg.max_len - 2], cfg.end] for text in captions]
+    return torch.tensor([row + [cfg.pad] * (cfg.max_len - len(row)) for row in rows])
+
+
+# ---- Judging
+
+def paint(painter, prompts, **how):
+    """Media of prompts, as shapes.judge wants them: pictures, lists of frames, or samples at its rate."""
+    kind, made = KINDS[painter.cfg.kind], G.DRAW[painter.cfg.kind](painter, prompts, **how)
+    if kind == "audio":
+        return [data.resample(x[None], painter.cfg.vocoder.rate, shapes.RATE)[0].numpy() for x in made]
+    if kind == "video":
+        return [[Image.fromarray(frame.numpy()) for frame in clip] for clip in made]
+    return [Image.fromarray(x.numpy()) for x in made]
+
+
+@torch.no_grad()
+def judge(folder, captions):
+    """-> what a painter makes of captions, shares of them that it shows: {what: share}, all of it last."""
+    painter, out, right = M.load_painter(folder, dtype=torch.float32), [], Counter()
+    for i in tqdm(range(0, len(captions), 20), desc="judging", disable=None):
+        out += paint(painter, encode_captions(painter, folder, captions[i:i + 20]), seed=i)
+    for caption, made in zip(captions, out):
+        row = shapes.judge(KINDS[painter.cfg.kind], caption, made)
+        right.update({what: bool(yes) for what, yes in row.items()} | {"all": all(row.values())})
+    return out, {what: round(n / len(captions), 3) for what, n in right.items()}
+
+
+def tile(made):
+    """A picture of a picture, of four frames of a clip, or of the log-mel frames of a sound; 128 pixels high."""
+    if isinstance(made, list):
+        frames = made[::max(len(made) // 4, 1)][:4]
+        made = Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames], axis=1))
+    elif isinstance(made, np.ndarray):
+        mel = data.fbank(torch.from_numpy(made).float(), 64, shapes.RATE).T.flip(0)
+        made = Image.fromarray(((mel + 16) * 10).clamp(0, 255).byte().numpy())
+    return made.convert("RGB").resize((round(made.width * 128 / made.height), 128), Image.NEAREST)
+
+
+def page(made, captions, columns=4):
+    """Tiles with their captions below, as one picture."""
+    tiles = [tile(one) for one in made]
+    wide, high = max(max(t.width for t in tiles), 330) + 8, 128 + 22
+    sheet = Image.new("RGB", (columns * wide, -(-len(tiles) // columns) * high), "white")
+    for i, (one, caption) in enumerate(zip(tiles, captions)):
+        x, y = i % columns * wide + 4, i // columns * high
+        sheet.paste(one, (x, y + 2))
+        ImageDraw.Draw(sheet).text((x, y + 132), caption, "black")
+    return sheet
+
+
+# ---- Writers of a language model
+
+def embed(args):
+    """What the text tower makes of every caption, as NExT-GPT's training wants it: embed/NAME.npy beside the file."""
+    painter, folder = M.load_painter(args.embed, dtype=torch.float32), args.data.parent / "embed"
+    rows, kind = json.loads(args.data.read_text()), KINDS[painter.cfg.kind]
+    folder.mkdir(exist_ok=True)
+    with torch.no_grad():
+        embeds = encode_captions(painter, args.embed, [row["caption"] for row in rows])
+    for row, x in zip(rows, embeds):
+        np.save(folder / f"{Path(row[f'{kind}_name']).name}.npy", x.numpy().astype(np.float16))
+
+
+def add_writers(args):
+    """A model with signal tokens and a new writer for each painter; all else stays bit by bit what it was."""
+    old, folder = M.load(args.data), Path(args.writers)
+    signals = data.SYSTEMS[old.cfg.system].signals
+    if old.cfg.projections or not signals:
+        raise SystemExit(f"paint: {args.data}: the model has writers already, or its system {old.cfg.system} no signal tokens")
+    painters = {cfg.kind: cfg for path in folder.glob("*/config.json") for cfg in [M.read_config(path.parent, G.PainterConfig)]}
+    kinds = [kind for kind in signals if kind in painters]
+    names = [name for kind in kinds for name in signals[kind]]
+    size, dim = old.llm.embed.weight.shape
+    cfg = replace(
+        old.cfg, llm=replace(old.cfg.llm, vocab_size=size + len(names)), writes=old.cfg.writes | {k: signals[k] for k in kinds},
+        added_tokens=old.cfg.added_tokens | {name: size + i for i, name in enumerate(names)},
+        projections={kind: prompter(painters[kind], dim, len(signals[kind])) for kind in kinds})
+    torch.manual_seed(args.seed)
+    new = M.Model(cfg)
+    M.initialise(new)
+    state = new.state_dict()
+    for name, x in old.state_dict().items():
+        more = state[name].to(x.dtype)[len(x):] if x.shape != state[name].shape else ()     # rows of the new tokens
+        state[name] = torch.cat([x, more]) if len(more) else x
+    M.assign(new, {name: x for name, x in state.items() if name not in M.tied(new)})
+    M.save(new, args.out, [args.data / "tokenizer.model"])
+
+
+def prompter(cfg, dim, n_signal):
+    """ProjectionConfig of what prompts a painter of the small world."""
+    one = cfg.text.out_dim > 0
+    return G.ProjectionConfig(dim, n_signal, 1 if one else cfg.text.max_len, cfg.text.out_dim or cfg.text.dim, 96, 1, 4, 192)
+
+
+# ---- The command
+
+def train(args):
+    """A painter from caption pairs to its weights folder."""
+    torch.manual_seed(args.seed)
+    rows = json.loads(args.data.read_text())
+    kind = next(iter(rows[0])).removesuffix("_name")
+    cfg = PAINTERS[kind]
+    painter = G.Painter(replace(cfg, text=replace(cfg.text, vocab_size=data.Tokenizer(args.tokenizer).sp.vocab_size())))
+    start_small(painter)
+    captions, media = read_media(args.data, kind, painter.cfg)
+    if kind == "audio":
+        waves, media = media, torch.stack([log_mel(x, painter.cfg.vocoder) for x in media])[:, None]    # (n, 1, T, mel_bins)
+        fit_vocoder(painter.vocoder, waves, media[:, 0], args.steps // 4, 16, 1e-3)
+    folder = Path(args.tokenizer).parent
+
+    def save():
+        M.save(deepcopy(painter).half(), args.out, [args.tokenizer])
+    fit_unet(painter, media, caption_ids(painter.cfg.text, folder, captions), caption_ids(painter.cfg.text, folder, [""]),
+             args.steps, args.batch, args.lr, "UNet", save)
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("data", type=Path, help="caption pairs; with --writers the model")
+    p.add_argument("--out", type=Path, help="weights folder to write")
+    p.add_argument("--tokenizer", default="weights/tiny/tokenizer.model", help="default %(default)s")
+    p.add_argument("--steps", type=int, default=6000, help="of UNet and text tower, default %(default)s; a quarter for a vocoder")
+    p.add_argument("--batch", type=int, default=32, help="default %(default)s")
+    p.add_argument("--lr", type=float, default=2e-3, help="default %(default)s")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--judge", help="a painter to judge by captions, instead of training one")
+    p.add_argument("--embed", help="a painter whose text tower reads all captions, instead")
+    p.add_argument("--writers", help="folder of painters for which a model gets new signal tokens and writers, instead")
+    p.add_argument("--known", type=Path, help="caption pairs it was trained on, which are left out")
+    p.add_argument("--page", help="picture to write, with the first 32 things that were judged")
+    p.add_argument("--count", type=int, default=300, help="captions to judge by, default %(default)s")
+    args = p.parse_args(argv)
+    if not args.judge:
+        return (embed if args.embed else add_writers if args.writers else train)(args)
+    known = {row["caption"] for row in json.loads(args.known.read_text())} if args.known else ()
+    captions = [row["caption"] for row in json.loads(args.data.read_text()) if row["caption"] not in known][:args.count]
+    made, shares = judge(args.judge, captions)
+    print(len(captions), shares)
+    if args.page:
+        page(made[:32], captions).save(args.page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,349 @@
+"""The chat on a web page of this computer: files to drop, boxes by two clicks, answers as they come, overlays, players.
+
+    python web.py                                           the small model that comes along, at http://127.0.0.1:7860
+    python web.py weights/nextchat-7b-336 --port 8000       converted weights
+
+In order: Guard (which requests are answered at all), Visit (a Session and what its page shows), what the page does,
+examples, the page.
+It needs Gradio: pip install -e ".[web]". It listens to this computer alone; from elsewhere: ssh -L 7860:127.0.0.1:7860 HOST.
+Text of users and models is shown as it stands, never as HTML or Markdown. All files lie in one temporary folder.
+"""
+import argparse
+import json
+import os
+import random
+import re
+import tempfile
+import time
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from html import escape
+from pathlib import Path
+
+import gradio as gr
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+
+import chat
+import shapes
+
+# ---- Guard
+
+LOCAL = re.compile(r"(127\.0\.0\.1|localhost)(:\d+)?")
+API, MB = "/gradio_api", 1 << 20
+PATHS = {"GET": re.compile(rf"/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/(assets|static|svelte)/.*"
+                           rf"|{API}/(info|startup-events|theme\.css|queue/data|upload_progress|heartbeat/\w+|file=.+)"),
+         "POST": re.compile(rf"{API}/(queue/join|upload|cancel|reset/?)")}
+PATHS["HEAD"] = PATHS["GET"]
+BIGGEST = {f"{API}/upload": 100 * MB}   # bytes of a request; of others 1 MB
+FOLDER = 4096 * MB                      # bytes that all uploads may take together
+HEADERS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "content-security-policy":
+           "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'; form-action 'none'"}
+
+
+class Guard:
+    """In front of Gradio (ASGI): only what our own page asks for gets through, about files of our folder."""
+
+    def __init__(self, app, folder):
+        self.app, self.folder = app, Path(folder).resolve()
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        fault = self.fault(scope) if scope["type"] == "http" else (403, "no such protocol")
+        if not fault and scope["method"] == "POST" and scope["path"] not in BIGGEST:
+            body = b""
+            while (part := await receive())["type"] == "http.request":
+                body += part.get("body", b"")
+                if not part.get("more_body"):
+                    break
+            fault, receive = self.body_fault(body), replay(body, receive)
+        if fault:
+            return await PlainTextResponse(fault[1], fault[0])(scope, receive, send)
+
+        async def reply(message):
+            if message["type"] == "http.response.start":
+                message["headers"] += [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+            await send(message)
+        await self.app(scope, receive, reply)
+
+    def fault(self, scope):
+        """What is wrong with a request, told from its head -> (status, why), or None."""
+        method, path, names = scope["method"], scope["path"], (b"host", b"origin", b"content-length")
+        hosts, origins, lengths = ([v.decode("latin1") for k, v in scope["headers"] if k == name] for name in names)
+        if len(hosts) != 1 or not LOCAL.fullmatch(hosts[0]) or any(one != f"http://{hosts[0]}" for one in origins):
+            return 403, "not from this computer's own page"
+        if method not in PATHS:
+            return 405, "no such method"
+        name = path.partition(f"{API}/file=")[2]
+        if not PATHS[method].fullmatch(path) or ".." in path or "\\" in path:
+            return 404, "no such page"
+        if name and not self.is_ours(name):
+            return 403, "no such file"
+        if method == "POST" and (len(lengths) != 1 or not lengths[0].isdecimal()):
+            return 411, "say how long it is"
+        if method == "POST" and int(lengths[0]) > BIGGEST.get(path, MB):
+            return 413, "too large"
+        if path in BIGGEST and sum(file.stat().st_size for file in self.folder.rglob("*")) > FOLDER:
+            return 507, "too many uploads; start the page again"
+
+    def body_fault(self, body):
+        """JSON may name no file but ours: Gradio itself would fetch addresses."""
+        try:
+            todo = [json.loads(body or "null")]
+        except (ValueError, RecursionError):
+            return 400, "not JSON"
+        while todo:
+            value = todo.pop()
+            if isinstance(value, dict) and "path" in value and not self.is_ours(value["path"]):
+                return 403, "no such file"
+            todo += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+
+    def is_ours(self, name):
+        """Whether a file name leads to a file in our folder, links followed."""
+        try:
+            path = Path(name).resolve(strict=True)
+        except (OSError, ValueError, TypeError):
+            return False
+        return path.is_file() and self.folder in path.parents
+
+
+def replay(body, receive):
+    """A `receive` that gives a body that was read already, then what comes after it."""
+    parts = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again():
+        return parts.pop() if parts else await receive()
+    return again
+
+
+# ---- Visit
+
+FILES = 20                              # that one message may bring
+
+
+@dataclass(eq=False)
+class Visit:
+    """One open page: its conversation, and what is shown of it."""
+    session: chat.Session
+    folder: Path
+    stopped: bool = False
+    corner: tuple = ()                  # the first of two clicks
+    shown: dict = field(default_factory=dict)           # Turn -> files that show what it found and drew
+
+    def messages(self, turns):
+        """Turns for the chat window."""
+        for turn in turns:
+            yield from ({"role": "user", "content": {"path": medium.path}} for medium in turn.media)
+            yield from ({"role": role, "content": escape(text, quote=False)}                # Gradio would show HTML
+                        for role, text in (("user", turn.text), ("assistant", turn.answer)) if text)
+            yield from ({"role": "assistant", "content": {"path": str(path)}} for path in self.shown.get(turn, ()))
+
+    def picture(self):
+        """The picture in which one can click, with the boxes that go with the next message; None without a picture."""
+        picture = chat.last_picture(self.session.media)
+        return picture and chat.drawn(picture, self.session.boxes)
+
+    def keep(self, turn):
+        """Write what a turn found and drew, as files to be shown."""
+        found = chat.overlay(turn)
+        self.shown[turn] = [chat.write_overlay(turn, found, self.folder)] if found else []
+        self.shown[turn] += [chat.write_drawing(drawing, self.folder) for drawing in turn.drawn]
+
+
+# ---- What the page does. Each takes the Visit and gives what show gives.
+
+def show(visit, note="", turns=None, text=gr.skip()):
+    """-> messages, picture, note, text to edit. turns: of an answer that is coming; else all, and what is attached."""
+    if turns is not None:
+        return list(visit.messages(turns)), gr.skip(), note, text
+    return list(visit.messages([*visit.session.turns, chat.Turn("", visit.session.pending)])), visit.picture(), note, text
+
+
+def guarded(act):
+    """An act whose errors that a user can mend become the note; what it was given stays as it was."""
+    @wraps(act)                         # Gradio reads its parameters
+    def run(visit, *given):
+        try:
+            return show(visit, act(visit, *given) or "")
+        except (ValueError, OSError, MemoryError) as error:
+            return show(visit, f"{error!s:.500}")
+    return run
+
+
+@guarded
+def attach(visit, paths):
+    """Files for the next message: all, or none if one cannot be read."""
+    if len(visit.session.pending) + len(paths) > FILES:
+        raise ValueError(f"at most {FILES} files go with a message")
+    visit.session.pending += [visit.session.read(path) for path in paths]
+
+
+@guarded
+def click(visit, event: gr.SelectData):
+    """One corner of a box in the picture, or with the second click the box."""
+    if not visit.corner:
+        visit.corner = tuple(event.index)
+        return "now click the opposite corner"
+    xs, ys = map(sorted, zip(visit.corner, event.index))
+    session, visit.corner = visit.session, ()
+    session.boxes.append(session.box((xs[0], ys[0], xs[1], ys[1]), chat.last_picture(session.media)))
+    return f"[{len(session.boxes) - 1}] is {chat.spell(session.boxes[-1])}; name it so in the message"
+
+
+@guarded
+def undo(visit):
+    return f"taken back: {visit.session.undo().text}"
+
+
+@guarded
+def clear(visit):
+    visit.session.clear()
+
+
+def change(name):
+    """What sets a setting."""
+    return guarded(lambda visit, value: visit.session.set(name, value))
+
+
+def stop(visit):
+    visit.stopped = True
+
+
+def stream(visit, before, turn, pieces):
+    """Show an answer while it comes, ten times a second; whoever stops it keeps what was said."""
+    visit.stopped, due = False, 0
+    try:
+        with closing(pieces):
+            for piece in pieces:
+                turn.answer += piece
+                if visit.stopped:
+                    break
+                if time.monotonic() > due:
+                    yield show(visit, "", [*before, turn])
+                    due = time.monotonic() + 0.1
+        visit.keep(visit.session.last())
+        yield show(visit, "stopped" * visit.stopped)
+    except (ValueError, OSError, MemoryError) as error:
+        yield show(visit, f"{error!s:.500}", text=turn.text)
+
+
+def say(visit, text, find):
+    session, turn = visit.session, chat.Turn(text, visit.session.pending)
+    yield show(visit, "", [*session.turns, turn], "")
+    yield from stream(visit, session.turns, turn, session.say(text, find=find))
+
+
+def retry(visit):
+    if turns := visit.session.turns:
+        yield from stream(visit, turns[:-1], chat.Turn(turns[-1].text, turns[-1].media), visit.session.retry())
+
+
+# ---- Examples
+
+def question(m, kind):
+    """The question of a kind about a drawn medium."""
+    return next(text for what, text, _ in m.questions if what == kind)
+
+
+def wish(m):
+    return shapes.request(m, random, 2023)["conversation"][0]["value"]
+
+
+ABILITIES = {                           # button: what the model must read or write, kind of file, message about it
+    "describe": ("image", "image", partial(question, kind="caption")),
+    "count": ("image", "image", partial(question, kind="count")),
+    "watch": ("video", "video", partial(question, kind="caption")),
+    "listen": ("audio", "audio", partial(question, kind="caption")),
+    "point": ("at", "image", lambda m: f"Where is the {m.things[0].name}?"),
+    "find": ("vg", "image", lambda m: f"Where is the {m.things[0].name}?"),
+    "name a box": ("box", "image", lambda m: "What is [0]?"),
+    "name a region": ("region", "image", lambda m: "What is [0]?"),
+    "draw": ("img", "image", wish), "film": ("vid", "video", wish), "play": ("aud", "audio", wish),
+}
+
+
+def example(visit, ability):
+    """Draw something new for an ability and attach it; the message waits to be sent."""
+    (need, kind, message), session = ABILITIES[ability], visit.session
+    m = shapes.write_medium((kind, random.randrange(10 ** 6), 0, visit.folder))
+    if message is not wish:
+        session.pending.append(session.read(str(visit.folder / m.name)))
+    if need in ("box", "region"):
+        session.boxes.append(session.box(shapes.box(m.things[0]), session.pending[-1]))
+    return show(visit, text=message(m))
+
+
+# ---- Page
+
+def build(session, folder):
+    """The page as Gradio's blocks. Every visit has a conversation of its own with the one model."""
+    def new_visit():
+        parts = session.model, session.tok, session.system, session.template, session.spec, session.max_len
+        own = chat.Session(*parts, **session.settings)
+        own.painters = session.painters                 # shared, for they are loaded when they are first needed
+        return Visit(own, folder)
+    cfg = session.model.cfg
+    with gr.Blocks(title="nanomni", analytics_enabled=False) as blocks:
+        visit = gr.State()
+        with gr.Row():
+            with gr.Column(scale=3):
+                talk = gr.Chatbot(render_markdown=False, label="conversation", height=520, buttons=[])
+                text = gr.Textbox(label="message", placeholder="Enter sends", max_length=20000, elem_id="message")
+                with gr.Row():
+                    buttons = {name: gr.Button(name, size="sm", min_width=60)
+                               for name in ("send", "stop", "retry", "undo", "clear")}
+                gr.Markdown("Examples, drawn anew at each click; then send:")
+                with gr.Row():
+                    abilities = {name: gr.Button(name, size="sm", min_width=60)
+                                 for name, (need, *_) in ABILITIES.items() if need in (*cfg.reads, *cfg.writes)}
+            with gr.Column(scale=2):
+                files = gr.File(label="pictures, sounds, clips", file_count="multiple", height=120)
+                picture = gr.Image(label="two clicks make a box", interactive=False, format="png", buttons=[])
+                note = gr.Textbox(label="note", interactive=False, elem_id="note")
+                find = gr.Checkbox(label="look for a box", visible="vg" in cfg.writes)
+                with gr.Accordion("settings", open=False):
+                    numbers = {name: gr.Number(session.settings[name], label=name, info=row[3])
+                               for name, row in chat.SETTINGS.items()}
+        view, private = [talk, picture, note, text], dict(api_visibility="private", show_progress="hidden")
+        one = dict(concurrency_id="model", concurrency_limit=1, **private)              # the model serves one at a time
+        blocks.load(new_visit, None, visit, **private)
+        gr.on([text.submit, buttons["send"].click], say, [visit, text, find], view, **one)
+        buttons["stop"].click(stop, visit, None, queue=False, **private)
+        for name, act in {"retry": retry, "undo": undo, "clear": clear}.items():
+            buttons[name].click(act, visit, view, **one)
+        for name, button in abilities.items():
+            button.click(partial(example, ability=name), visit, view, **one)
+        files.upload(attach, [visit, files], view, **one).then(lambda: None, None, files, **private)
+        picture.select(click, visit, view, **one)
+        for name, number in numbers.items():
+            number.submit(change(name), [visit, number], view, **one)
+    return blocks
+
+
+def serve(session, folder, port=None, **options):
+    """Answer at a port of this computer; files go into a folder."""
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=str(folder))
+    for name, _, _ in shapes.MEDIA.values():
+        (folder / name).mkdir()
+    blocks = build(session, folder).queue(max_size=16)
+    blocks.launch(server_name="127.0.0.1", server_port=port, share=False, ssr_mode=False, enable_monitoring=False,
+                  run_history=False, footer_links=[], max_file_size=BIGGEST[f"{API}/upload"],
+                  app_kwargs={"middleware": [Middleware(Guard, folder=folder)]}, **options)
+    return blocks
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("weights", nargs="?", default=chat.TINY, help="weights folder (weights/tiny)")
+    p.add_argument("--port", type=int, default=7860, help="default %(default)s")
+    p.add_argument("--device", help="cuda, mps, cpu ... (the best there is)")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights")
+    args = p.parse_args()
+    with tempfile.TemporaryDirectory(prefix="nanomni-") as folder:
+        serve(chat.open_session(args.weights, args.device, args.dtype), Path(folder).resolve(), args.port)
+
+
+if __name__ == "__main__":
+    main()

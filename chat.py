@@ -93,6 +93,7 @@ def parse_args():
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (bfloat16 on cuda, else float32)")
     add("--quantize", choices=("int8", "int4"), default="", help="keep the language model in 8 or 4 bits")
     add("--context", type=int, default=0, metavar="N", help="tokens to remember (as many as the model was trained for)")
+    add("--templates", metavar="FILE", help="JSON of conversation templates, in the layout of the originals")
     add("--painters", metavar="FOLDER", help="holds a folder for each painter (painters, in the weights folder)")
     add("--no-draw", action="store_true", help="leave the painters out")
     add("--parse-special", action="store_true", help="typed names of special tokens count, as in the originals")
@@ -416,7 +417,7 @@ class Session:
                 turn.ids.append(id)
                 places.append(id)
             if id is not None and before == at:
-                pointed.append(hidden[len(turn.ids) - 1][:, -1])                                           # (1, C)
+                pointed.append(hidden[len(turn.ids) - 1][:, -1])                            # (1, C)
                 turn.found.append(self.point(turn, pointed[-1]))
                 places[-1], turn.ids[-1] = turn.found[-1], self.tok.special[self.system.box[-1]]
                 said, stream = [turn.answer, spell(places[-1])], data.TextStream(self.tok, [self.template.stop])
@@ -506,7 +507,6 @@ class Session:
             self.features[medium] = self.model.read(medium.kind, x)[0]
         return self.features[medium]
 
-
     def levels(self, picture):
         """What CLIP sees in a picture, for the model itself and for regions of the picture; computed once."""
         if picture not in self.seen:
@@ -527,10 +527,11 @@ def find_painters(folder, projections):
     return found
 
 
-def open_session(folder=TINY, device=None, dtype=None, quantize="", painters=None, **options):
+def open_session(folder=TINY, device=None, dtype=None, quantize="", painters=None, templates=None, **options):
     """The Session of a weights folder, on the best device there is. Raises OSError or ValueError naming the fault.
 
     painters: folder with a folder of each; default: `painters` in the weights folder, if it is there; "": none.
+    templates: file of conversation templates, see data.load_templates; a template of the model's name in it takes ours' place.
     """
     device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     dtype = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
@@ -542,7 +543,7 @@ def open_session(folder=TINY, device=None, dtype=None, quantize="", painters=Non
     tok = data.Tokenizer(Path(folder) / "tokenizer.model", cfg.added_tokens, system.legacy)
     if max(tok.sp.get_piece_size() - 1, *tok.special.values()) >= cfg.llm.vocab_size:
         raise ValueError(f"{tok.path}: has more tokens than the model, {cfg.llm.vocab_size}")
-    template = data.TEMPLATES[cfg.template or system.template]
+    template = (data.TEMPLATES | (data.load_templates(templates) if templates else {}))[cfg.template or system.template]
     if device.type == "cuda" and not cfg.quantized and not cfg.llm.lora_rank:
         fuse(model)                     # where starting a product costs as much as the product
     painters = Path(folder) / "painters" if painters is None else painters
@@ -955,7 +956,7 @@ def main(args):
     try:
         options = {name: vars(args)[name] for name in ("context", "parse_special", *SETTINGS)}
         painters = "" if args.no_draw else args.painters
-        session = open_session(args.weights, args.device, args.dtype, args.quantize, painters, **options)
+        session = open_session(args.weights, args.device, args.dtype, args.quantize, painters, args.templates, **options)
         chat = Chat(session, args)
         for path, kind in args.media:
             chat.add([path], kind)

@@ -388,16 +388,22 @@ TEMPLATES = {
 
 
 def load_templates(path):
-    """Templates from a JSON file in the layout of the originals: {name: {system, roles, style, sep, sep2, messages}}."""
+    """Templates from a JSON file in the layout of the originals: {name: {system, roles, style, sep, sep2, messages}}.
+
+    Raises ValueError naming the file if it has another layout.
+    """
     out = {}
-    for name, row in json.loads(Path(path).read_text())["templates"].items():
-        user, bot = row["roles"]
-        seps = {"single": (row["sep"], row["sep"]), "two": (row["sep"], row["sep2"])}.get(row["style"])
-        if seps is None:
-            continue                                            # mpt: for a model none of the four systems ships
-        texts = [text for _, text in row["messages"]]
-        out[name] = Template(row["system"] + row["sep"], (user + ": ", seps[0]), (bot + ": ", seps[1]), seps[1],
-                             first=tuple(zip(texts[::2], texts[1::2])), role_once=row["style"] == "two")
+    try:
+        for name, row in json.loads(Path(path).read_text())["templates"].items():
+            user, bot = row["roles"]
+            seps = {"single": (row["sep"], row["sep"]), "two": (row["sep"], row["sep2"])}.get(row["style"])
+            if seps is None:
+                continue                                        # mpt: for a model none of the four systems ships
+            texts = [text for _, text in row["messages"]]
+            out[name] = Template(row["system"] + row["sep"], (user + ": ", seps[0]), (bot + ": ", seps[1]), seps[1],
+                                 first=tuple(zip(texts[::2], texts[1::2])), role_once=row["style"] == "two")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: not conversation templates in the layout of the originals ({error!r})") from None
     return out
 
 

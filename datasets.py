@@ -249,13 +249,16 @@ PLACES = {"image", "expr", "objs", "question"}
 
 
 def load_prompts(path):
-    """Prompts from JSON in the layout of the originals, {task: [prompt, ...]}, perhaps under "v1"; ours for other tasks.
+    """Prompts from JSON in a layout of the originals; ours for other tasks. NExT-Chat's is {task: [prompt, ...]}, perhaps
+    under "v1"; ChatterBox's {placeholder, set: {prefix, questions, heads, tails, ...}}, see talks_of.
 
     Raises DataError naming file and prompt if it has not exactly one <image>, or a place that nothing fills.
     """
     tables, out = json.loads(Path(path).read_text()), dict(PROMPTS)
     if not isinstance(tables, dict):
         raise DataError(f"{path}: lists of prompts by task are expected, not {type(tables).__name__}")
+    if "placeholder" in tables:
+        return out | talks_of(tables, path)
     for task, prompts in tables.get("v1", tables).items():
         for prompt in prompts:
             places = re.findall(r"<(\w+)>", prompt)
@@ -521,16 +524,16 @@ class Part:
         return self.whole[self.index[i]]
 
 
-def open_set(name, media="", draw=False):
-    """The data set FILE (LLaVA or caption records), nextgpt:FILE (see Dialogs) or FORMAT:FILE, a row of FORMATS; its media in
-    the folder `media`, default beside the file. FILE@0.25 is a quarter of its records."""
+def open_set(name, media="", draw=False, prompts=PROMPTS):
+    """The data set FILE (LLaVA or caption records), nextgpt:FILE (see Dialogs) or FORMAT:FILE, a row of FORMATS that asks in
+    words of `prompts`; its media in the folder `media`, default beside the file. FILE@0.25 is a quarter of its records."""
     if re.search(r"@[\d.]+$", name):
         name, _, share = name.rpartition("@")
-        return Part(open_set(name, media, draw), float(share))
+        return Part(open_set(name, media, draw, prompts), float(share))
     format, _, path = name.rpartition(":")
     if format == "nextgpt":
         return Dialogs(path, media or None, draw)
-    return Rows(path, format, media or Path(path).parent) if format else Conversations(path, media or None)
+    return Rows(path, format, media or Path(path).parent, prompts) if format else Conversations(path, media or None)
 
 
 def to_sample(row, format, images, prompts, rng):
@@ -619,23 +622,23 @@ class Sources(dict):
     Pictures of a set lie in the folder of its name within `media`, if there is one (a link, perhaps), else in `media`.
     """
 
-    def __init__(self, folder, media):
+    def __init__(self, folder, media, prompts):
         super().__init__()
-        self.folder, self.media, self.sets = Path(folder), Path(media), []
+        self.folder, self.media, self.prompts, self.sets = Path(folder), Path(media), prompts, []
 
     def __missing__(self, name):
         format, file = SOURCES[name].split(":")
         own = self.media / name
-        self.sets.append(Rows(self.folder / file, format, own if own.is_dir() else self.media))
+        self.sets.append(Rows(self.folder / file, format, own if own.is_dir() else self.media, self.prompts))
         self[name] = [(len(self.sets) - 1, i) for i in range(len(self.sets[-1]))]
         return self[name]
 
 
-def open_mixture(key, folder, media, batch, seed=0):
+def open_mixture(key, folder, media, batch, seed=0, prompts=PROMPTS):
     """Data sets of a folder and the mixture of (system, stage) of them, what Prepared takes as `where`."""
     if key not in MIXTURES:
         raise ValueError(f"{folder}: no mixture is known for stage {key[1]} of {key[0]}; name files, with commas between")
-    sources = Sources(folder, media or folder)
+    sources = Sources(folder, media or folder, prompts)
     where = MIXTURES[key](sources, batch, seed)
     return sources.sets, where
 
@@ -980,7 +983,7 @@ QUESTIONS = ("What is at <objs>?", "Can you say what <objs> shows?", "Please tel
 HEADS, TAILS = ("It is a ", "There is a "), (".", " there.")
 ONE = Talk("<image>\n Describe the region so that nobody can take another thing for it.", ("<objs>",), HEADS, TAILS,
            name=" ")
-TALKS = {                               # ours; load_talks reads the originals'
+TALKS = {                               # ours; load_prompts reads the originals'
     "talk-coco": Talk("<image>\nName the kind of thing in each region.\n", ("<objs>",), HEADS, TAILS, "", 60),
     "talk-refcoco": ONE,
     "talk-refcoco+": ONE._replace(prefix=ONE.prefix + " Do not say where it is."),
@@ -992,9 +995,9 @@ TALKS = {                               # ours; load_talks reads the originals'
 }
 
 
-def load_talks(path):
-    """TALKS of the originals' own words, from JSON {set: {prefix, questions, heads, tails, ...}}. Raises DataError."""
-    tables, out = json.loads(Path(path).read_text()), {}
+def talks_of(tables, path):
+    """TALKS of the originals' own words, from what their JSON file holds. Raises DataError."""
+    out = {}
     for task in (name.removeprefix("talk-") for name in TALKS):
         try:
             row = tables["refcoco"] | {key: value for key, value in tables[task].items() if value != "as refcoco"}
@@ -1154,8 +1157,8 @@ def chatterbox_1(s, batch, seed):
 
 
 def chatterbox_2(s, batch, seed):
-    """An epoch of the second stage, in whole batches of one kind each, to be kept in this order: a batch that asks for
-    boxes teaches no text. A step is a batch of grounding; every fifth brings one of talks and every tenth one of regions as well."""
+    """An epoch of the second stage, in whole batches of one kind each, to be kept in this order: a batch that asks for boxes
+    teaches no text. A step is a batch of grounding; every fifth brings one of talks as well, every tenth one of regions."""
     rng = np.random.default_rng(seed)
     return [item for step in range(1, STEPS + 1) for rates, every in ((GROUNDING, 1), (REFERRING, 10), (TALKING, 5))
             if step % every == 0 for item in draws(s, rates, batch, rng)]
@@ -1163,8 +1166,8 @@ def chatterbox_2(s, batch, seed):
 
 SOURCES |= {name: f"{name}:{file}" for name, file in {
     "cb-refcoco-gnd": "CB-refcoco-GND.json", "cb-coco-gnd": "CB-coco-GND.json", "cb-gnd": "CB_GND.json",
-    "cb-lc-gnd": "CB_LC.json", "cb-lc": "CB_LC.json", "cb-mrg": "CB_MRG.json", "cb-mrg-ref": "CB_MRG.json", "cb-ref": "CB_REF.json",
-    "cb-refcoco-ref": "CB-refcoco-REF.json", "coco-regions": "instances_train2017.json",
+    "cb-lc-gnd": "CB_LC.json", "cb-lc": "CB_LC.json", "cb-mrg": "CB_MRG.json", "cb-mrg-ref": "CB_MRG.json",
+    "cb-ref": "CB_REF.json", "cb-refcoco-ref": "CB-refcoco-REF.json", "coco-regions": "instances_train2017.json",
     "refcoco-regions": "finetune_refcoco_train.json", "refcoco+-regions": "finetune_refcoco+_train.json",
     "refcocog-regions": "finetune_refcocog_train.json", "vg-regions": "vg_train.json",
     "flickr30k-regions": "final_flickr_separateGT_train.json", "llava-instruct": "llava_instruct_150k.json"}.items()}

@@ -262,7 +262,7 @@ def columns(rows, *keys):
     return [[row[key] for row in rows] for key in keys]
 
 
-def share(values):
+def mean(values):
     """Mean of numbers or truths, None of nothing."""
     return sum(values) / len(values) if values else None
 
@@ -296,8 +296,8 @@ def rounds_figures(rows):
             if x is not None:
                 box[i].append(found[i])
                 iou.append(x)
-    return {"text": share(sum(text, [])), "text_by_round": [*map(share, text)], "box": share(sum(box, [])),
-            "box_by_round": [*map(share, box)], "iou": share(iou), "dialogues": share(whole)}
+    return {"text": mean(sum(text, [])), "text_by_round": [*map(mean, text)], "box": mean(sum(box, [])),
+            "box_by_round": [*map(mean, box)], "iou": mean(iou), "dialogues": mean(whole)}
 
 
 TASKS = {                               # task -> (sample, what the model said) -> row; rows -> figures

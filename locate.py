@@ -33,12 +33,6 @@ def to_xyxy(boxes_cxcywh):
     return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
 
 
-def to_cxcywh(boxes):
-    """(..., 4) corners -> centre and size."""
-    low, high = boxes.split(2, dim=-1)
-    return torch.cat([(low + high) / 2, high - low], dim=-1)
-
-
 def area(boxes):
     """(..., 4) -> (...)."""
     return (boxes[..., 2:] - boxes[..., :2]).prod(-1)

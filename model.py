@@ -97,14 +97,16 @@ LLAMA_13B = LLMConfig(dim=5120, n_layer=40, n_head=40, n_kv_head=40, mlp_dim=138
 VICUNA_V0 = LLMConfig(norm_eps=1e-6, max_len=2048, vocab_size=32001)
 CHATBIND_TOKENS = {"[PAD]": 32000, "<im_patch>": 32001, "<im_start>": 32002, "<im_end>": 32003}
 TINY = ModelConfig(
-    llm=LLMConfig(dim=192, n_layer=4, n_head=3, n_kv_head=3, mlp_dim=512, vocab_size=605, max_len=1024, tied=True),
+    llm=LLMConfig(dim=192, n_layer=4, n_head=3, n_kv_head=3, mlp_dim=512, vocab_size=605, max_len=1024, rope_theta=1e6,
+                  tied=True),
     imagebind=ImageBindConfig(
-        towers={"vision": TowerConfig(128, 5, 2, 3, (2, 64, 64), (2, 8, 8), stem_norm=False, pre_norm=True, bias_kv=False,
-                                      scale=False, early=(32, 64)),
+        towers={"vision": TowerConfig(128, 1, 2, 3, (2, 64, 64), (2, 8, 8), stem_norm=False, pre_norm=True, bias_kv=False,
+                                      scale=False, early=(64, 128, 192)),
                 "audio": TowerConfig(96, 4, 2, 1, (64, 204), (64, 12))},
         out_dim=192, patches=True),
     sam=SAMConfig(128, 8, 64, 3, 2, 128, window=4, global_layers=(1,), prompt_dim=32, dec_head=2, dec_mlp_dim=64, iou_dim=32),
-    reads={"image": "imagebind", "video": "imagebind", "audio": "imagebind", "box": "box"}, writes={"at": ("<at>",)}, system="tiny",
+    reads={"image": "imagebind", "video": "imagebind", "audio": "imagebind", "box": "box"}, writes={"at": ("<at>",)},
+    system="tiny",
     added_tokens={"<im_patch>": 600, "<im_start>": 601, "<im_end>": 602, "<at>": 603, "<boxes>": 604},
     media=dict(image_size=64, square=True, sam_size=128, video_clips=2, video_crops=1, mel_bins=64, audio_clips=1))
 
@@ -271,6 +273,20 @@ class LLMBlock(nn.Module):
         self.attn_norm, self.attn = RMSNorm(cfg.dim, cfg.norm_eps), Attention(cfg, layer)
         self.mlp_norm, self.mlp = RMSNorm(cfg.dim, cfg.norm_eps), SwiGLU(cfg)
 
+    @torch.no_grad()
+    def aim(self):
+        """Start as a look-up by content: a query agrees with keys of vectors like its own, and what is found comes back as it
+        was (Trockman & Kolter 2023, Mimetic initialization of self-attention layers). A small model then learns within
+        minutes to tell which of the things it sees is meant."""
+        attn, (nh, nkv) = self.attn, (self.attn.n_head, self.attn.n_kv_head)
+        for weight in attn.wk.weight, attn.wv.weight:
+            nn.init.orthogonal_(weight)
+        k, v = (w.weight.unflatten(0, (nkv, -1)).repeat_interleave(nh // nkv, 0).flatten(0, 1) for w in (attn.wk, attn.wv))
+        for weight, same in (attn.wq.weight, k), (attn.wk.weight, attn.wk.weight):
+            weight.copy_((same + 0.5 * torch.randn_like(same) * same.shape[1] ** -0.5) / 1.25 ** 0.5)
+        attn.wo.weight.copy_(v.T * (0.5 * nkv / nh))
+        self.mlp.down.weight.mul_(0.2)
+
     def forward(self, x, rope, cache, **hides):
         x = x + self.attn(self.attn_norm(x), rope, cache, **hides)
         return x + self.mlp(self.mlp_norm(x))
@@ -344,7 +360,8 @@ class CLIPReader(nn.Module):
         self.tower = CLIPVision(cfg)
         self.projector = nn.Linear(cfg.dim, dim) if dim else nn.Identity()
         if depth > 1:
-            self.projector = nn.Sequential(self.projector, *(m for _ in range(depth - 1) for m in (nn.GELU(), nn.Linear(dim, dim))))
+            more = (m for _ in range(depth - 1) for m in (nn.GELU(), nn.Linear(dim, dim)))
+            self.projector = nn.Sequential(self.projector, *more)
 
     def forward(self, kind, x, model):
         """x: pictures (M, 3, H, W), or the levels that a RegionReader made of them, of which this is the deepest."""
@@ -512,7 +529,8 @@ class Model(nn.Module):
 
     def word_loss(self, batch):
         """Which words a caption has, told from its medium alone: features, averaged, against the vocabulary. Where turns name
-        boxes, the words from one box to the next are told from the part of the picture in it, and so is the box.
+        boxes, the words from one box to the next are told from the part of the picture in it, and so is the box; also from
+        one patch of it, so that every patch knows what it is of.
 
         A new encoder learns by this what things look like, without waiting for the language model to learn where to look
         (Joulin et al. 2016, Learning visual features from large weakly supervised data). Rare and frequent words count alike.
@@ -528,11 +546,16 @@ class Model(nn.Module):
                 continue
             at, start = batch.slots["box"]                                                  # (R,) each
             share, of = box_share(boxes, x.shape[1]), (at[:, None] > row).sum(1)
-            seen.append((share[:, None].to(x.dtype) @ x[of])[:, 0])
-            losses = {f"at_{part}": loss for part, loss in box_loss(self.writers["at"](seen[-1]), boxes).items()}
+            odds = share.square().cumsum(1)     # of its patches one is drawn, by the box's own digits: alike on any rank
+            drawn = (odds < odds[:, -1:] * (1e3 * boxes.float().sum(1, keepdim=True) % 1)).sum(1)
+            one = F.one_hot(drawn, x.shape[1]).to(share)
+            whole, part = ((look[:, None].to(x.dtype) @ x[of])[:, 0] for look in (share, one))              # (R, C)
+            losses = {f"at_{name}": loss for name, loss in box_loss(self.writers["at"](whole), boxes).items()}
             end = torch.where(F.pad(at[1:] == at[:-1], (0, 1)), start.roll(-1), T)
             place = torch.arange(T, device=at.device)
-            labels.append(batch.labels[at].where((place >= start[:, None]) & (place < end[:, None]), -100))
+            inside = (place >= start[:, None]) & (place < end[:, None])
+            seen += [whole, part]
+            labels += [batch.labels[at].where(inside, -100)] * 2
         logits, labels = self.llm.lm_head(self.llm.norm(torch.cat(seen))).float(), torch.cat(labels)
         row, column = (labels != -100).nonzero(as_tuple=True)
         words = labels[row, column]
@@ -557,10 +580,10 @@ class Model(nn.Module):
 def initialise(model):
     """Random weights for training from nothing, in place.
 
-    Linear, convolution, embedding, lora_A      normal(0, 1 / sqrt(fan in)); those that write to the residual stream / sqrt(2 n_layer)
+    Linear, convolution, embedding, lora_A      normal(0, 1 / sqrt(fan in)); / sqrt(2 n_layer) if it writes to the residual stream
     positions, class tokens, extra key and value                    normal(0, 0.02)
     queries of an output projection             normal(0, 1)
-    norms 1; biases, lora_B 0; log_scale log(1 / 0.07); offsets of deformable attention as its `aim` has them
+    norms 1; biases, lora_B 0; log_scale log(1 / 0.07); deformable attention and blocks of the LLM as their `aim` has them
     """
     stacks = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     norms = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm, RMSNorm))}
@@ -581,7 +604,7 @@ def initialise(model):
         if name.endswith("log_scale"):
             b.fill_(math.log(1 / 0.07))
     for m in model.modules():
-        if isinstance(m, DeformableAttention):
+        if isinstance(m, (DeformableAttention, LLMBlock)):
             m.aim()
 
 
@@ -740,7 +763,10 @@ def to_config(cls, values, where):
 
 
 def read_config(folder, cls=ModelConfig):
-    """The config of a weights folder (cls: a painter's is a PainterConfig). Raises FileNotFoundError or ValueError, saying what is wrong with which file."""
+    """The config of a weights folder (cls: a painter's is a PainterConfig).
+
+    Raises FileNotFoundError or ValueError, saying what is wrong with which file.
+    """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a weights folder: it has no config.json (make one with convert_weights.py)")

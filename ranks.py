@@ -266,7 +266,8 @@ def restore(folder, learned, opt):
         raise ValueError(f"{folder}: holds other tensors than this stage learns, such as {odd[0]}")
     for name, p in learned.items():
         if f"step.{name}" in saved:
-            opt.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
+            opt.state[p] = {"step": torch.zeros((), device=p.device)} | zeros
     fill(learned, folder / "model.safetensors")
     fill(moments(learned, opt), folder / "optim.safetensors")
     return json.loads((folder / "state.json").read_text())["step"]

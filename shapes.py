@@ -598,6 +598,27 @@ def conversation(media, rng):
     return {**record, "conversations": turns(*texts)}
 
 
+def looks(medium, rng):
+    """LLaVA record: the things of a picture asked for by shape and by colour, and counted, eight times. To find which of them
+    is meant is all that this asks, so a model learns it soon."""
+    asked = (rng.choice((ask_colour, ask_shape, ask_count))(medium.things, rng) for _ in range(24))
+    texts = {answer: question for _, question, answer in filter(None, asked)}
+    rounds = [(question + "\n<image>" * (i == 0), answer) for i, (answer, question) in enumerate(list(texts.items())[:8])]
+    return {"image": [medium.name], "conversations": turns(*sum(rounds, ()))}
+
+
+def glances(medium, rng):
+    """LLaVA record: each thing of a picture asked about once, mostly for its colour, so that no answer stands in the text
+    before and all must be looked for; None if nothing there can be told from the rest."""
+    texts = []
+    for thing in rng.sample(medium.things, len(medium.things)):
+        key, ask = rng.choices((("shape", ask_colour), ("colour", ask_shape)), (4, 1))[0]
+        if thing in only(medium.things, key):
+            _, question, answer = ask([thing], rng)
+            texts += [question + "\n<image>" * (not texts), answer]
+    return {"image": [medium.name], "conversations": turns(*texts)} if texts else None
+
+
 def single_question(medium, rng):
     """LLaVA record of one question, with its kind."""
     kind, name, questions, *_ = medium
@@ -627,12 +648,15 @@ FILES |= {"CAP_{}.jsonl": ("image", partial(each, record=lambda p, rng: {"img_pa
           "CWB_flickr_{}.jsonl": ("image", partial(each, record=flickr_row)),
           "CB_MRG.json": ("image", partial(each, record=partial(dialogue, chain=False))),
           "CB_LC.json": ("image", partial(each, record=partial(dialogue, chain=True))),
+          "looks.json": ("image", partial(each, record=looks)), "glances.json": ("image", partial(each, record=glances)),
+          "sounds.json": ("audio", partial(each, record=lambda m, rng: conversation([m], rng))),
           "drawings.json": ("drawing", partial(each, record=pair)),
           "drawings_wishes.json": ("drawing", partial(each, record=wish)),
           "video_wishes.json": ("video", partial(each, record=wish)), "audio_wishes.json": ("audio", partial(each, record=wish))}
-FILES |= {f"{kind}_{name}.json": (kind, partial(each, record=record)) for kind in ("image", "video", "audio") for name, record in (
-    ("pairs", pair), ("comprehension", comprehension), ("generation", partial(request, year=2024)),
-    ("instruction", partial(request, year=2023)))}
+FILES |= {f"{kind}_{name}.json": (kind, partial(each, record=record))
+          for kind in ("image", "video", "audio") for name, record in (
+              ("pairs", pair), ("comprehension", comprehension), ("generation", partial(request, year=2024)),
+              ("instruction", partial(request, year=2023)))}
 
 
 def listed(rows):
@@ -688,7 +712,8 @@ def main(argv=None):
     from tqdm import tqdm
     jobs = [(kind, i, seed, str(args.out)) for kind, n in counts.items() for i in range(n)]
     with get_context("spawn").Pool() as pool:            # a fork of a program that decodes video may never wake up
-        media = list(tqdm(pool.imap(write_medium, jobs, chunksize=64), total=len(jobs), desc="drawing", unit="file", disable=None))
+        drawing = pool.imap(write_medium, jobs, chunksize=64)
+        media = list(tqdm(drawing, total=len(jobs), desc="drawing", unit="file", disable=None))
         split = "test" if args.questions else "train"
         jobs = [(name, [m for m in media if m.name.startswith(MEDIA[kind][0])], args.out, split, seed)
                 for name, (kind, _) in FILES.items()]

@@ -393,13 +393,18 @@ def test_locate_overlap_equals_counted_cells():
             assert iou.item() == pytest.approx(inter / union) and giou.item() == pytest.approx(inter / union - 1 + union / hull)
 
 
+def to_cxcywh(boxes):
+    low, high = boxes.split(2, dim=-1)
+    return torch.cat([(low + high) / 2, high - low], dim=-1)
+
+
 def test_locate_box_functions_keep_their_bounds():
     a, b = (random_boxes(500, seed) for seed in (2, 3))
     iou, giou = locate.iou(a, b), locate.giou(a, b)
     assert (0 <= iou).all() and (-1 <= giou).all() and (giou <= iou + 1e-9).all() and iou.max() <= 1
     assert torch.allclose(giou, locate.giou(b, a)) and torch.allclose(giou, locate.giou(a * 7 + 3, b * 7 + 3))
     assert torch.allclose(locate.giou(a, a), torch.ones(500).double()) and iou.min() == 0 and giou.min() < 0
-    assert torch.equal(locate.to_xyxy(locate.to_cxcywh(a)), a)
+    assert torch.equal(locate.to_xyxy(to_cxcywh(a)), a)
     assert locate.giou(torch.zeros(1, 4), torch.zeros(1, 4)).isfinite().all()
 
 
@@ -883,7 +888,7 @@ def test_ground_box_measures_equal_counted_pixels():
     assert torch.allclose(locate.iou(boxes[:, None], boxes), inter / union, atol=1e-5)
     assert torch.allclose(locate.giou(boxes[:, None], boxes), inter / union - (hull - union) / hull, atol=1e-5)
     assert torch.equal(locate.area(boxes), cover.sum(1))
-    assert torch.equal(locate.to_xyxy(locate.to_cxcywh(boxes)), boxes)
+    assert torch.equal(locate.to_xyxy(to_cxcywh(boxes)), boxes)
 
 
 def test_ground_extremes_are_bounded():
@@ -2716,7 +2721,7 @@ def chatterbox_samples(meta):
 
 
 def talks():
-    return datasets.load_talks(need(TALK_TABLES, "CHATTERBOX_TEMPLATES"))
+    return datasets.load_prompts(need(TALK_TABLES, "CHATTERBOX_TEMPLATES"))
 
 
 def chatterbox_turns(name, record, text="", image_tokens=0):
@@ -2877,7 +2882,7 @@ def test_data_files_of_another_layout_are_named(tmp_path):
                 datasets.Rows(tmp_path / "d.json", name, tmp_path)
     (tmp_path / "t.json").write_text('{"placeholder": "x", "refcoco": {}, "coco": {"prefix": 7}}')
     with pytest.raises(data.DataError, match=r"t\.json: coco"):
-        datasets.load_talks(tmp_path / "t.json")
+        datasets.load_prompts(tmp_path / "t.json")
 
 
 def test_data_unfit_records_are_passed_over_uncounted(tmp_path):
@@ -3808,6 +3813,13 @@ def test_train_words_of_a_box_are_told_by_its_patches(world):
     model(batch, words=True)["words"].backward()
     strength = seen[0].grad.norm(dim=-1).view(3, 8, 8)
     assert strength[:, :2, :2].min() > 100 * strength[:, 2:, 2:].max() > 0
+
+
+def test_train_asks_in_the_words_of_a_file(world, tmp_path):
+    (tmp_path / "asked.json").write_text('{"REC": ["Quo vadis, <expr>?<image>"]}')
+    prepared = train.prepare(train.parse_settings(["stage=1", f"data=rec:{world}/REG_train.jsonl", f"tokenizer={world}/tokenizer.model",
+                                                   f"templates={tmp_path}/asked.json"]))[3]
+    assert prepared.tok.decode(prepared[0].ids[:8]).startswith("USER: Quo")
 
 
 def test_datasets_take_a_share(world):
@@ -5686,6 +5698,18 @@ def test_chat_completes_commands_and_paths(chat_files):
     found, = all_of("@" + chat_files[0][:-6])
     assert chat.shlex.split(found) == ["@" + chat_files[0]]
     assert all_of(str(HERE)[:-1]) and all(name.endswith("/") for name in all_of(str(HERE)) if os.path.isdir(name))
+
+
+def test_chat_takes_templates_from_a_file(tmp_path):
+    row = {"system": "Be brief.", "roles": ["ASKED", "SAID"], "style": "two", "sep": " ", "sep2": "</s>", "messages": []}
+    name = data.SYSTEMS["tiny"].template
+    (tmp_path / "t.json").write_text(json.dumps({"templates": {name: row}}))
+    session = chat_session(max_new_tokens=2, templates=tmp_path / "t.json")
+    list(session.say("hello"))
+    assert session.tok.decode(session.turns[0].prompt).replace(" ", "") == "Bebrief.ASKED:helloSAID:"
+    (tmp_path / "t.json").write_text('{"templates": {"a": {"roles": ["one"]}}}')
+    with pytest.raises(ValueError, match=r"t\.json: not conversation templates"):
+        chat_session(templates=tmp_path / "t.json")
 
 
 # ---- Chat: boxes and masks

@@ -34,8 +34,8 @@ from tqdm import tqdm
 import data
 import datasets
 import model as M
-from ranks import (FULL, fill, find_checkpoint, gather_once, join, leave_ranks, local, plan, ranks, restore, rows, save_checkpoint,
-                   shard, share, whole)
+from ranks import (FULL, fill, find_checkpoint, gather_once, join, leave_ranks, local, plan, ranks, restore, rows,
+                   save_checkpoint, shard, share, whole)
 
 
 # ---- Settings and stages
@@ -44,9 +44,11 @@ from ranks import (FULL, fill, find_checkpoint, gather_once, join, leave_ranks, 
 class Settings:
     system: str = "tiny"                # with stage: the row of STAGES
     stage: int = 1
-    data: str = "shapes/conversations.json"     # files, FORMAT:FILE (see datasets.py), commas between; or a folder to mix as published
+    data: str = "shapes/conversations.json"     # files, FORMAT:FILE (see datasets.py), commas between; or a folder to mix
     media: str = ""                     # folder that media names start from; default: beside each file
     init: str = ""                      # weights folder to start from; empty: a new model of the preset called `system`
+    templates: str = ""                 # JSON of what samples ask, in a layout of the originals; default: our own words
+    front: int = 0                      # 1 = media go before the words of their message (ChatBind's sep_image_conv_front)
     tokenizer: str = ""                 # tokenizer.model for a new model
     projector: str = ""                 # stage 1's learned tensors (its model.safetensors), laid over init
     out: str = "runs/tiny"              # checkpoints, metrics.jsonl and, at the end, the folder `weights`
@@ -146,9 +148,9 @@ STAGES = {
                          learn=r"writers\.at\.seg_prompt_mlp\..*|writers\.at\.sam\.mask_decoder\..*"
                          r"|writers\.vg\.query\..*|writers\.vg\.locator\.(?!swin\.).*"),
     # Encoders first learn words: with a language model that knows nothing yet they would learn to say the same of all.
-    ("tiny", 1): Stage(TINY_WORDS, lr=1e-3, batch=48, warmup=0.05, beta2=0.99, words=True,
+    ("tiny", 1): Stage(TINY_WORDS, lr=2e-3, batch=16, warmup=0.05, beta2=0.99, words=True,
                       weights={"at_l1": 10, "at_giou": 1}),
-    ("tiny", 2): Stage(r".*", lr=1.5e-3, batch=48, warmup=0.05, beta2=0.99, slow=TOWER, slow_lr=0.3, weights=NEXTCHAT_BOXES),
+    ("tiny", 2): Stage(r".*", lr=1e-3, batch=8, warmup=0.05, beta2=0.99, slow=TOWER, slow_lr=0.3, weights=NEXTCHAT_BOXES),
     ("tiny", 3): Stage(MASKS, lr=2e-3, batch=16, warmup=0.05, beta2=0.99, weights={"lm": 0, "at_focal": 20}),
     ("tiny", 4): Stage(r"llm\.embed\.weight|" + SIGNALS, lr=2e-3, batch=32, warmup=0.05, beta2=0.99,
                        rows=sum(data.SYSTEMS["tiny"].signals.values(), ())),
@@ -270,15 +272,14 @@ def update(model, learned, opt, batches, lr, clip, stage, step=0, bf16=False):
     its losses are means over all of it. Raises FloatingPointError naming step and loss, on every rank and before a weight
     is touched, if anything is not finite.
     """
-    device, world, total = next(iter(learned.values())).device, ranks()[1], {}
+    device, (rank, world), total = next(iter(learned.values())).device, ranks(), {}
     amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)         # weights stay float32
     notes = share([(counts(b), {kind: none_of(x) for kind, x in b.media.items()}) for b in batches])
-    of_all = sum((Counter(own) for rank in notes for own, _ in rank), Counter())
-    for i, batch in enumerate(batches):
-        own = counts(batch)
+    of_all = sum((Counter(own) for noted in notes for own, _ in noted), Counter())
+    for i, (batch, (own, _)) in enumerate(zip(batches, notes[rank])):
         if world > 1:
             model.set_requires_gradient_sync(i == len(batches) - 1)
-            batch = like_others(batch, [rank[i] for rank in notes])
+            batch = like_others(batch, [noted[i] for noted in notes])
         with amp:
             losses = model(data.to_device(batch, device), words=stage.words)
         parts, lent = {}, 0
@@ -399,12 +400,13 @@ def prepare(s):
     system = data.SYSTEMS[cfg.system]
     tok, template = data.Tokenizer(tokenizer, cfg.added_tokens, system.legacy), data.TEMPLATES[system.train_template]
     own = {name: getattr(s, name) or getattr(stage, name) for name in OWN}
+    prompts = datasets.load_prompts(s.templates) if s.templates else datasets.PROMPTS
     if Path(s.data).is_dir():
-        sets, where = datasets.open_mixture((s.system, s.stage), s.data, s.media, own["batch"], s.seed)
+        sets, where = datasets.open_mixture((s.system, s.stage), s.data, s.media, own["batch"], s.seed, prompts)
     else:
-        sets, where = [datasets.open_set(name, s.media, draw=stage.draw) for name in s.data.split(",")], None
+        sets, where = [datasets.open_set(name, s.media, stage.draw, prompts) for name in s.data.split(",")], None
     spec = data.MediaSpec(**cfg.media | ({} if stage.sam else {"sam_size": 0}))
-    prepared = data.Prepared(sets, tok, system, template, cfg.n_token, spec, s.max_bad, where=where, max_len=own["max_len"])
+    prepared = data.Prepared(sets, tok, system, template, cfg.n_token, spec, s.max_bad, bool(s.front), where, own["max_len"])
     own["batch"] = min(own["batch"], len(prepared))
     seen = max(map(len, sets)) * len(sets) if stage.turns else len(prepared)            # samples in an epoch
     world, steps = ranks()[1], s.steps or max(int(own["epochs"] * seen) // own["batch"], 1)

@@ -178,10 +178,10 @@ class StackedAttention(nn.Module):
 
 
 def early_convs(cfg):
-    """Frames (B, channels, F, H, W) -> (B, width, F, H / 2^k, W / 2^k), k convolutions with GELU."""
+    """Frames (B, channels, F, H, W) -> (B, width, F, H / 2^k, W / 2^k), k convolutions with GroupNorm and GELU."""
     widths = (cfg.channels, *cfg.early)
-    convs = (nn.Conv3d(a, b, (1, 3, 3), (1, 2, 2), (0, 1, 1)) for a, b in zip(widths, widths[1:]))
-    return nn.Sequential(*(layer for conv in convs for layer in (conv, nn.GELU())))
+    return nn.Sequential(*(layer for a, b in zip(widths, widths[1:]) for layer in (
+        nn.Conv3d(a, b, (1, 3, 3), (1, 2, 2), (0, 1, 1)), nn.GroupNorm(8, b), nn.GELU())))
 
 
 def make_stem(cfg):

@@ -340,9 +340,12 @@ def main():
     p.add_argument("--port", type=int, default=7860, help="default %(default)s")
     p.add_argument("--device", help="cuda, mps, cpu ... (the best there is)")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights")
+    p.add_argument("--quantize", choices=("int8", "int4"), default="", help="keep the language model in 8 or 4 bits")
+    p.add_argument("--painters", metavar="FOLDER", help="holds a folder for each painter (painters, in the weights folder)")
     args = p.parse_args()
     with tempfile.TemporaryDirectory(prefix="nanomni-") as folder:
-        serve(chat.open_session(args.weights, args.device, args.dtype), Path(folder).resolve(), args.port)
+        session = chat.open_session(args.weights, args.device, args.dtype, args.quantize, args.painters)
+        serve(session, Path(folder).resolve(), args.port)
 
 
 if __name__ == "__main__":

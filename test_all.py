@@ -4994,6 +4994,26 @@ def test_shapes_answers_follow_from_the_scene():
                 assert [w for w in words if w in shapes.SHAPES] == [t.shape for t in things]
 
 
+def test_shapes_looks_and_glances_are_true_and_glances_ask_once():
+    any_name = "|".join([*shapes.SHAPES, *shapes.COLOURS])
+    for seed in range(300):
+        things = shapes.scene(random.Random(seed))
+        for make in shapes.looks, shapes.glances:
+            record = make(shapes.Medium("image", "a.png", [], "", things), random.Random(seed))
+            texts = [row["value"] for row in record["conversations"]] if record else []
+            assert texts or make is shapes.glances
+            assert [text.count("<image>") for text in texts] == [1, *[0] * 15][:len(texts)] and len(texts) <= 16
+            for answer in texts[1::2]:
+                names = re.findall(any_name, answer)
+                alike = [t for t in things if set(names) <= {t.shape, t.colour}]
+                if answer.startswith("There"):
+                    assert len(names) < 2 and answer.split()[2] == shapes.NUMBERS[len(alike)]
+                else:
+                    assert len(names) == 2 and len(alike) == len([t for t in things if names[0] in (t.shape, t.colour)]) == 1
+        assert len(texts) // 2 <= len(things) and len(set(texts[1::2])) == len(texts) // 2
+        assert not [answer for answer in texts[1::2] if answer.startswith("There")]
+
+
 def test_shapes_sounds_hold_what_they_say():
     for seed in range(40):
         count, pitch, voice, x = shapes.sound(random.Random(seed))

@@ -21,7 +21,10 @@ from functools import partial, wraps
 from html import escape
 from pathlib import Path
 
-import gradio as gr
+try:
+    import gradio as gr
+except ModuleNotFoundError:
+    raise SystemExit("web.py needs Gradio: pip install -e '.[web]'") from None
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 

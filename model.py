@@ -276,8 +276,7 @@ class LLMBlock(nn.Module):
     @torch.no_grad()
     def aim(self):
         """Start as a look-up by content: a query agrees with keys of vectors like its own, and what is found comes back as it
-        was (Trockman & Kolter 2023, Mimetic initialization of self-attention layers). A small model then learns within
-        minutes to tell which of the things it sees is meant."""
+        was (Trockman & Kolter 2023, Mimetic initialization of self-attention layers)."""
         attn, (nh, nkv) = self.attn, (self.attn.n_head, self.attn.n_kv_head)
         for weight in attn.wk.weight, attn.wv.weight:
             nn.init.orthogonal_(weight)

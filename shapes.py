@@ -587,43 +587,46 @@ def write_medium(job):
     return Medium(kind, name, *write(random.Random(f"{seed}/{kind}/{number}"), Path(out) / name))
 
 
+def asked(kind, rounds):
+    """Texts of (question, answer) rounds, one after another; the medium they are about follows the first question."""
+    return [text for i, (question, answer) in enumerate(rounds) for text in (question + f"\n<{kind}>" * (i == 0), answer)]
+
+
 def conversation(media, rng):
     """LLaVA record: up to five questions about a medium, two about each of several, which are shown one after another."""
     record, texts = {}, []
     for kind, name, questions, *_ in media:
         record.setdefault(kind, []).append(name)
         chosen = rng.sample(questions, min(5 if len(media) == 1 else 2, len(questions)))
-        for i, (_, question, answer) in enumerate(chosen):
-            texts += [question + f"\n<{kind}>" * (i == 0), answer]
+        texts += asked(kind, [words for _, *words in chosen])
     return {**record, "conversations": turns(*texts)}
 
 
 def looks(medium, rng):
-    """LLaVA record: the things of a picture asked for by shape and by colour, and counted, eight times. To find which of them
-    is meant is all that this asks, so a model learns it soon."""
-    asked = (rng.choice((ask_colour, ask_shape, ask_count))(medium.things, rng) for _ in range(24))
-    texts = {answer: question for _, question, answer in filter(None, asked)}
-    rounds = [(question + "\n<image>" * (i == 0), answer) for i, (answer, question) in enumerate(list(texts.items())[:8])]
-    return {"image": [medium.name], "conversations": turns(*sum(rounds, ()))}
+    """LLaVA record: the things of a picture asked for by shape and by colour, and counted, up to eight times, so that nearly all
+    there is to learn is which of them is meant."""
+    drawn = (rng.choice((ask_colour, ask_shape, ask_count))(medium.things, rng) for _ in range(24))
+    questions = {answer: question for _, question, answer in filter(None, drawn)}
+    rounds = [(question, answer) for answer, question in questions.items()][:8]
+    return {"image": [medium.name], "conversations": turns(*asked("image", rounds))}
 
 
 def glances(medium, rng):
     """LLaVA record: each thing of a picture asked about once, mostly for its colour, so that no answer stands in the text
     before and all must be looked for; None if nothing there can be told from the rest."""
-    texts = []
+    rounds = []
     for thing in rng.sample(medium.things, len(medium.things)):
         key, ask = rng.choices((("shape", ask_colour), ("colour", ask_shape)), (4, 1))[0]
         if thing in only(medium.things, key):
-            _, question, answer = ask([thing], rng)
-            texts += [question + "\n<image>" * (not texts), answer]
-    return {"image": [medium.name], "conversations": turns(*texts)} if texts else None
+            rounds.append(ask([thing], rng)[1:])
+    return {"image": [medium.name], "conversations": turns(*asked("image", rounds))} if rounds else None
 
 
 def single_question(medium, rng):
     """LLaVA record of one question, with its kind."""
     kind, name, questions, *_ = medium
     what, question, answer = rng.choice(questions)
-    return {"kind": f"{kind} {what}", kind: name, "conversations": turns(f"{question}\n<{kind}>", answer)}
+    return {"kind": f"{kind} {what}", kind: name, "conversations": turns(*asked(kind, [(question, answer)]))}
 
 
 def conversations(media, rng, mixed=0.15):

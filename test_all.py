@@ -3817,9 +3817,10 @@ def test_train_words_of_a_box_are_told_by_its_patches(world):
 
 def test_train_asks_in_the_words_of_a_file(world, tmp_path):
     (tmp_path / "asked.json").write_text('{"REC": ["Quo vadis, <expr>?<image>"]}')
-    prepared = train.prepare(train.parse_settings(["stage=1", f"data=rec:{world}/REG_train.jsonl", f"tokenizer={world}/tokenizer.model",
-                                                   f"templates={tmp_path}/asked.json"]))[3]
-    assert prepared.tok.decode(prepared[0].ids[:8]).startswith("USER: Quo")
+    flags = [f"data=rec:{world}/REG_train.jsonl", f"tokenizer={world}/tokenizer.model", f"templates={tmp_path}/asked.json"]
+    plain, front = (train.prepare(train.parse_settings(["stage=1", *flags, *more]))[3] for more in ((), ("front=1",)))
+    assert plain.tok.decode(plain[0].ids[:8]).startswith("USER: Quo")
+    assert front[0].slots[0][1] < plain[0].slots[0][1]
 
 
 def test_datasets_take_a_share(world):
@@ -5634,12 +5635,11 @@ class ChatTerminal:
 
     def interrupt(self, until=r"\n(\x1b\[\?2004h)?> $"):
         """Ctrl-C, again after a while: readline forgets one that comes between its showing the prompt and its wait for keys."""
-        out = ""
-        while not out:
+        for _ in range(9):
             os.write(self.fd, b"\x03")
             if select.select([self.fd], [], [], 20)[0]:
-                out = self.read(until)
-        return out
+                return self.read(until)
+        raise AssertionError("no answer to Ctrl-C")
 
     def close(self):
         """Ctrl-D; returns the exit code."""

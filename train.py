@@ -334,7 +334,7 @@ def show_plan(s):
     widen(model, precision)
     batch, max_len = s.batch or stage.batch, s.max_len or stage.max_len
     micro = s.micro or -(-batch // s.plan)
-    parts = plan(model, s.plan, micro * max_len, precision == "bf16", s.checkpoint, batch // (micro * s.plan))
+    parts = plan(model, s.plan, micro * max_len, precision == "bf16", s.checkpoint, max(batch // (micro * s.plan), 1))
     print("\n".join(f"{part:12}{size / 1e9:10.2f} GB" for part, size in (parts | {"all": sum(parts.values())}).items()))
 
 

@@ -549,7 +549,8 @@ class Model(nn.Module):
             drawn = (odds < odds[:, -1:] * (1e3 * boxes.float().sum(1, keepdim=True) % 1)).sum(1)
             one = F.one_hot(drawn, x.shape[1]).to(share)
             whole, part = ((look[:, None].to(x.dtype) @ x[of])[:, 0] for look in (share, one))              # (R, C)
-            losses = {f"at_{name}": loss for name, loss in box_loss(self.writers["at"](whole), boxes).items()}
+            told = self.writers["at"](self.llm.norm(torch.cat([whole, part])))              # as it will be from the last block
+            losses = {f"at_{name}": loss for name, loss in box_loss(told, torch.cat([boxes, boxes])).items()}
             end = torch.where(F.pad(at[1:] == at[:-1], (0, 1)), start.roll(-1), T)
             place = torch.arange(T, device=at.device)
             inside = (place >= start[:, None]) & (place < end[:, None])

@@ -402,8 +402,11 @@ def box_rows(pictures, rng, task):
 
 
 def all_regions(p, rng, key):
-    """All things that can be told apart, in any order, with their full name or all that can be said of them."""
-    rows = [{"bbox": box(t)} | ({"expression": a(f"{t.size} {t.name}")} if key == "regs" else {"expressions": said})
+    """All things that can be told apart, in any order, with their full name, the bare words for them, or all that can be said."""
+    def texts(t, said):
+        return {"recs": said, "regs": [a(f"{t.size} {t.name}")],
+                "parts": [" ".join([t.size, t.name, *t.place.split()[2:]])]}[key]
+    rows = [{"bbox": box(t), "expressions": texts(t, said)}
             for t in p.things if (said := [text for kind in referring_expressions(t, p.things) for text in kind])]
     return rows and {"img_path": p.name, "regions": rng.sample(rows, len(rows))}
 
@@ -527,13 +530,9 @@ def pair(m, rng):
     return {f"{m.kind}_name": m.name, "caption": m.caption}
 
 
-def first_words(m, rng):
-    """The caption of a medium that shows one thing, without its place."""
-    if m.kind != "image":
-        return pair(m, rng)
-    if len(m.things) == 1:
-        (t,) = m.things
-        return pair(m._replace(caption=f"A{a(f'{t.size} {t.name}')[1:]}."), rng)
+def number(m, rng):
+    """How many things a picture shows and their names, bare, for its caption."""
+    return pair(m._replace(caption=" ".join([counted(len(m.things), "shape"), *(t.name for t in m.things)])), rng)
 
 
 # ---- Files
@@ -602,24 +601,18 @@ def conversation(media, rng):
     return {**record, "conversations": turns(*texts)}
 
 
-def looks(medium, rng):
+def alone(medium, rng):
+    """A conversation about one medium."""
+    return conversation([medium], rng)
+
+
+def looks(medium, rng, asks=(ask_colour, ask_shape, ask_count)):
     """LLaVA record: the things of a picture asked for by shape and by colour, and counted, up to eight times, so that nearly all
     there is to learn is which of them is meant."""
-    drawn = (rng.choice((ask_colour, ask_shape, ask_count))(medium.things, rng) for _ in range(24))
+    drawn = (rng.choice(asks)(medium.things, rng) for _ in range(24))
     questions = {answer: question for _, question, answer in filter(None, drawn)}
     rounds = [(question, answer) for answer, question in questions.items()][:8]
     return {"image": [medium.name], "conversations": turns(*asked("image", rounds))}
-
-
-def glances(medium, rng):
-    """LLaVA record: each thing of a picture asked about once, mostly for its colour, so that no answer stands in the text
-    before and all must be looked for; None if nothing there can be told from the rest."""
-    rounds = []
-    for thing in rng.sample(medium.things, len(medium.things)):
-        key, ask = rng.choices((("shape", ask_colour), ("colour", ask_shape)), (4, 1))[0]
-        if thing in only(medium.things, key):
-            rounds.append(ask([thing], rng)[1:])
-    return {"image": [medium.name], "conversations": turns(*asked("image", rounds))} if rounds else None
 
 
 def single_question(medium, rng):
@@ -645,14 +638,16 @@ def each(media, rng, record):
 
 # File name ({}: train or test) -> media it is about, what makes its rows. As NExT-Chat, ChatterBox, NExT-GPT have them.
 FILES = {f"{task}_{{}}.jsonl": ("image", partial(box_rows, task=task)) for task in ("REC", "RES", "REG")}
-FILES |= {f"{key}_{{}}.jsonl": ("image", partial(each, record=partial(all_regions, key=key))) for key in ("recs", "regs")}
+FILES |= {f"{key}_{{}}.jsonl": ("image", partial(each, record=partial(all_regions, key=key)))
+          for key in ("recs", "regs", "parts")}
 FILES |= {f"POPE_{k}.jsonl": ("image", partial(pope_rows, kind=k)) for k in ("random", "popular", "adversarial")}
 FILES |= {"CAP_{}.jsonl": ("image", partial(each, record=lambda p, rng: {"img_path": p.name, "caption": p.caption})),
           "CWB_flickr_{}.jsonl": ("image", partial(each, record=flickr_row)),
           "CB_MRG.json": ("image", partial(each, record=partial(dialogue, chain=False))),
           "CB_LC.json": ("image", partial(each, record=partial(dialogue, chain=True))),
-          "looks.json": ("image", partial(each, record=looks)), "glances.json": ("image", partial(each, record=glances)),
-          "sounds.json": ("audio", partial(each, record=lambda m, rng: conversation([m], rng))),
+          "clips.json": ("video", partial(each, record=alone)), "sounds.json": ("audio", partial(each, record=alone)),
+          "looks.json": ("image", partial(each, record=looks)), "numbers.json": ("image", partial(each, record=number)),
+          "counts.json": ("image", partial(each, record=partial(looks, asks=(ask_count,)))),
           "drawings.json": ("drawing", partial(each, record=pair)),
           "drawings_wishes.json": ("drawing", partial(each, record=wish)),
           "video_wishes.json": ("video", partial(each, record=wish)), "audio_wishes.json": ("audio", partial(each, record=wish))}
@@ -728,9 +723,6 @@ def main(argv=None):
     records = conversations(media, rng)
     (args.out / "conversations.json").write_text(listed(records))
     (args.out / "captions.json").write_text(listed(each(media, rng, pair)))
-    words = each(media, rng, first_words)
-    (args.out / "words.json").write_text(listed(words))
-    (args.out / "picture_words.json").write_text(listed(row for row in words if "image_name" in row))
     write_tokenizer(records, args.out, args.vocab_size)
 
 

@@ -1,6 +1,6 @@
 """One training loop for every system and stage, on one core or many GPUs. A stage is a row of STAGES: what learns, how fast.
 
-    python train.py system=tiny stage=1 data=shapes/words.json tokenizer=shapes/tokenizer.model out=runs/tiny1
+    python train.py system=tiny stage=1 data=shapes/captions.json tokenizer=shapes/tokenizer.model out=runs/tiny1
     python train.py system=tiny stage=2 data=shapes/conversations.json init=runs/tiny1/weights out=runs/tiny2
     torchrun --standalone --nproc-per-node 8 train.py system=chatbind stage=2 init=weights/chatbind data=chat.json out=runs/stage2
 
@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import count, islice
@@ -70,6 +71,7 @@ class Settings:
     workers: int = 2                    # loader processes; the order of the data does not depend on them
     log_every: int = 10
     max_bad: int = 100                  # unusable records that may be replaced
+    skip_nonfinite: int = 0             # updates that may be left out because a loss or gradient is not finite
     resume: str = "auto"                # auto, none, or a checkpoint folder
     device: str = ""                    # default: cuda if there is one
     precision: str = ""                 # of the maths: bf16 or fp32; default: bf16 on a GPU, else fp32
@@ -119,7 +121,7 @@ CHATTERBOX_STAGE = dict(lr=3e-5, batch=960, epochs=5, schedule="linear", warmup=
                         weights={"vg_focal": 2, "vg_l1": 5, "vg_giou": 2}, hush="vg_")
 MASKS = r"writers\.at\.seg_prompt_mlp\..*|writers\.at\.sam\..*"
 TOWER = r"readers\.\w+\.tower\..*"
-TINY_WORDS = r"readers\.imagebind\..*|llm\.norm\.weight|llm\.embed\.weight|writers\.at\.loc_decoder\..*"
+TINY_WORDS = r"readers\.imagebind\..*|writers\.at\.loc_decoder\..*"
 TOKENS, SIGNALS, LORA = r"llm\.embed\.weight|llm\.lm_head\.weight|", r"writers\.\w+\.proj\..*", r"llm\..*\.lora_[AB]"
 # parity: all of the embedding and of lm_head learn in every stage, and the first update has a rate of its own
 NEXTGPT = Stage(TOKENS + PROJECTOR, lr=5e-4, batch=18, schedule="logarithmic", warmup=0.1, first_lr=4e-4,
@@ -148,9 +150,11 @@ STAGES = {
                          learn=r"writers\.at\.seg_prompt_mlp\..*|writers\.at\.sam\.mask_decoder\..*"
                          r"|writers\.vg\.query\..*|writers\.vg\.locator\.(?!swin\.).*"),
     # Encoders first learn words: with a language model that knows nothing yet they would learn to say the same of all.
+    # The words' own vectors stay as they are, so that what is seen comes to lie close to them, where a look-up finds it.
     ("tiny", 1): Stage(TINY_WORDS, lr=2e-3, batch=16, warmup=0.05, beta2=0.99, words=True,
-                      weights={"at_l1": 10, "at_giou": 1}),
-    ("tiny", 2): Stage(r".*", lr=1e-3, batch=8, warmup=0.05, beta2=0.99, slow=TOWER, slow_lr=0.3, weights=NEXTCHAT_BOXES),
+                      weights={"words": 6, "at_l1": 10, "at_giou": 1}),
+    ("tiny", 2): Stage(r".*", lr=1e-3, batch=8, warmup=0.05, beta2=0.99, slow=TOWER, slow_lr=0.3,
+                      weights={"at_l1": 0.5, "at_giou": 0.05, "at_cycle_hidden": 0.01, "at_cycle_box": 0.1}),
     ("tiny", 3): Stage(MASKS, lr=2e-3, batch=16, warmup=0.05, beta2=0.99, weights={"lm": 0, "at_focal": 20}),
     ("tiny", 4): Stage(r"llm\.embed\.weight|" + SIGNALS, lr=2e-3, batch=32, warmup=0.05, beta2=0.99,
                        rows=sum(data.SYSTEMS["tiny"].signals.values(), ())),
@@ -245,17 +249,20 @@ def none_of(payload):
 
 def like_others(batch, notes):
     """The batch with what only other ranks have, as all must run the same parts: none of a kind of media, a writer's
-    targets lent by one who has them. notes: of each rank, its counts and {kind: none of it}."""
-    empty = {kind: none for _, media in notes for kind, none in sorted(media.items())}
+    targets lent by one who has them; and without what only some targets have, as masks. notes: of each rank, its counts,
+    {kind: none of it} and {writer: what its targets hold}."""
+    empty = {kind: none for _, media, _ in notes for kind, none in sorted(media.items())}
     media = {kind: batch.media.get(kind, empty[kind]) for kind in sorted(empty)}
     slots = {kind: batch.slots.get(kind, torch.zeros(2, 0, dtype=torch.long)) for kind in media}
-    targets = dict(batch.targets)
-    for name in sorted(set().union(*(own for own, _ in notes))):
-        if not all(name in own for own, _ in notes):
-            lent = [batch.targets.get(name)]
-            dist.broadcast_object_list(lent, next(rank for rank, (own, _) in enumerate(notes) if name in own))
-            targets.setdefault(name, lent[0] | {"slots": torch.zeros_like(lent[0]["slots"])})
-    return batch._replace(media=media, slots=slots, targets=dict(sorted(targets.items())))
+    held, targets = [held for *_, held in notes], {}
+    for name in sorted(set().union(*held)):
+        target, having = batch.targets.get(name), [rank for rank, of in enumerate(held) if name in of]
+        if len(having) < len(held):
+            lent = [target]
+            dist.broadcast_object_list(lent, having[0])
+            target = target or lent[0] | {"slots": torch.zeros_like(lent[0]["slots"])}
+        targets[name] = {part: target[part] for part in target if all(part in held[rank][name] for rank in having)}
+    return batch._replace(media=media, slots=slots, targets=targets)
 
 
 def total_loss(losses, stage):
@@ -274,9 +281,10 @@ def update(model, learned, opt, batches, lr, clip, stage, step=0, bf16=False):
     """
     device, (rank, world), total = next(iter(learned.values())).device, ranks(), {}
     amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)         # weights stay float32
-    notes = share([(counts(b), {kind: none_of(x) for kind, x in b.media.items()}) for b in batches])
-    of_all = sum((Counter(own) for noted in notes for own, _ in noted), Counter())
-    for i, (batch, (own, _)) in enumerate(zip(batches, notes[rank])):
+    notes = share([(counts(b), {kind: none_of(x) for kind, x in b.media.items()},
+                    {name: set(target) for name, target in b.targets.items()}) for b in batches])
+    of_all = sum((Counter(own) for noted in notes for own, *_ in noted), Counter())
+    for i, (batch, (own, *_)) in enumerate(zip(batches, notes[rank])):
         if world > 1:
             model.set_requires_gradient_sync(i == len(batches) - 1)
             batch = like_others(batch, [noted[i] for noted in notes])
@@ -443,6 +451,49 @@ def write_weights(model, s, folder):
     print(f"wrote {folder}; talk to it with: python chat.py {folder}")
 
 
+@contextmanager
+def caught(*numbers):
+    """Signals that come while inside, as a list: finish the step, save, go."""
+    came = []
+    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in numbers}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def open_run(out, s, model, prepared):
+    """The folder of a run, without what a run that was killed while saving left there."""
+    out.mkdir(parents=True, exist_ok=True)
+    for left in out.glob("*.tmp-*"):
+        shutil.rmtree(left)
+    (out / "settings.json").write_text(json.dumps(asdict(s), indent=1))
+    print(M.parameter_table(model), prepared.show(0), sep="\n\n")
+
+
+def one_step(model, learned, opt, prepared, loader, s, stage, step, may_skip):
+    """An update with the next batch of the loader -> named losses, gradient norm, rate, this rank's micro-batches.
+
+    No losses and None as the norm if it was left out. Raises FloatingPointError if it may not be.
+    """
+    rank, world = ranks()
+    random.seed(f"{s.seed}/{step}/{rank}")                      # so a step's dropout depends on nothing else, and resumes
+    torch.manual_seed(random.getrandbits(63))
+    micro = list(islice(loader, s.batch // s.micro // world))
+    lr = stage.first_lr if step == 0 and stage.first_lr else s.lr * SCHEDULES[stage.schedule](step, s.steps, s.warmup)
+    try:
+        return *update(model, learned, opt, micro, lr, s.clip, stage, step, s.precision == "bf16"), lr, micro
+    except FloatingPointError as error:
+        error = FloatingPointError(f"{error}, samples {next(islice(numbers(prepared, s, stage), step, None))}")
+        if not may_skip:
+            raise error from None
+        opt.zero_grad(set_to_none=True)
+        if rank == 0:
+            tqdm.write(f"train: {error}; this update is left out", file=sys.stderr)
+        return {}, None, lr, micro
+
+
 def train(s):
     """A run from its settings to its weights folder, or to the checkpoint at which it was asked to leave."""
     s, stage, model, prepared = prepare(s)
@@ -450,51 +501,35 @@ def train(s):
     learned, out, (rank, world) = learn(model, stage), Path(s.out), ranks()
     opt = optimizer(learned, stage, s)
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        for left in out.glob("*.tmp-*"):
-            shutil.rmtree(left)         # of a run that was killed while saving
-        (out / "settings.json").write_text(json.dumps(asdict(s), indent=1))
-        print(M.parameter_table(model), prepared.show(0), sep="\n\n")
+        open_run(out, s, model, prepared)
     folder = share(find_checkpoint(out, s.resume) if rank == 0 else None)[0]
-    start = restore(folder, learned, opt) if folder else 0
+    start = done = restore(folder, learned, opt) if folder else 0
     if s.export:
         return write_weights(model, s, Path(s.export))
     if rank == 0:
         print(f"\n{len(prepared):,} samples, {s.steps:,} steps of {s.batch} on {world} processes",
               f"from step {start:,} of {folder}" if folder else "", flush=True)
 
-    leave = []                          # signals that came: finish the step, save, go
-    handlers = {number: signal.signal(number, lambda n, _: leave.append(n))
-                for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    loader, since, seen, done = iter(batches(prepared, s, stage, start)), time.time(), [], start
+    loader, since, seen, skipped = iter(batches(prepared, s, stage, start)), time.time(), [], 0
     bar = tqdm(range(start, s.steps), initial=start, total=s.steps, disable=None if rank == 0 else True)
-    for step in bar:
-        random.seed(f"{s.seed}/{step}/{rank}")                  # so a step's dropout depends on nothing else, and resumes
-        torch.manual_seed(random.getrandbits(63))
-        micro = list(islice(loader, s.batch // s.micro // world))
-        lr = stage.first_lr if step == 0 and stage.first_lr else s.lr * SCHEDULES[stage.schedule](step, s.steps, s.warmup)
-        try:
-            losses, norm = update(model, learned, opt, micro, lr, s.clip, stage, step, s.precision == "bf16")
-        except FloatingPointError as error:
-            samples = next(islice(numbers(prepared, s, stage), step, None))
-            raise FloatingPointError(f"{error}, samples {samples}") from None
-        done = step + 1
-        seen.append((s.batch / world, sum(int((b.ids != 0).sum()) for b in micro), sum(b.ids.numel() for b in micro)))
-        if done % s.log_every == 0 or done == s.steps:
-            row = {"step": done, **losses, "lr": lr, "grad_norm": norm, "bad": int(prepared.is_bad.sum()),
-                   **speed(model, s.device, share([sum(x) for x in zip(*seen)]), time.time() - since)}
-            if rank == 0:
-                with open(out / "metrics.jsonl", "a") as log:
-                    print(json.dumps(row, allow_nan=False), file=log)
-            bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k != "step" and v is not None})
-            since, seen = time.time(), []
-        leaving = any(share(bool(leave) or done == s.stop_after))
-        if done % s.save_every == 0 or done == s.steps or leaving:
-            save_checkpoint(out, done, learned, opt, asdict(s), s.keep)
-        if leaving:
-            break
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    with caught(signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) as leave:
+        for step in bar:
+            losses, norm, lr, micro = one_step(model, learned, opt, prepared, loader, s, stage, step, skipped < s.skip_nonfinite)
+            done, skipped = step + 1, skipped + (norm is None)
+            seen.append((s.batch / world, sum(int((b.ids != 0).sum()) for b in micro), sum(b.ids.numel() for b in micro)))
+            if done % s.log_every == 0 or done == s.steps:
+                row = {"step": done, **losses, "lr": lr, "grad_norm": norm, "bad": int(prepared.is_bad.sum()),
+                       "skipped": skipped, **speed(model, s.device, share([sum(x) for x in zip(*seen)]), time.time() - since)}
+                if rank == 0:
+                    with open(out / "metrics.jsonl", "a") as log:
+                        print(json.dumps(row, allow_nan=False), file=log)
+                bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k != "step" and v is not None})
+                since, seen = time.time(), []
+            leaving = any(share(bool(leave) or done == s.stop_after))
+            if done % s.save_every == 0 or done == s.steps or leaving:
+                save_checkpoint(out, done, learned, opt, asdict(s), s.keep)
+            if leaving:
+                break
     if done == s.steps:
         write_weights(model, s, out / "weights")
     elif rank == 0:

@@ -4597,8 +4597,8 @@ def test_ranks_compiled_blocks_compute_the_same(mini, tmp_path, monkeypatch, how
 def test_ranks_metrics_are_finite_numbers_by_name(mini, tmp_path):
     mini.here(tmp_path, "projector", "steps=2")
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [list(row) for row in rows] == 2 * [["step", "lm", "lr", "grad_norm", "bad", "samples_per_s", "tokens_per_s", "padding",
-                                                "mfu", "memory_gb"]]
+    assert [list(row) for row in rows] == 2 * [["step", "lm", "lr", "grad_norm", "bad", "skipped", "samples_per_s", "tokens_per_s",
+                                                "padding", "mfu", "memory_gb"]]
     assert all(value is None if name == "mfu" else np.isfinite(value) for row in rows for name, value in row.items())
 
 

@@ -494,6 +494,14 @@ def one_step(model, learned, opt, prepared, loader, s, stage, step, may_skip):
         return {}, None, lr, micro
 
 
+def show(row, out, bar):
+    """The newest numbers: a line of metrics.jsonl, and beside the bar."""
+    if ranks()[0] == 0:
+        with open(out / "metrics.jsonl", "a") as log:
+            print(json.dumps(row, allow_nan=False), file=log)
+    bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k != "step" and v is not None})
+
+
 def train(s):
     """A run from its settings to its weights folder, or to the checkpoint at which it was asked to leave."""
     s, stage, model, prepared = prepare(s)
@@ -520,10 +528,7 @@ def train(s):
             if done % s.log_every == 0 or done == s.steps:
                 row = {"step": done, **losses, "lr": lr, "grad_norm": norm, "bad": int(prepared.is_bad.sum()),
                        "skipped": skipped, **speed(model, s.device, share([sum(x) for x in zip(*seen)]), time.time() - since)}
-                if rank == 0:
-                    with open(out / "metrics.jsonl", "a") as log:
-                        print(json.dumps(row, allow_nan=False), file=log)
-                bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k != "step" and v is not None})
+                show(row, out, bar)
                 since, seen = time.time(), []
             leaving = any(share(bool(leave) or done == s.stop_after))
             if done % s.save_every == 0 or done == s.steps or leaving:

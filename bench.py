@@ -275,7 +275,7 @@ def train(side, s):
 
 
 def fine_tune(side, s):
-    """Every weight in float32 as a user would have it: our loop's update beside transformers' Trainer, both with AdamW and
+    """Every weight in float32 as a user would have it: our update beside transformers' Trainer, both with AdamW and
     clipping, the second half of each row to be learned, as an answer is. A run is STEPS of them, so that what the Trainer does
     around them hardly counts."""
     model, ids = load(s, "small", side, torch.float32).train().requires_grad_(), tokens(s, *TRAIN)
@@ -284,15 +284,14 @@ def fine_tune(side, s):
     flops = 6 * n_weight(model, "llm.embed", "model.embed", "llm.lm_head", "lm_head") * STEPS * math.prod(TRAIN)
     if side == "ours":
         stage, batch = training.Stage(r".*", lr=1e-5, batch=len(ids)), data.Batch(ids, labels, {}, {})
-        learned = training.learn(model, stage)
-        opt = training.optimizer(learned, stage, training.Settings(beta2=stage.beta2))
+        opt = training.optimizer(training.learn(model, stage), stage, training.Settings(beta2=stage.beta2))
 
         def run():
             for step in range(STEPS):
-                training.update(model, learned, opt, [batch], stage.lr, 1.0, stage, step)
+                training.update(model, opt, [batch], stage.lr, 1.0, stage, step)
     else:
         import transformers
-        transformers.trainer.is_datasets_available = lambda: False          # the datasets.py beside this file is not the package
+        transformers.trainer.is_datasets_available = lambda: False          # the datasets.py here is not the package
         options = transformers.TrainingArguments(
             str(s.folder / "trainer"), per_device_train_batch_size=len(ids), max_steps=STEPS, learning_rate=1e-5, report_to=[],
             use_cpu=s.device == "cpu", save_strategy="no", logging_strategy="no", disable_tqdm=True)

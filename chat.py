@@ -172,7 +172,7 @@ class Session:
 
     def __init__(self, model, tok, system, template, spec=data.MediaSpec(), context=0, parse_special=False, painters=(),
                  **settings):
-        self.painters = dict(painters)                  # writer: folder of its painter, or the Painter once it was needed
+        self.painters = dict(painters)                  # writer: folder of its painter, or the Painter once needed
         self.model, self.tok, self.system, self.template, self.spec = model, tok, system, template, spec
         self.weight, self.parse_special = model.llm.embed.weight, parse_special
         self.max_len = min(context or model.cfg.llm.max_len, model.cfg.llm.max_len)
@@ -516,7 +516,7 @@ class Session:
 
 
 def find_painters(folder, projections):
-    """{writer: folder} of the painters in a folder that may not be there. Raises ValueError for one that does not fit."""
+    """{writer: folder} of painters in a folder that may not be there. Raises ValueError for one that does not fit."""
     found = {}
     for path in sorted(Path(folder).glob("*/config.json")):
         cfg = read_config(path.parent, PainterConfig)
@@ -531,7 +531,7 @@ def open_session(folder=TINY, device=None, dtype=None, quantize="", painters=Non
     """The Session of a weights folder, on the best device there is. Raises OSError or ValueError naming the fault.
 
     painters: folder with a folder of each; default: `painters` in the weights folder, if it is there; "": none.
-    templates: file of conversation templates, see data.load_templates; a template of the model's name in it takes ours' place.
+    templates: file of conversation templates, see data.load_templates; one of the model's name in it takes ours' place.
     """
     device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     dtype = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))

@@ -2,7 +2,7 @@
 
 In order: tokenizers, systems and templates, images, geometry, video, audio, samples (render, collate), data sets.
 Letters: B batch, T tokens, M media, S clips, F frames, H W height width; waveforms are (channels, samples) in -1..1.
-Text that a user typed or a file holds never becomes a special token: prompts are lists of pieces that know their origin.
+Text that a user typed or a file holds never becomes a special token: prompts are lists of pieces that know whence.
 """
 import gzip
 import html
@@ -128,7 +128,7 @@ class Tokenizer:
         return ids, learn
 
     def decode(self, ids, skip_special=True):
-        """Text of ids: ordinary runs by sentencepiece, added tokens by name, joined with single spaces; 0, 1, 2 are left out."""
+        """Text of ids: ordinary runs by sentencepiece, added tokens by name, joined with single spaces; not 0, 1, 2."""
         parts, run = [], []
         for id in [*ids, None]:
             if id is not None and id not in self.names:
@@ -304,7 +304,7 @@ class System:
     legacy: bool = True                 # tokenizer rule
     box: tuple[str, ...] = ()           # tokens of a box: a reader fills the last; in answers the first asks a writer
     find: str = ""                      # token at the end of a question that asks for a box
-    mask_pad: bool = False              # parity: NExT-Chat pads with <unk> and masks it, so words that became it as well
+    mask_pad: bool = False              # parity: NExT-Chat pads with <unk> and masks it, and words that became it
     signals: dict[str, tuple] = field(default_factory=dict)     # writer -> the tokens of a Signal in an answer
 
 
@@ -335,7 +335,7 @@ SYSTEMS = {
 
 @dataclass(frozen=True)
 class Template:
-    """Strings around the turns of a conversation. Special tokens may be named in them; the open turn drops trailing blanks."""
+    """Strings around the turns of a conversation. Special tokens may be named; the open turn drops trailing blanks."""
     system: str
     user: tuple[str, str]               # before and after what the user says
     bot: tuple[str, str]                # before and after an answer
@@ -345,7 +345,7 @@ class Template:
     front: str = ""                     # between a medium moved to the front and its message
     drift: bool = False                 # parity: mask labels by separately counted lengths, see drift_labels
     role_once: bool = False             # parity: learn nothing from a spoken role on, see until_role_text
-    apart: bool = False                 # parity: questions and answers are encoded on their own, see conversation_pieces
+    apart: bool = False                 # parity: questions, answers are encoded alone, see conversation_pieces
     frame: tuple = ()                   # in place of the system's
     ask: str = ""                       # before the text of the open turn
 
@@ -429,7 +429,7 @@ class MediaSpec:
     sam_size: int = 0                   # side of the picture that SAM sees as well; 0: none
     det_size: int = 0                   # side of the picture in which the locator looks for a box; 0: none
     clip_seconds: float = 2.0
-    span_end: bool = False              # True: clips reach the end of the file (ImageBind); False: released pytorchvideo
+    span_end: bool = False              # True: clips reach the file's end (ImageBind); False: released pytorchvideo
     video_clips: int = 5
     video_crops: int = 3
     frames: int = 2                     # per clip
@@ -511,7 +511,7 @@ def image_tensor(image, spec=MediaSpec()):
 
 
 def stretch(pixels, size):
-    """uint8 (H, W, 3) -> (size, size, 3) as OpenCV does it: two neighbours a side without smoothing, whole-number weights."""
+    """uint8 (H, W, 3) -> (size, size, 3) as OpenCV does: two neighbours a side, no smoothing, whole-number weights."""
     def neighbours(n):
         at = ((np.arange(size) + 0.5) * (n / size) - 0.5).astype(np.float32)
         low = np.floor(at).astype(int)
@@ -537,7 +537,7 @@ def thermal_tensor(image, spec=MediaSpec()):
 
 
 def depth_tensor(metres, focal_baseline=None, spec=MediaSpec()):
-    """Depth map (H, W) in metres -> (1, size, size) normalised disparity; focal length in pixels times baseline in metres.
+    """Depth map (H, W) in metres -> (1, size, size) normalised disparity; focal length in pixels x baseline in metres.
 
     The recipe is not in ImageBind's code: it follows its issue threads and Omnivore's demo (specs/imagebind 6, open).
     """
@@ -657,7 +657,7 @@ def spatial_crops(x, size, n):
 
 
 def video_tensor(frames, n_frames, fps, spec=MediaSpec()):
-    """Frames -> (clips * crops, 3, F, size, size), clip-major. frames: callable, [numbers] -> uint8 arrays (H, W, 3)."""
+    """Frames -> (clips * crops, 3, F, size, size), clip-major. frames: [numbers] -> uint8 arrays (H, W, 3)."""
     clips, size = clip_frames(n_frames, fps, spec), spec.clip_size or spec.image_size
     wanted = sorted({i for clip in clips for i in clip})
     decoded = dict(zip(wanted, frames(wanted)))
@@ -900,7 +900,7 @@ class Signal:
 
 @dataclass
 class Sample:
-    """A conversation: turns of user and assistant in turn, each a list of strings, Media, Boxes and, in answers, Signals."""
+    """A conversation: turns of user and assistant, each a list of strings, Media, Boxes and, in answers, Signals."""
     turns: list[list]
     id: str = ""
     meta: dict = field(default_factory=dict)
@@ -910,7 +910,7 @@ class Rendered(NamedTuple):
     ids: list[int]
     labels: list[int]
     slots: list                         # (Medium or Box, position of its first placeholder)
-    targets: list = ()                  # (Box, position of the token that asks for it) and (Signal, positions of its tokens)
+    targets: list = ()                  # (Box, place of the token that asks for it), (Signal, places of its tokens)
 
 
 class Batch(NamedTuple):
@@ -918,7 +918,7 @@ class Batch(NamedTuple):
     labels: torch.Tensor                # (B, T), IGNORE where nothing is learned
     media: dict                         # kind -> stacked payloads of M media
     slots: dict                         # kind -> (2, M * n) rows and columns of their placeholders
-    targets: dict = {}                  # writer -> what its signal tokens should give; `slots` (2, m) says where they are
+    targets: dict = {}                  # writer -> what its signal tokens should give; `slots` (2, m) says where
     attn_mask: torch.Tensor | None = None       # (B, T) bool; None: padding is on the right and needs no mask
     segments: torch.Tensor | None = None        # (B, T) int32: 1, 2, ... for the samples of a packed row, 0 for padding
 
@@ -979,7 +979,7 @@ def box_references(text):
 
 
 def pieces_of(content, tok, system, n_token, learn=False):
-    """Pieces of one turn: strings stay plain text, media become framed placeholders, boxes and Signals the system's tokens."""
+    """Pieces of one turn: strings stay text, media become framed placeholders, boxes and Signals the system's tokens."""
     before, place, after = system.frame
     out = []
     for part in content:
@@ -1091,7 +1091,7 @@ def signal_targets(rendered, places, lengths):
 
 
 def truncate(r, length, protected):
-    """At most `length` ids of a Rendered: the last ones go, save those in `protected`, so media and boxes stay whole."""
+    """At most `length` ids of a Rendered: the last go, save those in `protected`: media and boxes stay whole."""
     excess = len(r.ids) - length
     if excess <= 0:
         return r
@@ -1104,7 +1104,7 @@ def truncate(r, length, protected):
 
 
 def asked(rendered, places, kind):
-    """Boxes of a kind to be said or found -> slots (2, m) of the tokens that ask for them, the boxes, the picture of each."""
+    """Boxes of a kind to be said or found -> slots (2, m) of tokens that ask for them, the boxes, each one's picture."""
     found = [(row, start + at, box, next(m for m, _ in r.slots if m.kind == "image"))
              for r, (row, start) in zip(rendered, places) for box, at in r.targets if getattr(box, "kind", "") == kind]
     rows, columns, boxes, pictures = zip(*found) if found else [()] * 4

@@ -2,7 +2,7 @@
 
 In order: masks (COCO polygons and run lengths), records, parts of turns, prompts, NExT-Chat's formats, mixtures; NExT-GPT
 (caption pairs, conversations that show or ask for media, the order of its batches); ChatterBox. Nothing in a file is
-trusted: text stays text, numbers are checked, whatever is wrong is a DataError that names file and record. Boxes are xyxy
+trusted: text stays text, numbers are checked, what is wrong is a DataError naming file and record. Boxes are xyxy
 pixels of the picture. Formats: Shikra (arXiv 2306.15195), NExT-Chat (arXiv 2311.04498), NExT-GPT (arXiv 2309.05519) and
 ChatterBox (arXiv 2401.13307).
 """
@@ -37,7 +37,7 @@ def edge(a, b):
 
 
 def polygon_mask(xy, height, width):
-    """Corners (n, 2) in pixels -> uint8 (H, W). The outline is drawn five times larger; columns flip where it crosses."""
+    """Corners (n, 2) in pixels -> uint8 (H, W). The outline is drawn five times as large; columns flip where it is."""
     corners = (5 * xy + 0.5).astype(int)
     line = np.concatenate([edge(a, b) for a, b in zip(corners, np.roll(corners, -1, axis=0))])
     (x0, y0), (x1, y1) = line[:-1].T, line[1:].T
@@ -49,7 +49,7 @@ def polygon_mask(xy, height, width):
 
 
 def rle_counts(text):
-    """COCO's compressed run lengths -> a list: five bits a character, low ones first, differences from two runs back."""
+    """COCO's compressed run lengths -> a list: five bits a character, low first, differences from two runs back."""
     counts, value, shift = [], 0, 0
     for c in text.encode():
         if not 48 <= c < 112 or shift > 30:
@@ -617,7 +617,7 @@ SOURCES = {                             # name in a mixture of NExT-Chat -> form
 
 
 class Sources(dict):
-    """{name: items} of the data sets in a folder, each opened when a mixture asks for it; `sets` has them in that order.
+    """{name: items} of data sets in a folder, each opened when a mixture asks for it; `sets` has them in that order.
 
     Pictures of a set lie in the folder of its name within `media`, if there is one (a link, perhaps), else in `media`.
     """
@@ -644,7 +644,7 @@ def open_mixture(key, folder, media, batch, seed=0, prompts=PROMPTS):
 
 
 def mock(image_size):
-    """The sample that NExT-Chat puts last in every batch of stages 1 and 2: its box parts then always have a gradient."""
+    """The sample NExT-Chat puts last in every batch of stages 1 and 2: its box parts then always have a gradient."""
     box = Box((), tensor=torch.tensor([0.08, 0.194, 0.381, 0.739]))
     picture = Medium("image", tensor=torch.zeros(3, image_size, image_size))
     return Sample([[picture, " Where is it?"], ["Answer: ", box, " ."]])
@@ -724,7 +724,7 @@ def dialog_turns(row, root):
 
 
 def mosit_turns(row, root):
-    """MosIT's raw dialogs, {image_list, video_list, audio_list, conversation}, with <Image>its caption</Image> in texts."""
+    """MosIT's raw dialogs: {image_list, video_list, audio_list, conversation}, texts hold <Image>its caption</Image>."""
     names = {(kind, item["caption"]): item[f"{kind}_name"] for kind in KINDS for item in row[f"{kind}_list"]}
     out = []
     for i, turn in enumerate(spoken(row)):
@@ -758,7 +758,7 @@ def read_embedding(path):
 
 
 class Dialogs:
-    """A file of NExT-GPT's formats as Samples. Records whose media are absent are passed over and named once, on stderr.
+    """A file of NExT-GPT's formats as Samples. Records whose media are absent are passed over, named once on stderr.
 
     root: see above; default: beside the file. draw: caption pairs teach to draw, not to caption. Raises DataError
     naming file and record for one that is malformed.
@@ -1020,7 +1020,7 @@ def under_data(whole):
 
 
 def by_picture(whole):
-    """COCO's {images, annotations, categories} -> the images as records, each with its `boxes`: annotations without crowds."""
+    """COCO's {images, annotations, categories} -> images as records, each with its `boxes`: annotations, no crowds."""
     names, boxes = {kind["id"]: kind["name"] for kind in whole["categories"]}, {}
     for one in whole["annotations"]:
         if not one.get("iscrowd"):
@@ -1157,7 +1157,7 @@ def chatterbox_1(s, batch, seed):
 
 
 def chatterbox_2(s, batch, seed):
-    """An epoch of the second stage, in whole batches of one kind each, to be kept in this order: a batch that asks for boxes
+    """An epoch of the second stage, in whole batches of one kind each, to be kept in order: a batch that asks for boxes
     teaches no text. A step is a batch of grounding; every fifth brings one of talks as well, every tenth one of regions."""
     rng = np.random.default_rng(seed)
     return [item for step in range(1, STEPS + 1) for rates, every in ((GROUNDING, 1), (REFERRING, 10), (TALKING, 5))

@@ -6,7 +6,7 @@
     python evaluate.py weights/chatbind-7b --task vqa questions.jsonl --images val2014 --out runs/vqa
     python evaluate.py review -q questions.jsonl -a other.jsonl runs/vqa/answers.jsonl -r rules.json --judge ./judge -o out.jsonl
 
-The tasks are rec, res, pope, caption, rounds, vqa and sqa. A task goes on where it was stopped, and shares the work under
+The tasks are rec, res, pope, caption, rounds, vqa and sqa. A task goes on where it stopped, and shares the work under
 torchrun --standalone --nproc_per_node=N; ranks never talk, each writes a file of its own.
 In order: metrics (exact match, ScienceQA, reviews by a judge), boxes and masks (REC, RES), answers (POPE, PointQA,
 GQA), captions (CIDEr-D, Vedantam et al., arXiv 1411.5726), tasks (what a row of predictions holds, and its figures),
@@ -334,7 +334,7 @@ def append(file, row):
 def predict_all(samples, predict, task, folder, run, rank=0, world=1):
     """Rows of `predict(sample)` for every world-th sample from rank on, into folder/predictions-<rank>.jsonl.
 
-    run: a dict that tells this run from others. What an earlier start of it finished, with any world, is not done again.
+    run: a dict that tells this run from others. What an earlier start finished, with any world, is not done again.
     """
     path = Path(folder, f"predictions-{rank}.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -650,7 +650,7 @@ def main(argv=None):
     p.add_argument("questions", type=Path, help="file of a task, or LLaVA records of one exchange, each with a `kind`")
     p.add_argument("--task", choices=TASKS, help="what the file holds and how it is counted")
     p.add_argument("--media", "--images", type=Path, help="folder of the media, default: beside the questions")
-    p.add_argument("--out", type=Path, help="of a task: folder of predictions and figures; else jsonl file of every answer")
+    p.add_argument("--out", type=Path, help="of a task: folder of predictions and figures; else jsonl file of answers")
     p.add_argument("--templates", type=Path, help="JSON of prompts in the layout of the originals, default: ours")
     p.add_argument("--seed", type=int, default=0, help="draws prompts and expressions, default %(default)s")
     p.add_argument("--device", help="default: the best there is, one for each rank")

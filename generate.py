@@ -724,7 +724,7 @@ def denoise(painter, embeds, shape, *, negative=None, steps=None, guidance=None,
     """The loop from noise to latents of `shape`, for prompts (B, T, C) or (B, C).
 
     negative: what to steer away from (the empty text); guidance: how much (1 or less: not at all); None: the painter's
-    own. The noise to start from may be given; else it is drawn on the CPU, so that a seed means the same on every device.
+    own. The noise to start from may be given; else it is drawn on the CPU: a seed means the same on every device.
     """
     cfg, unet = painter.cfg, painter.unet
     steps, guidance = cfg.steps if steps is None else steps, cfg.guidance if guidance is None else guidance

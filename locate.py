@@ -2,12 +2,12 @@
 
 In order: boxes, box coder, SAM's prompts, SAM's mask decoder, SAM, BoxHead, losses; then ChatterBox:
 region features, deformable attention, GroundingDINO, matcher and criterion.
-Letters: B batch, T tokens, C width, nh heads, hd head dim, h w or H W height width of features, n objects, k prompt tokens,
+Letters: B batch, T tokens, C width, nh heads, hd head dim, h w or H W sides of features, n objects, k prompt tokens,
 m masks per object; of the detector S pixels of all maps, L maps, Q queries, P points, R regions. Boxes are xyxy unless their
 name says cxcywh, in 0..1 unless it says px.
 Papers: NExT-Chat (Zhang et al. 2023), Segment Anything (Kirillov et al. 2023), generalised IoU (Rezatofighi et al. 2019),
 RoIAlign (He et al. 2017), Deformable DETR (Zhu et al. 2021), DINO (Zhang et al. 2023), GroundingDINO (Liu et al. 2023),
-ChatterBox (Tian et al. 2024). GroundingDINO takes text features from whatever wrote them: its own BERT gives one per word,
+ChatterBox (Tian et al. 2024). GroundingDINO takes text features from whatever wrote them: its BERT gives one per word,
 ChatterBox's language model a single one. Names inside SAM are those of its public checkpoints.
 """
 from math import pi

@@ -1,7 +1,7 @@
 """The assembled model: readers put vectors into a LLaMA at placeholder tokens, writers take them out at signal tokens.
 
-In order: configs and presets, LLaMA (RoPE, LoRA, KV cache, blocks), readers, writers, Model, token generation, load and save.
-Letters: B batch, T tokens, C width, nh heads, nkv key/value heads, hd head dim, V vocabulary, M media, n tokens per medium.
+In order: configs and presets, LLaMA (RoPE, LoRA, KV cache, blocks), readers, writers, Model, generation, load and save.
+Letters: B batch, T tokens, C width, nh heads, nkv key/value heads, hd head dim, V vocabulary, M media, n tokens each.
 Papers: LLaMA (Touvron et al. 2023), RoPE (Su et al. 2021), LoRA (Hu et al. 2021), LLaVA (Liu et al. 2023),
 NExT-Chat (Zhang et al. 2023), ChatterBox (Tian et al. 2024), NExT-GPT (Wu et al. 2023).
 Layout is that of the public checkpoints: separate q, k, v and half-rotation RoPE, so converting them only renames.
@@ -68,7 +68,7 @@ class ModelConfig:
     sam: SAMConfig | None = None        # of the <at> writer; None = boxes without masks
     region: RegionConfig | None = None
     locator: LocatorConfig | None = None
-    projections: dict[str, ProjectionConfig] = field(default_factory=dict)      # of writers that prompt diffusion models
+    projections: dict[str, ProjectionConfig] = field(default_factory=dict)      # of writers that prompt diffusion
     projector_depth: int = 1            # of the CLIP reader: Linear, then depth - 1 times GELU and Linear
     reads: dict[str, str] = field(default_factory=dict)     # media kind -> reader
     writes: dict[str, tuple[str, ...]] = field(default_factory=dict)    # writer -> its signal tokens, in order
@@ -91,7 +91,7 @@ class ModelConfig:
         return [self.added_tokens[token] for token in self.writes[writer]]
 
 
-TOWERS = {"image": "vision", "video": "vision"}         # media kinds that share a tower of ImageBind; the others have their own
+TOWERS = {"image": "vision", "video": "vision"}         # kinds that share a tower of ImageBind; others have their own
 IMAGEBIND_READS = {kind: "imagebind" for kind in ("image", "video", "audio", "depth", "thermal", "imu")}
 LLAMA_13B = LLMConfig(dim=5120, n_layer=40, n_head=40, n_kv_head=40, mlp_dim=13824)
 VICUNA_V0 = LLMConfig(norm_eps=1e-6, max_len=2048, vocab_size=32001)
@@ -104,7 +104,8 @@ TINY = ModelConfig(
                                       scale=False, early=(64, 128, 192)),
                 "audio": TowerConfig(96, 4, 2, 1, (64, 204), (64, 12))},
         out_dim=192, patches=True),
-    sam=SAMConfig(128, 8, 64, 3, 2, 128, window=4, global_layers=(1,), prompt_dim=32, dec_head=2, dec_mlp_dim=64, iou_dim=32),
+    sam=SAMConfig(128, 8, 64, 3, 2, 128, window=4, global_layers=(1,), prompt_dim=32, dec_head=2, dec_mlp_dim=64,
+                  iou_dim=32),
     reads={"image": "imagebind", "video": "imagebind", "audio": "imagebind", "box": "box"}, writes={"at": ("<at>",)},
     system="tiny",
     added_tokens={"<im_patch>": 600, "<im_start>": 601, "<im_end>": 602, "<at>": 603, "<boxes>": 604},
@@ -112,7 +113,8 @@ TINY = ModelConfig(
 
 CHATTERBOX_TOKENS = {"[VG]": 32000, "<im_patch>": 32001, "<im_start>": 32002, "<im_end>": 32003, "<bbox>": 32004}
 NEXTCHAT_TOKENS = {"<im_patch>": 32000, "<im_start>": 32001, "<im_end>": 32002, "<at>": 32003, "<boxes>": 32004}
-NEXTCHAT = ModelConfig(llm=LLMConfig(vocab_size=32005), clip=CLIPConfig(), sam=SAMConfig(), projector_depth=2, system="nextchat",
+NEXTCHAT = ModelConfig(llm=LLMConfig(vocab_size=32005), clip=CLIPConfig(), sam=SAMConfig(), projector_depth=2,
+                       system="nextchat",
                        reads={"image": "clip", "box": "box"}, writes={"at": ("<at>",)}, added_tokens=NEXTCHAT_TOKENS,
                        media=dict(image_size=336, square=True, sam_size=1024))
 NEXTCHAT_224 = replace(NEXTCHAT, clip=CLIPConfig(image_size=224), media=NEXTCHAT.media | {"image_size": 224})
@@ -173,7 +175,7 @@ def rope_table(cfg, length, device):
 
 
 def rotate(x, cos, sin):
-    """Half-rotation RoPE: channel j turns with channel j + hd / 2. x (B, nh, T, hd), cos and sin (T, hd) or (B, 1, T, hd)."""
+    """Half-rotation RoPE: channel j turns with j + hd / 2. x (B, nh, T, hd), cos and sin (T, hd) or (B, 1, T, hd)."""
     a, b = x.chunk(2, dim=-1)
     return x * cos.to(x.dtype) + torch.cat([-b, a], dim=-1) * sin.to(x.dtype)
 
@@ -189,7 +191,7 @@ class RMSNorm(nn.Module):
 
 
 class LoRALinear(nn.Linear):
-    """A Linear that owns its low-rank update: W x + alpha / rank * B A x. Base weight keeps its name, so paths never change."""
+    """A Linear that owns its low-rank update: W x + alpha / rank * B A x. The base weight keeps its name and path."""
 
     def __init__(self, n_in, n_out, rank, alpha, dropout=0.0):
         super().__init__(n_in, n_out, bias=False)
@@ -230,7 +232,8 @@ class KVCache:
 
     def reorder(self, rows):
         """Row r continues what row rows[r] held (beam search)."""
-        self.k[:, :, :, :self.pos], self.v[:, :, :, :self.pos] = self.k[:, rows, :, :self.pos], self.v[:, rows, :, :self.pos]
+        pos = self.pos
+        self.k[:, :, :, :pos], self.v[:, :, :, :pos] = self.k[:, rows, :, :pos], self.v[:, rows, :, :pos]
 
 
 class Attention(nn.Module):
@@ -322,7 +325,8 @@ class LLM(nn.Module):
         if segments is not None:
             rope = [table[places(segments)][:, None] for table in rope]                     # (B, 1, T, hd)
         if attn_mask is not None:
-            bias = x.new_zeros(attn_mask.shape).masked_fill(~attn_mask, torch.finfo(x.dtype).min)[:, None, None]   # (B, 1, 1, T)
+            bias = x.new_zeros(attn_mask.shape).masked_fill(~attn_mask, torch.finfo(x.dtype).min)
+            bias = bias[:, None, None]                                                  # (B, 1, 1, T)
         for block in self.blocks:
             x = block(x, rope, cache, bias=bias, segments=segments)
         if cache is not None:
@@ -393,7 +397,7 @@ class RegionReader(RegionEncoder):
 
 
 # ---- Writers
-# writer.write(h, model, ...) gives its output for the hidden states h of its signal tokens, writer.loss(h, target, model)
+# writer.write(h, model, ...) gives its output for hidden states h of its signal tokens, writer.loss(h, target, model)
 # its losses. `shift`: h is taken so many places further on. `feeds`: what follows the signal token is fed in as
 # writer.feed(h, model), not as the embedding of its id.
 
@@ -405,7 +409,7 @@ class BoxWriter(BoxHead):
         return model.read("box", self(h))                                                   # (m, C) -> (m, 1, C)
 
     def write(self, h, model, image=None):
-        """h (m, C); image (1 or m, 3, S, S): SAM's view -> boxes (m, 4), mask logits (m, 1, S, S), predicted IoU (m, 1)."""
+        """h (m, C), image (1 or m, 3, S, S) for SAM -> boxes (m, 4), mask logits (m, 1, S, S), predicted IoU (m, 1)."""
         masks = self.masks(h, self.sam.encode(image)) if image is not None else (None, None)
         return self(h), *masks
 
@@ -475,7 +479,7 @@ def box_share(boxes, n):
 
 
 class Model(nn.Module):
-    """Readers, LLM, writers. Nothing here names a system: a preset says which parts exist and what each reads or writes."""
+    """Readers, LLM, writers. Nothing here names a system: a preset says which parts exist, what each reads or writes."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -518,7 +522,7 @@ class Model(nn.Module):
         return x
 
     def next_embeds(self, new, fed, h):
-        """Embeddings (B, 1, C) of new ids (B, 1). fed (B,) are the ids fed last and h (B, C) the hidden states they gave:
+        """Embeddings (B, 1, C) of new ids (B, 1). fed (B,) are the ids fed last, h (B, C) the hidden states they gave:
         behind a signal token that feeds, its output takes the place of whatever id came (NExT-Chat)."""
         x = self.llm.embed(new)
         for signal, writer in self.feeds.items():
@@ -527,12 +531,13 @@ class Model(nn.Module):
         return x
 
     def word_loss(self, batch):
-        """Which words a caption has, told from its medium alone: features, averaged, against the vocabulary. Where turns name
-        boxes, the words from one box to the next are told from the part of the picture in it, and so is the box; also from
-        one patch of it, so that every patch knows what it is of.
+        """Which words a caption has, told from its medium alone: features, averaged, against the vocabulary. Where turns
+        name boxes, the words from one box to the next are told from the part of the picture in it, and so is the box; also
+        from one patch of it, so that every patch knows what it is of.
 
-        A new encoder learns by this what things look like, without waiting for the language model to learn where to look
-        (Joulin et al. 2016, Learning visual features from large weakly supervised data). Rare and frequent words count alike.
+        A new encoder learns by this what things look like, without waiting for a language model that learns where to
+        look (Joulin et al. 2016, Learning visual features from large weakly supervised data). Rare words and frequent
+        ones count alike.
         """
         seen, labels, losses, T, boxes = [], [], {}, batch.labels.shape[1], batch.media.get("box")
         for kind in [kind for kind in batch.media if kind != "box"]:
@@ -549,7 +554,7 @@ class Model(nn.Module):
             drawn = (odds < odds[:, -1:] * (1e3 * boxes.float().sum(1, keepdim=True) % 1)).sum(1)
             one = F.one_hot(drawn, x.shape[1]).to(share)
             whole, part = ((look[:, None].to(x.dtype) @ x[of])[:, 0] for look in (share, one))              # (R, C)
-            told = self.writers["at"](self.llm.norm(torch.cat([whole, part])))              # as it will be from the last block
+            told = self.writers["at"](self.llm.norm(torch.cat([whole, part])))          # as from the last block
             losses = {f"at_{name}": loss for name, loss in box_loss(told, torch.cat([boxes, boxes])).items()}
             end = torch.where(F.pad(at[1:] == at[:-1], (0, 1)), start.roll(-1), T)
             place = torch.arange(T, device=at.device)
@@ -564,7 +569,7 @@ class Model(nn.Module):
         return {"words": (loss * share).sum() / share.sum()} | losses
 
     def forward(self, batch, words=False):
-        """Named losses of a data.Batch: the text's, and those of every writer that has targets in it; or only word_loss."""
+        """Named losses of a data.Batch: the text's, and those of writers that have targets in it; or only word_loss."""
         if words:
             return self.word_loss(batch)
         x = self.embed(batch.ids, batch.media, batch.slots)                                 # (B, T, C)
@@ -580,10 +585,10 @@ class Model(nn.Module):
 def initialise(model):
     """Random weights for training from nothing, in place.
 
-    Linear, convolution, embedding, lora_A      normal(0, 1 / sqrt(fan in)); / sqrt(2 n_layer) if it writes to the residual stream
+    Linear, convolution, embedding, lora_A      normal(0, 1 / sqrt(fan in)); / sqrt(2 n_layer) on the residual stream
     positions, class tokens, extra key and value                    normal(0, 0.02)
     queries of an output projection             normal(0, 1)
-    norms 1; biases, lora_B 0; log_scale log(1 / 0.07); deformable attention and blocks of the LLM as their `aim` has them
+    norms 1; biases, lora_B 0; log_scale log(1 / 0.07); deformable attention, blocks of the LLM as their `aim` has them
     """
     stacks = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     norms = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm, RMSNorm))}
@@ -622,7 +627,7 @@ def parameter_table(model):
 # ---- Token generation
 
 def filter_logits(logits, *, temperature, top_k, top_p):
-    """Sampling filters in their customary order: temperature, the k best, the smallest set of mass top_p. logits (B, V)."""
+    """Sampling filters in customary order: temperature, the k best, the smallest set of mass top_p. logits (B, V)."""
     logits = logits / temperature
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
@@ -635,7 +640,7 @@ def filter_logits(logits, *, temperature, top_k, top_p):
 
 
 def penalise(logits, seen, penalty):
-    """Repetition penalty (Keskar et al. 2019): shrink the logits of ids already seen, divided if positive else multiplied."""
+    """Repetition penalty (Keskar et al. 2019): shrink logits of ids seen before, divided if positive else multiplied."""
     old = logits.gather(1, seen)
     return logits.scatter(1, seen, torch.where(old > 0, old / penalty, old * penalty))
 
@@ -646,7 +651,7 @@ def generate(model, embeds, *, cache=None, max_new_tokens=512, temperature=0.0, 
     """Yield new token ids one by one, an end token last if one comes. Temperature 0 takes the likeliest.
 
     embeds (1, T, C) are the places not yet in `cache` (a KVCache; default: a fresh one). seen: prompt ids that the
-    repetition penalty also counts. generator: torch.Generator for sampling. hidden: a list that receives the hidden states
+    repetition penalty also counts. generator: torch.Generator for sampling. hidden: a list that receives hidden states
     (1, T, C) of every pass: the prompt's, then each new id's. attn_mask (1, T) bool: places of the prompt that count.
     Closing the iterator early is fine.
     """
@@ -674,7 +679,7 @@ def generate(model, embeds, *, cache=None, max_new_tokens=512, temperature=0.0, 
 
 @torch.inference_mode()
 def beam_search(model, embeds, *, n_beam=5, max_new_tokens=512, hidden=None):
-    """The best sequence of ids by beam search, its end token included if one came. embeds (1, T, C); hidden: see generate.
+    """The best sequence of ids by beam search, with its end token if one came. embeds (1, T, C); hidden: see generate.
 
     parity: transformers 4.31 from embeddings, which all four systems run on. A hypothesis scores its summed log
     probability over 1 + its ids without the end token; an end token counts only among the n_beam best candidates; the
@@ -726,8 +731,8 @@ def signal_runs(ids, signal):
 def read_out(model, ids, hidden, writer, start=0, **media):
     """What a writer makes of the complete runs of its signal tokens from place `start` on; None if there is none.
 
-    ids: prompt and answer; hidden: the states of the last places, as generate and beam_search leave them. The last id was
-    never fed: a run that it ends is passed over.
+    ids: prompt and answer; hidden: the states of the last places, as generate and beam_search leave them. The last id
+    was never fed: a run that it ends is passed over.
     """
     signal, writer = model.cfg.signal(writer), model.writers[writer]
     states = torch.cat(hidden, dim=1)[0]                                                    # (T', C)
@@ -769,7 +774,7 @@ def read_config(folder, cls=ModelConfig):
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} is not a weights folder: it has no config.json (make one with convert_weights.py)")
+        raise FileNotFoundError(f"{folder} is no weights folder: it has no config.json (convert_weights.py makes them)")
     try:
         values = json.loads(path.read_text())
         version = values.pop("format_version")
@@ -846,7 +851,7 @@ def assign(model, state):
 
 
 def load(folder, device="cpu", dtype=None, quantize="", build=Model, cls=ModelConfig):
-    """The Model of a weights folder, in eval mode, its tensors memory-mapped (dtype None: as stored). Raises as skeleton.
+    """The Model of a weights folder, in eval mode, tensors memory-mapped (dtype None: as stored). Raises as skeleton.
 
     quantize: int8 or int4 (see quantize.py), a matrix at a time; ValueError for a model that is so already.
     """
@@ -866,7 +871,7 @@ def load(folder, device="cpu", dtype=None, quantize="", build=Model, cls=ModelCo
 
 
 def load_painter(folder, device="cpu", dtype=None):
-    """The Painter of a weights folder, as load; `save` writes one. Beside the weights lie the files of its tokenizer."""
+    """The Painter of a weights folder, as load; `save` writes one. Beside the weights lie files of its tokenizer."""
     return load(folder, device, dtype, build=Painter, cls=PainterConfig)
 
 
@@ -928,7 +933,7 @@ def tensors_of(model):
 def save(model, folder, extra=(), values=None):
     """Write a weights folder, whole or not at all: config.json, model.safetensors and copies of the `extra` files.
 
-    An existing folder is replaced. values: what to write for tensors_of(model), in its order, if not the tensors themselves.
+    An existing folder is replaced. values: what to write for tensors_of(model), in its order, if not the tensors.
     """
     state = tensors_of(model)
     with new_folder(Path(folder)) as new:

@@ -239,7 +239,7 @@ def add_writers(args):
     old, folder = M.load(args.data), Path(args.writers)
     signals = data.SYSTEMS[old.cfg.system].signals
     if old.cfg.projections or not signals:
-        raise SystemExit(f"paint: {args.data}: the model has writers already, or its system {old.cfg.system} no signal tokens")
+        raise SystemExit(f"paint: {args.data}: the model has writers, or its system {old.cfg.system} no signal tokens")
     painters = {cfg.kind: cfg for path in folder.glob("*/config.json") for cfg in [M.read_config(path.parent, G.PainterConfig)]}
     kinds = [kind for kind in signals if kind in painters]
     names = [name for kind in kinds for name in signals[kind]]
@@ -292,7 +292,7 @@ def main(argv=None):
     p.add_argument("data", type=Path, help="caption pairs; with --writers the model")
     p.add_argument("--out", type=Path, help="weights folder to write")
     p.add_argument("--tokenizer", default="weights/tiny/tokenizer.model", help="default %(default)s")
-    p.add_argument("--steps", type=int, default=6000, help="of UNet and text tower, default %(default)s; a quarter for a vocoder")
+    p.add_argument("--steps", type=int, default=6000, help="of UNet and text tower, default %(default)s, a fourth for a vocoder")
     p.add_argument("--batch", type=int, default=32, help="default %(default)s")
     p.add_argument("--lr", type=float, default=2e-3, help="default %(default)s")
     p.add_argument("--seed", type=int, default=0)

@@ -137,7 +137,7 @@ def gather_once(model):
 # ---- Memory of a step
 
 def kept_bytes(run, skip=()):
-    """Bytes that autograd keeps of what run() computes for the backward pass, storages of the tensors in `skip` aside."""
+    """Bytes that autograd keeps of what run() computes for the backward pass, but for storages of tensors in `skip`."""
     skipped, kept = {x.untyped_storage()._cdata for x in skip}, {}
 
     def note(x):
@@ -243,7 +243,7 @@ def valid(folder, contents=True):
 
 
 def find_checkpoint(out, resume):
-    """The folder to resume from, or None. auto: the newest valid one in `out`; says which damaged ones it passes over."""
+    """The folder to resume from, or None. auto: the newest valid one in `out`; names damaged ones it passes over."""
     if resume not in ("auto", "none"):
         if not valid(resume):
             raise SystemExit(f"train: {resume} is not a complete checkpoint")

@@ -1,9 +1,9 @@
-"""A small world to learn from: pictures of coloured shapes, clips of a moving shape, rows of beeps, and talk about them.
+"""A small world to learn from: pictures of coloured shapes, clips of a moving shape, rows of beeps, talk about them.
 
     python shapes.py --out shapes                      # files to train on, in the formats of the real data sets
     python shapes.py --out unseen --questions 1000     # single questions to test on, and the same annotations
 
-In order: words, pictures, clips, sounds, measuring, questions and captions, pointing, drawings, dialogues and requests, files.
+In order: words, pictures, clips, sounds, measuring, questions and captions, pointing, drawings, dialogues, requests, files.
 Boxes are pixel x1 y1 x2 y2. Everything follows from the seed; colours, sizes, places, background and pitch jitter.
 """
 import argparse
@@ -402,12 +402,12 @@ def box_rows(pictures, rng, task):
 
 
 def all_regions(p, rng, key):
-    """All things that can be told apart, in any order, with their full name, the bare words for them, or all that can be said."""
+    """All things that can be told apart, in any order: by name; in each way, twice over; by full name; or in bare words."""
     def texts(t, said):
-        return {"recs": said, "regs": [a(f"{t.size} {t.name}")],
+        return {"names": said[0], "recs": [rng.choice(kind) for kind in said if kind], "regs": [a(f"{t.size} {t.name}")],
                 "parts": [" ".join([t.size, t.name, *t.place.split()[2:]])]}[key]
-    rows = [{"bbox": box(t), "expressions": texts(t, said)}
-            for t in p.things if (said := [text for kind in referring_expressions(t, p.things) for text in kind])]
+    rows = [{"bbox": box(t), "expressions": found} for t in p.things * (1 + (key == "recs"))
+            if any(said := referring_expressions(t, p.things)) and (found := texts(t, said))]
     return rows and {"img_path": p.name, "regions": rng.sample(rows, len(rows))}
 
 
@@ -437,7 +437,7 @@ def pope_rows(pictures, rng, kind):
 
 
 # ---- Drawings
-# Pictures that few words tell exactly, for models that draw to learn from; and whether what they draw is what was asked for.
+# Pictures that few words tell exactly, to learn drawing from; and whether what a model draws is what was asked for.
 
 def drawing(rng):
     """One thing at a place, or two, one beyond the other; they are big unless sizes are told -> things, caption."""
@@ -592,7 +592,7 @@ def asked(kind, rounds):
 
 
 def conversation(media, rng):
-    """LLaVA record: up to five questions about a medium, two about each of several, which are shown one after another."""
+    """LLaVA record: up to five questions about a medium, two about each of several, shown one after another."""
     record, texts = {}, []
     for kind, name, questions, *_ in media:
         record.setdefault(kind, []).append(name)
@@ -607,8 +607,8 @@ def alone(medium, rng):
 
 
 def looks(medium, rng, asks=(ask_colour, ask_shape, ask_count)):
-    """LLaVA record: the things of a picture asked for by shape and by colour, and counted, up to eight times, so that nearly all
-    there is to learn is which of them is meant."""
+    """LLaVA record: the things of a picture asked for by shape and by colour, and counted, up to eight times, so that
+    nearly all there is to learn is which of them is meant."""
     drawn = (rng.choice(asks)(medium.things, rng) for _ in range(24))
     questions = {answer: question for _, question, answer in filter(None, drawn)}
     rounds = [(question, answer) for answer, question in questions.items()][:8]
@@ -639,7 +639,7 @@ def each(media, rng, record):
 # File name ({}: train or test) -> media it is about, what makes its rows. As NExT-Chat, ChatterBox, NExT-GPT have them.
 FILES = {f"{task}_{{}}.jsonl": ("image", partial(box_rows, task=task)) for task in ("REC", "RES", "REG")}
 FILES |= {f"{key}_{{}}.jsonl": ("image", partial(each, record=partial(all_regions, key=key)))
-          for key in ("recs", "regs", "parts")}
+          for key in ("names", "recs", "regs", "parts")}
 FILES |= {f"POPE_{k}.jsonl": ("image", partial(pope_rows, kind=k)) for k in ("random", "popular", "adversarial")}
 FILES |= {"CAP_{}.jsonl": ("image", partial(each, record=lambda p, rng: {"img_path": p.name, "caption": p.caption})),
           "CWB_flickr_{}.jsonl": ("image", partial(each, record=flickr_row)),
@@ -650,7 +650,8 @@ FILES |= {"CAP_{}.jsonl": ("image", partial(each, record=lambda p, rng: {"img_pa
           "counts.json": ("image", partial(each, record=partial(looks, asks=(ask_count,)))),
           "drawings.json": ("drawing", partial(each, record=pair)),
           "drawings_wishes.json": ("drawing", partial(each, record=wish)),
-          "video_wishes.json": ("video", partial(each, record=wish)), "audio_wishes.json": ("audio", partial(each, record=wish))}
+          "video_wishes.json": ("video", partial(each, record=wish)),
+          "audio_wishes.json": ("audio", partial(each, record=wish))}
 FILES |= {f"{kind}_{name}.json": (kind, partial(each, record=record))
           for kind in ("image", "video", "audio") for name, record in (
               ("pairs", pair), ("comprehension", comprehension), ("generation", partial(request, year=2024)),
@@ -674,7 +675,7 @@ def write_annotations(job):
 
 
 def write_tokenizer(records, out, vocab_size):
-    """Sentencepiece model of what is said in the conversations and, less often, about boxes; with LLaMA's conventions."""
+    """Sentencepiece model of what is said in conversations and, less often, about boxes; with LLaMA's conventions."""
     import sentencepiece
     from datasets import PROMPTS
     path, talks = out / "tokenizer.model", json.loads((out / "CB_LC.json").read_text())["data"]

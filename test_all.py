@@ -3770,7 +3770,7 @@ def test_golden_chatbind_train(stage):
     opt.zero_grad()
     for step, want in enumerate(meta[f"stage{stage}_steps"]):
         lr = row.lr * train.schedule(step, total, 1 / total)
-        losses, norm = train.update(model, learned, opt, [batch], lr, 1.0, row)
+        losses, norm = train.update(model, opt, [batch], lr, 1.0, row)
         assert lr == pytest.approx(want["lr"], rel=1e-6)
         assert losses["lm"] == pytest.approx(want["loss"], rel=PARITY)
         assert norm == pytest.approx(want["grad_norm_before_clip"], rel=PARITY)
@@ -3834,7 +3834,7 @@ def test_train_losses_count_by_their_weights():
     ids = torch.ones(1, 2, dtype=torch.long)
     opt = torch.optim.SGD([x], lr=0)
     batch, losses = data.Batch(ids, ids, {}, {}), lambda batch, words: {"a": x[0], "b": x[1]}
-    _, norm = train.update(losses, {"x": x}, opt, [batch], 0, 9, train.Stage("", 0, 1, weights={"b": 2}))
+    _, norm = train.update(losses, opt, [batch], 0, 9, train.Stage("", 0, 1, weights={"b": 2}))
     assert norm == pytest.approx(5 ** 0.5)
 
 
@@ -3952,7 +3952,7 @@ def test_train_stops_before_a_nonfinite_update(world, tmp_path):
         opt, before = torch.optim.AdamW(learned.values()), {k: p.detach().clone() for k, p in learned.items()}
         hook = model.llm.blocks[0].register_forward_hook(lambda m, i, o: o * value)
         with pytest.raises(FloatingPointError, match="step 7: loss lm"):
-            train.update(model, learned, opt, [batch], 1e-3, 1.0, train.STAGES["tiny", 2], step=7)
+            train.update(model, opt, [batch], 1e-3, 1.0, train.STAGES["tiny", 2], step=7)
         hook.remove()
         assert all(torch.equal(before[k], p) for k, p in learned.items())
 
@@ -4425,7 +4425,7 @@ def test_ranks_out_of_memory_says_what_to_lower(mini, tmp_path, monkeypatch, cap
     for i, error in enumerate((torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
                                RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))):
         def fail(*args, real=train.update, error=error, **kw):
-            if args[7] == 2:
+            if args[6] == 2:
                 raise error
             return real(*args, **kw)
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
@@ -4483,7 +4483,7 @@ def poisoned_updates(world, out, rank):
         heal = poison(place, value, model, batch) if rank == n - 1 else lambda: None
         poisoned = {name: train.local(p).clone() for name, p in learned.items()}
         try:
-            train.update(model, learned, opt, [batch], 1e-3, 1.0, train.STAGES["tiny", 2], step=7)
+            train.update(model, opt, [batch], 1e-3, 1.0, train.STAGES["tiny", 2], step=7)
             stopped = False
         except FloatingPointError as error:
             stopped = "step 7: " in str(error)
@@ -4510,10 +4510,10 @@ def test_ranks_all_stop_before_a_nonfinite_update(mini, world, tmp_path, monkeyp
 @pytest.mark.parametrize("n", (1, 2))
 def test_ranks_leave_out_as_many_nonfinite_updates_as_they_may(mini, tmp_path, n):
     def hurt(rank, real=train.update):
-        def update(model, learned, opt, batches, *args):
+        def update(model, opt, batches, *args):
             heal = poison("activation", float("nan"), model, batches[0]) if rank == n - 1 and args[3] in (2, 4) else lambda: None
             try:
-                return real(model, learned, opt, batches, *args)
+                return real(model, opt, batches, *args)
             finally:
                 heal()
         train.update = update
@@ -4525,10 +4525,10 @@ def test_ranks_leave_out_as_many_nonfinite_updates_as_they_may(mini, tmp_path, n
 
 
 def test_ranks_never_save_what_is_not_finite(mini, tmp_path, monkeypatch, capsys):
-    def spoil(model, learned, *args, real=train.update):
-        result = real(model, learned, *args)
-        if args[5] == 1:
-            next(iter(learned.values())).data.view(-1)[0] = float("nan")
+    def spoil(model, opt, *args, real=train.update):
+        result = real(model, opt, *args)
+        if args[4] == 1:
+            opt.param_groups[0]["params"][0].data.view(-1)[0] = float("nan")
         return result
     monkeypatch.setattr(train, "update", spoil)
     with pytest.raises(SystemExit):
@@ -4681,7 +4681,7 @@ sys.path.insert(0, {here!r})
 import test_all, train
 test_all.M.PRESETS["tiny"], real, attempt = test_all.PLAIN, train.update, os.environ["TORCHELASTIC_RESTART_COUNT"]
 def update(*args):
-    if args[7] == 3 and os.environ["RANK"] == "1" and attempt == "0":
+    if args[6] == 3 and os.environ["RANK"] == "1" and attempt == "0":
         {what}
     return real(*args)
 train.update = update
@@ -5203,6 +5203,21 @@ def named(world):
         found.setdefault(row["img_path"], {})[tuple(map(round, row["bbox"]))] = Thing(
             size=size, colour=colour, shape=shape, x=(x1 + x2) / 2, y=(y1 + y2) / 2)
     return found
+
+
+@pytest.mark.parametrize("name, times", [("names_train.jsonl", 1), ("recs_train.jsonl", 2)])
+def test_shapes_regions_are_told_by_what_fits_them(world, named, name, times):
+    rows = annotations(world, name)
+    assert len(rows) > len(named) / 2
+    for row in rows:
+        here, boxes = named[row["img_path"]], [tuple(map(round, region["bbox"])) for region in row["regions"]]
+        assert all(boxes.count(box) == times for box in boxes)
+        for t, said in zip(map(here.get, boxes), (region["expressions"] for region in row["regions"])):
+            for text in said:
+                most, size, colour, shape, *where = SENTENCE.fullmatch(text).groups()
+                assert size in (None, t.size) and colour in (None, t.colour) and shape in ("thing", t.shape)
+                assert times == 2 or not any((most, *where)) and [id(u) for u in meant(text, here.values())] == [id(t)]
+            assert len(said) <= (4, 7)[times == 1]
 
 
 def test_shapes_grounded_captions_and_pope_answers_are_true(world, named):

@@ -1,11 +1,11 @@
-"""One training loop for every system and stage, on one core or many GPUs. A stage is a row of STAGES: what learns, how fast.
+"""One training loop for every system and stage, on one core or many GPUs. A row of STAGES is one: what learns, how fast.
 
     python train.py system=tiny stage=1 data=shapes/captions.json tokenizer=shapes/tokenizer.model out=runs/tiny1
     python train.py system=tiny stage=2 data=shapes/conversations.json init=runs/tiny1/weights out=runs/tiny2
-    torchrun --standalone --nproc-per-node 8 train.py system=chatbind stage=2 init=weights/chatbind data=chat.json out=runs/stage2
+    torchrun --standalone --nproc-per-node 8 train.py system=chatbind stage=2 init=weights/chatbind data=chat.json out=runs/2
 
 In order: settings, stages, schedules, what learns and how fast, one step, preparing, the loop.
-Flags are the fields of Settings, written --steps 100, --steps=100 or steps=100. Running the same command again resumes, on
+Flags are the fields of Settings, written --steps 100, --steps=100 or steps=100. The same command again resumes, on
 any number of processes: they share out weights, gradients and optimizer (ranks.py) and compute what one would.
 """
 import argparse
@@ -45,7 +45,7 @@ from ranks import (FULL, fill, find_checkpoint, gather_once, join, leave_ranks, 
 class Settings:
     system: str = "tiny"                # with stage: the row of STAGES
     stage: int = 1
-    data: str = "shapes/conversations.json"     # files, FORMAT:FILE (see datasets.py), commas between; or a folder to mix
+    data: str = "shapes/conversations.json"     # files, FORMAT:FILE (see datasets.py), commas between; or a folder
     media: str = ""                     # folder that media names start from; default: beside each file
     init: str = ""                      # weights folder to start from; empty: a new model of the preset called `system`
     templates: str = ""                 # JSON of what samples ask, in a layout of the originals; default: our own words
@@ -53,7 +53,7 @@ class Settings:
     tokenizer: str = ""                 # tokenizer.model for a new model
     projector: str = ""                 # stage 1's learned tensors (its model.safetensors), laid over init
     out: str = "runs/tiny"              # checkpoints, metrics.jsonl and, at the end, the folder `weights`
-    export: str = ""                    # write the model, as the newest checkpoint has it, as this weights folder, and leave
+    export: str = ""                    # write the model, as the newest checkpoint has it, as this folder, and leave
     epochs: float = 0                   # this and the next nine: 0 = the stage's own
     batch: int = 0                      # samples per update, whatever the number of processes
     lr: float = 0.0
@@ -75,10 +75,10 @@ class Settings:
     resume: str = "auto"                # auto, none, or a checkpoint folder
     device: str = ""                    # default: cuda if there is one
     precision: str = ""                 # of the maths: bf16 or fp32; default: bf16 on a GPU, else fp32
-    checkpoint: str = ""                # recompute in the backward pass: block = all of a block, select = all but its products
+    checkpoint: str = ""                # recompute backward: block = all of a block, select = all but its products
     compile: int = 0                    # 1 = torch.compile every block
     save_dtype: str = ""                # of the final weights: float16, bfloat16; default as trained
-    plan: int = 0                       # print the memory that so many processes take (init: a folder or a preset), and leave
+    plan: int = 0                       # print the memory that so many processes take (init: folder, preset), and leave
     stop_after: int = 0                 # leave after so many steps with a checkpoint, as a signal would
 
 
@@ -109,7 +109,8 @@ class Stage:
     words: bool = False                 # learn no sentences but which words each has, see Model.word_loss
 
 
-OWN = "epochs", "batch", "lr", "warmup", "weight_decay", "beta2", "save_every", "keep", "max_len"  # what a flag may override
+# What a flag may override
+OWN = "epochs", "batch", "lr", "warmup", "weight_decay", "beta2", "save_every", "keep", "max_len"
 PROJECTOR = r"readers\.\w+\.projector\..*"
 NEXTCHAT = PROJECTOR + r"|llm\..*|readers\.box\..*|writers\.at\.loc_decoder\..*"
 NEXTCHAT_BOXES = {"at_l1": 2, "at_giou": 0.2}
@@ -150,7 +151,7 @@ STAGES = {
                          learn=r"writers\.at\.seg_prompt_mlp\..*|writers\.at\.sam\.mask_decoder\..*"
                          r"|writers\.vg\.query\..*|writers\.vg\.locator\.(?!swin\.).*"),
     # Encoders first learn words: with a language model that knows nothing yet they would learn to say the same of all.
-    # The words' own vectors stay as they are, so that what is seen comes to lie close to them, where a look-up finds it.
+    # The words' own vectors stay as they are: what is seen comes to lie close to them, where a look-up finds it.
     ("tiny", 1): Stage(TINY_WORDS, lr=2e-3, batch=16, warmup=0.05, beta2=0.99, words=True,
                       weights={"words": 6, "at_l1": 10, "at_giou": 1}),
     ("tiny", 2): Stage(r".*", lr=1e-3, batch=8, warmup=0.05, beta2=0.99, slow=TOWER, slow_lr=0.3,
@@ -164,7 +165,8 @@ STAGES = {
 def parse_settings(argv):
     """Settings from the command line; --help lists every field. An unknown name ends with the nearest known ones."""
     notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", Path(__file__).read_text(), re.M))
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
     for f in fields(Settings):
         note = f"{notes.get(f.name, '')} (default {f.default!r})".replace("%", "%%")
         p.add_argument(f"--{f.name.replace('_', '-')}", f"--{f.name}", dest=f.name, type=f.type, default=f.default,
@@ -249,7 +251,7 @@ def none_of(payload):
 
 def like_others(batch, notes):
     """The batch with what only other ranks have, as all must run the same parts: none of a kind of media, a writer's
-    targets lent by one who has them; and without what only some targets have, as masks. notes: of each rank, its counts,
+    targets lent by one who has them; without what only some targets have, as masks. notes: of each rank, its counts,
     {kind: none of it} and {writer: what its targets hold}."""
     empty = {kind: none for _, media, _ in notes for kind, none in sorted(media.items())}
     media = {kind: batch.media.get(kind, empty[kind]) for kind in sorted(empty)}
@@ -266,20 +268,21 @@ def like_others(batch, notes):
 
 
 def total_loss(losses, stage):
-    """The weighted sum of named losses. Where a loss is there that the stage lets hush the text, the text's does not count."""
+    """The weighted sum of named losses. Where one is there that the stage lets hush the text, the text's does not count."""
     hushed = any(name.startswith(stage.hush) for name in losses) if stage.hush else False
     weights = stage.weights | ({"lm": 0} if hushed else {})
     return sum(weights.get(name, 1) * value for name, value in losses.items())
 
 
-def update(model, learned, opt, batches, lr, clip, stage, step=0, bf16=False):
+def update(model, opt, batches, lr, clip, stage, step=0, bf16=False):
     """One optimizer step over the micro-batches of all ranks -> named losses, gradient norm before clipping.
 
     A loss of a micro-batch weighs as much as it has labelled tokens, or a writer's targets: however a batch is cut up,
-    its losses are means over all of it. Raises FloatingPointError naming step and loss, on every rank and before a weight
+    its losses are means over all of it. Raises FloatingPointError naming step and loss, on every rank, before a weight
     is touched, if anything is not finite.
     """
-    device, (rank, world), total = next(iter(learned.values())).device, ranks(), {}
+    learned, (rank, world), total = [p for group in opt.param_groups for p in group["params"]], ranks(), {}
+    device = learned[0].device
     amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)         # weights stay float32
     notes = share([(counts(b), {kind: none_of(x) for kind, x in b.media.items()},
                     {name: set(target) for name, target in b.targets.items()}) for b in batches])
@@ -299,7 +302,7 @@ def update(model, learned, opt, batches, lr, clip, stage, step=0, bf16=False):
             else:
                 lent = lent + 0 * value                         # its gradient of zero reaches what others teach
         ((total_loss(parts, stage) + lent) * world).backward()              # FSDP takes the mean over ranks
-    norm = nn.utils.clip_grad_norm_(learned.values(), clip)
+    norm = nn.utils.clip_grad_norm_(learned, clip)
     norm = next(whole([norm])).item()
     all_totals = share({name: value.item() for name, value in total.items()})
     total = {name: sum(t.get(name, 0) for t in all_totals) for t in all_totals for name in t}
@@ -349,7 +352,7 @@ def show_plan(s):
 def load_model(s, stage, spread):
     """The model of `init`, `spread` over the ranks before each reads only its part of every tensor.
 
-    What learns is float32. In bf16 maths the other matrices stay in the type of the file, and so are saved as they came.
+    What learns is float32. In bf16 maths the other matrices stay in the type of the file, and are saved as they came.
     """
     model, files = M.skeleton(s.init)
     learn(model, stage)
@@ -414,7 +417,8 @@ def prepare(s):
     else:
         sets, where = [datasets.open_set(name, s.media, stage.draw, prompts) for name in s.data.split(",")], None
     spec = data.MediaSpec(**cfg.media | ({} if stage.sam else {"sam_size": 0}))
-    prepared = data.Prepared(sets, tok, system, template, cfg.n_token, spec, s.max_bad, bool(s.front), where, own["max_len"])
+    prepared = data.Prepared(sets, tok, system, template, cfg.n_token, spec, s.max_bad, bool(s.front), where,
+                             own["max_len"])
     own["batch"] = min(own["batch"], len(prepared))
     seen = max(map(len, sets)) * len(sets) if stage.turns else len(prepared)            # samples in an epoch
     world, steps = ranks()[1], s.steps or max(int(own["epochs"] * seen) // own["batch"], 1)
@@ -430,7 +434,7 @@ PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}        
 
 
 def speed(model, device, seen, seconds):
-    """Named numbers from (samples, tokens, places) of every rank: rates, share of padding, of the device's peak, memory."""
+    """Named numbers from (samples, tokens, places) of every rank: rates, padding's share, of the device's peak, memory."""
     (samples, tokens, places), cuda = map(sum, zip(*seen)), device.startswith("cuda")
     peak = next((peak for name, peak in PEAK.items() if cuda and name in torch.cuda.get_device_name()), None)
     # per weight: forward 2, backward 2, its own gradient 2 more; recomputing does not count
@@ -472,18 +476,18 @@ def open_run(out, s, model, prepared):
     print(M.parameter_table(model), prepared.show(0), sep="\n\n")
 
 
-def one_step(model, learned, opt, prepared, loader, s, stage, step, may_skip):
+def one_step(model, opt, prepared, loader, s, stage, step, may_skip):
     """An update with the next batch of the loader -> named losses, gradient norm, rate, this rank's micro-batches.
 
     No losses and None as the norm if it was left out. Raises FloatingPointError if it may not be.
     """
     rank, world = ranks()
-    random.seed(f"{s.seed}/{step}/{rank}")                      # so a step's dropout depends on nothing else, and resumes
+    random.seed(f"{s.seed}/{step}/{rank}")                      # a step's dropout depends on nothing else, and resumes
     torch.manual_seed(random.getrandbits(63))
     micro = list(islice(loader, s.batch // s.micro // world))
     lr = stage.first_lr if step == 0 and stage.first_lr else s.lr * SCHEDULES[stage.schedule](step, s.steps, s.warmup)
     try:
-        return *update(model, learned, opt, micro, lr, s.clip, stage, step, s.precision == "bf16"), lr, micro
+        return *update(model, opt, micro, lr, s.clip, stage, step, s.precision == "bf16"), lr, micro
     except FloatingPointError as error:
         error = FloatingPointError(f"{error}, samples {next(islice(numbers(prepared, s, stage), step, None))}")
         if not may_skip:
@@ -522,7 +526,7 @@ def train(s):
     bar = tqdm(range(start, s.steps), initial=start, total=s.steps, disable=None if rank == 0 else True)
     with caught(signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) as leave:
         for step in bar:
-            losses, norm, lr, micro = one_step(model, learned, opt, prepared, loader, s, stage, step, skipped < s.skip_nonfinite)
+            losses, norm, lr, micro = one_step(model, opt, prepared, loader, s, stage, step, skipped < s.skip_nonfinite)
             done, skipped = step + 1, skipped + (norm is None)
             seen.append((s.batch / world, sum(int((b.ids != 0).sum()) for b in micro), sum(b.ids.numel() for b in micro)))
             if done % s.log_every == 0 or done == s.steps:

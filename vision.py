@@ -1,4 +1,4 @@
-"""Encoders: CLIP's vision tower, ImageBind with its six modalities, SAM's image encoder and the Swin backbone of a detector.
+"""Encoders: CLIP's vision tower, ImageBind with its six modalities, SAM's image encoder, the Swin backbone of a detector.
 
 In order: shared layers, CLIP ViT, ImageBind (config, stems, towers, model), SAM ViT, Swin.
 Letters: B batch, T tokens, C width, nh heads, hd head dim, N patches, H W height width, F frames, S clips.
@@ -117,7 +117,7 @@ class CLIPVision(nn.Module):
 
 @dataclass(frozen=True)
 class TowerConfig:
-    """One modality. The stem's kind follows from `patch`: 3 or 2 sizes = convolution, 1 = windows of a signal, 0 = words."""
+    """One modality. The stem follows from `patch`: 3 or 2 sizes = convolution, 1 = windows of a signal, 0 = words."""
     dim: int
     n_layer: int
     n_head: int
@@ -185,7 +185,7 @@ def early_convs(cfg):
 
 
 def make_stem(cfg):
-    """The layer that turns an input into tokens: a convolution over patches, a matrix per signal window, or word vectors."""
+    """What turns an input into tokens: a convolution over patches, a matrix per signal window, or word vectors."""
     if len(cfg.patch) == 3:
         patch = (cfg.patch[0], *(n >> len(cfg.early) for n in cfg.patch[1:]))               # of what early_convs leaves
         return nn.Conv3d((cfg.channels, *cfg.early)[-1], cfg.dim, patch, patch, bias=False)

@@ -5,7 +5,7 @@
 
 In order: Guard (which requests are answered at all), Visit (a Session and what its page shows), what the page does,
 examples, the page.
-It needs Gradio: pip install -e ".[web]". It listens to this computer alone; from elsewhere: ssh -L 7860:127.0.0.1:7860 HOST.
+It needs Gradio: pip install -e ".[web]". It listens to this computer alone; from afar: ssh -L 7860:127.0.0.1:7860 HOST.
 Text of users and models is shown as it stands, never as HTML or Markdown. All files lie in one temporary folder.
 """
 import argparse
@@ -344,7 +344,7 @@ def main():
     p.add_argument("--device", help="cuda, mps, cpu ... (the best there is)")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights")
     p.add_argument("--quantize", choices=("int8", "int4"), default="", help="keep the language model in 8 or 4 bits")
-    p.add_argument("--painters", metavar="FOLDER", help="holds a folder for each painter (painters, in the weights folder)")
+    p.add_argument("--painters", metavar="FOLDER", help="holds a folder per painter (painters, in the weights folder)")
     args = p.parse_args()
     with tempfile.TemporaryDirectory(prefix="nanomni-") as folder:
         session = chat.open_session(args.weights, args.device, args.dtype, args.quantize, args.painters)

@@ -607,8 +607,8 @@ def alone(medium, rng):
 
 
 def looks(medium, rng, asks=(ask_colour, ask_shape, ask_count)):
-    """LLaVA record: the things of a picture asked for by shape and by colour, and counted, up to eight times, so that
-    nearly all there is to learn is which of them is meant."""
+    """LLaVA record: a picture's things asked for by shape and by colour, and counted, or whatever `asks` has, up to eight
+    times, so that nearly all there is to learn is which of them is meant."""
     drawn = (rng.choice(asks)(medium.things, rng) for _ in range(24))
     questions = {answer: question for _, question, answer in filter(None, drawn)}
     rounds = [(question, answer) for answer, question in questions.items()][:8]
@@ -648,6 +648,7 @@ FILES |= {"CAP_{}.jsonl": ("image", partial(each, record=lambda p, rng: {"img_pa
           "clips.json": ("video", partial(each, record=alone)), "sounds.json": ("audio", partial(each, record=alone)),
           "looks.json": ("image", partial(each, record=looks)), "numbers.json": ("image", partial(each, record=number)),
           "counts.json": ("image", partial(each, record=partial(looks, asks=(ask_count,)))),
+          "facts.json": ("image", partial(each, record=partial(looks, asks=(ask_exists, ask_place, ask_side, ask_size)))),
           "drawings.json": ("drawing", partial(each, record=pair)),
           "drawings_wishes.json": ("drawing", partial(each, record=wish)),
           "video_wishes.json": ("video", partial(each, record=wish)),

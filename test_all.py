@@ -3829,6 +3829,18 @@ def test_datasets_take_a_share(world):
     assert (part[0].meta, part[len(part) - 1].meta) == (whole[0].meta, whole[len(whole) - 1].meta)
 
 
+@pytest.mark.parametrize("name", ["recs:recs_train.jsonl", "regs:regs_train.jsonl", "rounds:CB_LC.json"])
+def test_datasets_show_a_picture_before_or_after_the_words(world, name):
+    format, file = name.split(":")
+    first = [sample.turns[0] for sample in datasets.open_set(f"{format}:{world}/{file}")]
+    places = [[isinstance(part, data.Medium) for part in turn].index(True) for turn in first]
+    assert all(sum(isinstance(part, data.Medium) for part in turn) == 1 for turn in first)
+    late = [turn for turn, place in zip(first, places) if place]
+    assert len(first) / 4 < len(late) < 3 * len(first) / 4
+    assert all(turn[-2] == "\n" and turn[0] == str(turn[0]).strip() + " " * str(turn[0]).endswith(" ") for turn in late)
+    assert all(str(turn[1]).startswith((" ", "\n")) for turn, place in zip(first, places) if not place)
+
+
 def test_train_losses_count_by_their_weights():
     x = torch.nn.Parameter(torch.ones(2))
     ids = torch.ones(1, 2, dtype=torch.long)

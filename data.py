@@ -319,7 +319,7 @@ def signals(**counts):
 SIGNALS = signals(img=4, vid=24, aud=8)
 SYSTEMS = {
     "plain": System("vicuna_v1_1", "vicuna_v1_1"),
-    "tiny": System("tiny", "tiny", (*IM, "<at>", "<boxes>"), media_last=True, box=("<at>", "<boxes>"),
+    "tiny": System("tiny", "tiny", (*IM, "<at>", "<boxes>"), box=("<at>", "<boxes>"),
                    signals=signals(img=8, vid=4, aud=4)),       # which paint.py adds
     "chatbind": System("multimodal", "llava_v0", ("[PAD]", *IM), media_last=True),
     "nextchat": System("vicuna_v1_1", "vicuna_v1_1", (*IM, "<at>", "<boxes>"), legacy=False,

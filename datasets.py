@@ -311,18 +311,10 @@ def reg(row, ask):
     return [ask(objs=[box_of(row)]), [text]]
 
 
-def shown_early_or_late(turns, ask):
-    """The turns of a talk about one picture; half of the time it follows the words of the first, as where a chat puts it."""
-    words, *others = [[part for part in turn if part is not ask.picture] for turn in turns]
-    if ask.rng.random() < 0.5:
-        return [turns[0], *others]
-    blank, words = str(words[0]).isspace(), [str(words[0]).lstrip(), *words[1:]]
-    return [[*words[blank:], "\n", ask.picture], *others]
-
-
 def each_region(row, ask, turns):
     """All regions of a picture, a question each: turns is reg or rec."""
-    return shown_early_or_late([turn for one in field(row, "regions", list) for turn in turns(one, ask)], ask)
+    out = [turn for one in field(row, "regions", list) for turn in turns(one, ask)]
+    return out[:1] + [[part for part in turn if part is not ask.picture] for turn in out[1:]]
 
 
 def vqa(row, ask):
@@ -972,7 +964,7 @@ def cb_rounds(row, ask):
     """A whole talk for models that say boxes: those of questions behind the names, those of answers at their end."""
     rows = [(named(PLACE.sub(r"\1", r.question), r.given), [r.answer, *(Box(box) for _, box in r.shown)])
             for r in rounds(row, cut=False)]
-    return shown_early_or_late(talk(rows, FRONT, ask.picture), ask)
+    return talk(rows, FRONT, ask.picture)
 
 
 class Talk(NamedTuple):

@@ -307,7 +307,7 @@ def ask_size(things, rng):
 def ask_place(things, rng):
     if unique := only(things, "name"):
         t = rng.choice(unique)
-        return "place", f"Where is the {t.name}?", f"The {t.name} is {t.place}."
+        return "place", f"At which place is the {t.name}?", f"The {t.name} is {t.place}."
 
 
 def ask_exists(things, rng):
@@ -587,8 +587,8 @@ def write_medium(job):
 
 
 def asked(kind, rounds):
-    """Texts of (question, answer) rounds, one after another; the medium they are about follows the first question."""
-    return [text for i, (question, answer) in enumerate(rounds) for text in (question + f"\n<{kind}>" * (i == 0), answer)]
+    """Texts of (question, answer) rounds, one after another; first comes the medium they are about."""
+    return [text for i, (question, answer) in enumerate(rounds) for text in (f"<{kind}>\n" * (i == 0) + question, answer)]
 
 
 def conversation(media, rng):

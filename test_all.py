@@ -3829,18 +3829,6 @@ def test_datasets_take_a_share(world):
     assert (part[0].meta, part[len(part) - 1].meta) == (whole[0].meta, whole[len(whole) - 1].meta)
 
 
-@pytest.mark.parametrize("name", ["recs:recs_train.jsonl", "regs:regs_train.jsonl", "rounds:CB_LC.json"])
-def test_datasets_show_a_picture_before_or_after_the_words(world, name):
-    format, file = name.split(":")
-    first = [sample.turns[0] for sample in datasets.open_set(f"{format}:{world}/{file}")]
-    places = [[isinstance(part, data.Medium) for part in turn].index(True) for turn in first]
-    assert all(sum(isinstance(part, data.Medium) for part in turn) == 1 for turn in first)
-    late = [turn for turn, place in zip(first, places) if place]
-    assert len(first) / 4 < len(late) < 3 * len(first) / 4
-    assert all(turn[-2] == "\n" and turn[0] == str(turn[0]).strip() + " " * str(turn[0]).endswith(" ") for turn in late)
-    assert all(str(turn[1]).startswith((" ", "\n")) for turn, place in zip(first, places) if not place)
-
-
 def test_train_losses_count_by_their_weights():
     x = torch.nn.Parameter(torch.ones(2))
     ids = torch.ones(1, 2, dtype=torch.long)
@@ -5335,7 +5323,17 @@ def test_tiny_weights_answer_about_files_they_have_not_seen(tmp_path, capsys):
     evaluate.main([str(HERE / "weights/tiny"), str(tmp_path / "questions.json")])
     rows = re.findall(r"^(\w+).*? +(\d+) of +(\d+)", capsys.readouterr().out, re.M)
     share = {kind: sum(int(r) for k, r, _ in rows if k == kind) / sum(int(n) for k, _, n in rows if k == kind) for kind, _, _ in rows}
-    assert share["audio"] >= 0.9 and share["video"] >= 0.9 and share["all"] >= 0.65      # pictures of several things lag behind
+    assert share["audio"] >= 0.85 and share["video"] >= 0.95 and share["all"] >= 0.8
+
+
+@pytest.mark.slow
+def test_tiny_weights_point_outline_and_keep_to_a_subject(tmp_path):
+    shapes.main(["--out", str(tmp_path), "--questions", "80", "--seed", "8"])
+    for task, name in (("rec", "REC_test.jsonl"), ("res", "RES_test.jsonl"), ("pope", "POPE_random.jsonl"), ("rounds", "CB_LC.json")):
+        evaluate.main([str(HERE / "weights/tiny"), str(tmp_path / name), "--task", task, "--out", str(tmp_path / task)])
+    found = {task: json.loads((tmp_path / task / "metrics.json").read_text()) for task in ("rec", "res", "pope", "rounds")}
+    assert found["rec"]["accuracy"] >= 0.6 and found["res"]["ciou"] >= 0.4 and found["pope"]["nextchat"]["f1"] >= 0.8
+    assert found["rounds"]["text"] >= 0.75 and found["rounds"]["box"] >= 0.7
 
 
 # ---- Chat

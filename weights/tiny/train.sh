@@ -1,14 +1,25 @@
 #!/usr/bin/env bash
-# Makes weights/tiny again, from nothing: draws its world, learns what things look like, then to look for what is asked, then to
-# talk, and asks 1,000 questions about files it has not seen. Run in the repository, inside its virtual environment, with two
-# cores free: about 45 minutes.
+# Makes weights/tiny again, from nothing: draws its world, learns what things look like, to look for what is asked, to point at
+# what is named, to talk about all of it, and last to outline; then asks about files it has not seen. Run in the repository,
+# inside its virtual environment, with two cores free: about MINUTES minutes.
 set -euo pipefail
 export OMP_NUM_THREADS=2
-python shapes.py --out shapes
-python shapes.py --out unseen --questions 1000
-python train.py system=tiny stage=1 data=shapes/video_pairs.json@0.7,shapes/audio_pairs.json@0.7,shapes/numbers.json@0.28,regs:shapes/parts_train.jsonl@0.55 tokenizer=shapes/tokenizer.model out=runs/tiny1 workers=1
-python train.py system=tiny stage=2 data=shapes/looks.json@0.1 init=runs/tiny1/weights out=runs/tiny2 workers=1
-python train.py system=tiny stage=2 data=shapes/conversations.json@0.2,shapes/looks.json@0.04,shapes/sounds.json@0.3,shapes/clips.json@0.1,shapes/counts.json@0.04,regs:shapes/regs_train.jsonl@0.03,pope:shapes/POPE_adversarial.jsonl@0.02 init=runs/tiny2/weights out=runs/tiny3 workers=1 micro=4 save_dtype=float16
-python train.py system=tiny stage=2 data=shapes/conversations.json@0.1,shapes/looks.json@0.02,shapes/sounds.json@0.2,shapes/clips.json@0.1,shapes/counts.json@0.03,pope:shapes/POPE_adversarial.jsonl@0.01 init=runs/tiny3/weights out=runs/tiny4 workers=1 micro=4 save_dtype=float16
-python evaluate.py runs/tiny4/weights unseen/questions.json --out runs/tiny4/answers.jsonl
-cp runs/tiny4/weights/* weights/tiny/
+S=shapes U=unseen
+learn() { python train.py system=tiny workers=1 "$@"; }
+python shapes.py --out $S
+python shapes.py --out $U --questions 1000
+learn stage=1 out=runs/tiny1 tokenizer=$S/tokenizer.model data=$S/video_pairs.json@0.7,$S/audio_pairs.json@0.7,$S/numbers.json@0.28,regs:$S/parts_train.jsonl@0.55
+learn stage=2 out=runs/tiny2 init=runs/tiny1/weights data=$S/looks.json@0.1
+learn stage=2 out=runs/tiny3 init=runs/tiny2/weights micro=4 data=recs:$S/names_train.jsonl@0.12,$S/looks.json@0.03
+learn stage=2 out=runs/tiny4 init=runs/tiny3/weights micro=4 data=recs:$S/recs_train.jsonl@0.15,rounds:$S/CB_LC.json@0.04,rounds:$S/CB_MRG.json@0.02,regs:$S/regs_train.jsonl@0.03,pope:$S/POPE_adversarial.jsonl@0.02,$S/conversations.json@0.2,$S/looks.json@0.03,$S/counts.json@0.05,$S/sounds.json@0.3,$S/clips.json@0.1
+learn stage=2 out=runs/tiny5 init=runs/tiny4/weights micro=4 data=recs:$S/recs_train.jsonl@0.14,rounds:$S/CB_LC.json@0.06,regs:$S/regs_train.jsonl@0.08,pope:$S/POPE_adversarial.jsonl@0.01,$S/facts.json@0.1,$S/conversations.json@0.06,$S/counts.json@0.04,$S/sounds.json@0.25,$S/clips.json@0.05
+learn stage=2 out=runs/tiny6 init=runs/tiny5/weights micro=4 data=recs:$S/recs_train.jsonl@0.1,rounds:$S/CB_LC.json@0.05,regs:$S/regs_train.jsonl@0.11,$S/facts.json@0.05,$S/conversations.json@0.08,$S/looks.json@0.01,$S/counts.json@0.02,$S/sounds.json@0.2,$S/clips.json@0.05
+learn stage=3 out=runs/tiny7 init=runs/tiny6/weights data=res:$S/RES_train.jsonl@0.085 save_dtype=float16
+ask() { python evaluate.py runs/tiny7/weights "$@"; }
+ask $U/questions.json --out runs/tiny7/answers.jsonl
+ask $U/REC_test.jsonl --task rec --out runs/tiny7/rec
+ask $U/RES_test.jsonl --task res --out runs/tiny7/res
+ask $U/POPE_random.jsonl --task pope --out runs/tiny7/pope
+ask $U/REG_test.jsonl --task caption --out runs/tiny7/regions
+ask $U/CB_LC.json --task rounds --out runs/tiny7/rounds
+cp runs/tiny7/weights/* weights/tiny/

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes weights/tiny again, from nothing: draws its world, learns what things look like, to look for what is asked, to point at
 # what is named, to talk about all of it, and last to outline; then asks about files it has not seen. Run in the repository,
-# inside its virtual environment, with two cores free: about MINUTES minutes.
+# inside its virtual environment, with two cores free: about two hours.
 set -euo pipefail
 export OMP_NUM_THREADS=2
 S=shapes U=unseen
@@ -14,12 +14,13 @@ learn stage=2 out=runs/tiny3 init=runs/tiny2/weights micro=4 data=recs:$S/names_
 learn stage=2 out=runs/tiny4 init=runs/tiny3/weights micro=4 data=recs:$S/recs_train.jsonl@0.15,rounds:$S/CB_LC.json@0.04,rounds:$S/CB_MRG.json@0.02,regs:$S/regs_train.jsonl@0.03,pope:$S/POPE_adversarial.jsonl@0.02,$S/conversations.json@0.2,$S/looks.json@0.03,$S/counts.json@0.05,$S/sounds.json@0.3,$S/clips.json@0.1
 learn stage=2 out=runs/tiny5 init=runs/tiny4/weights micro=4 data=recs:$S/recs_train.jsonl@0.14,rounds:$S/CB_LC.json@0.06,regs:$S/regs_train.jsonl@0.08,pope:$S/POPE_adversarial.jsonl@0.01,$S/facts.json@0.1,$S/conversations.json@0.06,$S/counts.json@0.04,$S/sounds.json@0.25,$S/clips.json@0.05
 learn stage=2 out=runs/tiny6 init=runs/tiny5/weights micro=4 data=recs:$S/recs_train.jsonl@0.1,rounds:$S/CB_LC.json@0.05,regs:$S/regs_train.jsonl@0.11,$S/facts.json@0.05,$S/conversations.json@0.08,$S/looks.json@0.01,$S/counts.json@0.02,$S/sounds.json@0.2,$S/clips.json@0.05
-learn stage=3 out=runs/tiny7 init=runs/tiny6/weights data=res:$S/RES_train.jsonl@0.085 save_dtype=float16
-ask() { python evaluate.py runs/tiny7/weights "$@"; }
-ask $U/questions.json --out runs/tiny7/answers.jsonl
-ask $U/REC_test.jsonl --task rec --out runs/tiny7/rec
-ask $U/RES_test.jsonl --task res --out runs/tiny7/res
-ask $U/POPE_random.jsonl --task pope --out runs/tiny7/pope
-ask $U/REG_test.jsonl --task caption --out runs/tiny7/regions
-ask $U/CB_LC.json --task rounds --out runs/tiny7/rounds
-cp runs/tiny7/weights/* weights/tiny/
+learn stage=3 out=runs/tiny7 init=runs/tiny6/weights data=res:$S/RES_train.jsonl@0.085
+learn stage=2 out=runs/tiny8 init=runs/tiny7/weights micro=4 lr=3e-4 save_dtype=float16 data=pope:$S/POPE_random.jsonl@0.02,pope:$S/POPE_adversarial.jsonl@0.01,recs:$S/recs_train.jsonl@0.015,regs:$S/regs_train.jsonl@0.015,$S/conversations.json@0.02,rounds:$S/CB_LC.json@0.01,$S/sounds.json@0.03,$S/counts.json@0.005
+ask() { python evaluate.py runs/tiny8/weights "$@"; }
+ask $U/questions.json --out runs/tiny8/answers.jsonl
+ask $U/REC_test.jsonl --task rec --out runs/tiny8/rec
+ask $U/RES_test.jsonl --task res --out runs/tiny8/res
+ask $U/POPE_random.jsonl --task pope --out runs/tiny8/pope
+ask $U/REG_test.jsonl --task caption --out runs/tiny8/regions
+ask $U/CB_LC.json --task rounds --out runs/tiny8/rounds
+cp runs/tiny8/weights/* weights/tiny/

@@ -2,7 +2,7 @@
 
 In order: tokenizers, systems and templates, images, geometry, video, audio, samples (render, collate), data sets.
 Letters: B batch, T tokens, M media, S clips, F frames, H W height width; waveforms are (channels, samples) in -1..1.
-Text that a user typed or a file holds never becomes a special token: prompts are lists of pieces that know whence.
+Text that a user typed or a file holds never becomes a special token: prompts are lists of pieces that know their source.
 """
 import gzip
 import html

@@ -401,13 +401,10 @@ def box_rows(pictures, rng, task):
     return rows
 
 
-def all_regions(p, rng, key):
-    """All things that can be told apart, in any order: by name; in each way, twice over; by full name; or in bare words."""
-    def texts(t, said):
-        return {"names": said[0], "recs": [rng.choice(kind) for kind in said if kind], "regs": [a(f"{t.size} {t.name}")],
-                "parts": [" ".join([t.size, t.name, *t.place.split()[2:]])]}[key]
-    rows = [{"bbox": box(t), "expressions": found} for t in p.things * (1 + (key == "recs"))
-            if any(said := referring_expressions(t, p.things)) and (found := texts(t, said))]
+def all_regions(p, rng, texts, times=1):
+    """All things that can be told apart, in any order, with texts(thing, its referring expressions by kind, rng)."""
+    rows = [{"bbox": box(t), "expressions": found} for t in p.things * times
+            if any(said := referring_expressions(t, p.things)) and (found := texts(t, said, rng))]
     return rows and {"img_path": p.name, "regions": rng.sample(rows, len(rows))}
 
 
@@ -638,8 +635,12 @@ def each(media, rng, record):
 
 # File name ({}: train or test) -> media it is about, what makes its rows. As NExT-Chat, ChatterBox, NExT-GPT have them.
 FILES = {f"{task}_{{}}.jsonl": ("image", partial(box_rows, task=task)) for task in ("REC", "RES", "REG")}
-FILES |= {f"{key}_{{}}.jsonl": ("image", partial(each, record=partial(all_regions, key=key)))
-          for key in ("names", "recs", "regs", "parts")}
+FILES |= {f"{key}_{{}}.jsonl": ("image", partial(each, record=partial(all_regions, texts=texts, times=1 + (key == "recs"))))
+          for key, texts in {
+              "names": lambda t, said, rng: said[0],            # by name alone, to begin with
+              "recs": lambda t, said, rng: [rng.choice(kind) for kind in said if kind],         # in each way
+              "regs": lambda t, said, rng: [a(f"{t.size} {t.name}")],
+              "parts": lambda t, said, rng: [" ".join([t.size, t.name, *t.place.split()[2:]])]}.items()}     # bare words
 FILES |= {f"POPE_{k}.jsonl": ("image", partial(pope_rows, kind=k)) for k in ("random", "popular", "adversarial")}
 FILES |= {"CAP_{}.jsonl": ("image", partial(each, record=lambda p, rng: {"img_path": p.name, "caption": p.caption})),
           "CWB_flickr_{}.jsonl": ("image", partial(each, record=flickr_row)),

@@ -827,26 +827,38 @@ def nextgpt_config(source, llm):
     return out
 
 
+def language_config(main, parts):
+    """What the files of a language model tell: its sizes, and of ChatBind its added tokens and the bridge to ImageBind."""
+    out, rows, projector = {}, main.shape(EMBED)[0], parts.get("projector")
+    if projector or BRIDGE in main.tensors:
+        tokens, rows = place_tokens(main, rows, projector)
+        bind = M.ImageBindConfig({}, (projector or main).shape(BRIDGE)[-1])
+        out = {"system": "chatbind", "added_tokens": tokens, "imagebind": bind}
+    if main.kind == "llava":
+        out = {"added_tokens": main.tokens()}
+    if c := main.json("config.json") or parts["llm"].json("config.json"):
+        return out | llm_config(main, rows, c)
+    known = closest_preset(main)
+    return out | {"llm": replace(known.llm, vocab_size=rows, lora_rank=0), "bos": known.bos, "eos": known.eos}
+
+
+def bind_config(parts):
+    """-> the config of an ImageBind, {kind of medium that it reads: its name}."""
+    bind = imagebind_config(parts["imagebind"])
+    if "nextgpt" in parts and "audio" in bind.towers:           # parity: its sounds stay at unit length
+        bind = replace(bind, towers=bind.towers | {"audio": replace(bind.towers["audio"], scale=False)})
+    seen = {"image", "video"} if "vision" in bind.towers else set()
+    return bind, {kind: "imagebind" for kind in M.IMAGEBIND_READS if kind in seen | bind.towers.keys()}
+
+
 def configure(parts):
     """The config of these sources. ChatterBox's files tell no sizes, so that it is a preset."""
     if "painter" in parts:
         return painter_config(painter_files(parts["painter"]), parts["painter"].path)
-    main, out = parts.get("delta") or parts.get("llm"), {}
+    main = parts.get("delta") or parts.get("llm")
     if main and main.kind == "chatterbox":
         return closest_preset(main)
-    if main:
-        rows, projector = main.shape(EMBED)[0], parts.get("projector")
-        if projector or BRIDGE in main.tensors:
-            tokens, rows = place_tokens(main, rows, projector)
-            bind = M.ImageBindConfig({}, (projector or main).shape(BRIDGE)[-1])
-            out = {"system": "chatbind", "added_tokens": tokens, "imagebind": bind}
-        if main.kind == "llava":
-            out = {"added_tokens": main.tokens()}
-        if c := main.json("config.json") or parts["llm"].json("config.json"):
-            out |= llm_config(main, rows, c)
-        else:
-            known = closest_preset(main)
-            out |= {"llm": replace(known.llm, vocab_size=rows, lora_rank=0), "bos": known.bos, "eos": known.eos}
+    out = language_config(main, parts) if main else {}
     if "nextgpt" in parts:
         out |= nextgpt_config(parts["nextgpt"], out["llm"])
     if main and main.kind == "nextchat":
@@ -854,11 +866,7 @@ def configure(parts):
     elif "clip" in parts:
         out |= {"clip": clip_config(parts["clip"]), "reads": {"image": "clip"}}
     if "imagebind" in parts:
-        bind = imagebind_config(parts["imagebind"])
-        if "nextgpt" in parts and "audio" in bind.towers:       # parity: its sounds stay at unit length
-            bind = replace(bind, towers=bind.towers | {"audio": replace(bind.towers["audio"], scale=False)})
-        seen = {"image", "video"} if "vision" in bind.towers else set()
-        reads = {kind: "imagebind" for kind in M.IMAGEBIND_READS if kind in seen | bind.towers.keys()}
+        bind, reads = bind_config(parts)
         out |= {"imagebind": bind, "reads": reads | out.get("reads", {})}
     return M.ModelConfig(**out)
 

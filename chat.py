@@ -26,6 +26,7 @@ import time
 import wave
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import chain, count, cycle, groupby
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -569,9 +570,16 @@ class Drawing:
         if self.kind != "aud":
             return Image.fromarray(self.content if self.kind == "img" else self.content[len(self.content) // 2])
 
+    @property
+    def ending(self):
+        """Of its file: png, wav, and mp4 or, where PyAV is missing, gif."""
+        return {"img": "png", "aud": "wav"}.get(self.kind) or ("mp4" if find_spec("av") else "gif")
+
     def write(self, file):
-        """As PNG, GIF or wav."""
-        if self.kind == "aud":
+        """As its ending says."""
+        if self.ending == "mp4":
+            write_mp4(self.content, self.rate, file)
+        elif self.kind == "aud":
             with wave.open(file, "wb") as f:
                 f.setnchannels(1), f.setsampwidth(2), f.setframerate(self.rate)
                 f.writeframes((self.content.clip(-1, 1) * 32767).astype("<i2").tobytes())
@@ -580,6 +588,18 @@ class Drawing:
         else:
             first, *rest = map(Image.fromarray, self.content)
             first.save(file, "GIF", save_all=True, append_images=rest, duration=1000 // self.rate, loop=0)
+
+
+def write_mp4(frames, rate, file):
+    """uint8 frames (F, H, W, 3) as a film; H.264 wants even sides, so the last row or column may be there twice."""
+    import av                                           # extra [media]
+    frames = np.pad(frames, [(0, 0), *((0, side % 2) for side in frames.shape[1:3]), (0, 0)], "edge")
+    with av.open(file, "w", "mp4") as film:
+        stream = film.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", rate, options={"crf": "15"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"                      # what every player reads
+        for frame in chain(map(av.VideoFrame.from_ndarray, frames), [None]):                # None: what is held back
+            film.mux(stream.encode(frame))
 
 
 def new_name(folder, pattern):
@@ -591,8 +611,7 @@ def new_name(folder, pattern):
 
 def write_drawing(drawing, folder):
     """A drawing as a file of a new number; never replaces a file. Returns its name."""
-    ending = {"img": "png", "vid": "gif", "aud": "wav"}[drawing.kind]
-    name = new_name(folder, f"{WHAT[drawing.kind]}-{{:04}}.{ending}")
+    name = new_name(folder, f"{WHAT[drawing.kind]}-{{:04}}.{drawing.ending}")
     with open(name, "xb") as file:
         drawing.write(file)
     return name

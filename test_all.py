@@ -6158,7 +6158,7 @@ def test_web_plays_what_was_drawn(web, tmp_path):
     turn, visit = chat.Turn("Draw.", [], drawn=[*drawn, chat.Drawing("aud", np.zeros(800), 8000)]), visit_of(web, chat_session(), tmp_path)
     visit.keep(turn)
     files = [m["content"]["path"] for m in visit.messages([turn]) if isinstance(m["content"], dict)]
-    assert [Path(f).suffix for f in files] == [".png", ".gif", ".wav"] and all(map(data.sniff, files))
+    assert [Path(f).suffix[1:] for f in files] == ["png", turn.drawn[1].ending, "wav"] and all(map(data.sniff, files))
 
 
 def test_web_examples_can_be_sent(web, tmp_path):
@@ -6266,17 +6266,31 @@ def test_chat_draws_what_the_answer_asks_for(drawing):
     assert [apart(*pair) > 2 for pair in zip(first, other, strict=True)] == [True] * 3
 
 
-def test_chat_drawings_are_files_and_named(drawing, tmp_path, capsys):
+@pytest.mark.parametrize("film", ["mp4", "gif"])
+def test_chat_drawings_are_files_and_named(drawing, film, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(chat, "find_spec", {"mp4": lambda _: pytest.importorskip("av"), "gif": lambda _: None}[film])
     session = drawing_session(drawing, "".join(SIGNALS.values()))
     talker = chat.Chat(session, Thing(prompt=None, pictures="off", json=True, weights="", out=tmp_path))
     talker.say("Draw a dog.")
     talker.say("Draw a cat.")
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [Path(name).name for row in rows for name in row["files"]] == [
-        f"{name}-000{i}.{ending}" for i in (1, 2) for name, ending in (("picture", "png"), ("clip", "gif"), ("sound", "wav"))]
+        f"{name}-000{i}.{ending}" for i in (1, 2) for name, ending in (("picture", "png"), ("clip", film), ("sound", "wav"))]
     picture, clip, sound = rows[0]["files"]
     assert (np.array(data.read_image(picture)) == session.turns[0].drawn[0].content).all()
-    assert data.Image.open(clip).n_frames <= 8 and data.read_audio(sound)[0].shape == (1, 16000)
+    assert data.read_video(clip).shape[:2] == (15, 3) and data.read_audio(sound)[0].shape == (1, 16000)
+
+
+def test_chat_films_show_the_frames(tmp_path):
+    pytest.importorskip("av")
+    rows, columns = np.mgrid[:33, :50]                                          # odd sides; smooth, for colours are coarse
+    frames = np.stack([np.stack([5 * rows, 4 * columns, 20 * i + 0 * rows], 2) for i in range(9)]).astype(np.uint8)
+    name = chat.write_drawing(chat.Drawing("vid", frames, 8), tmp_path)
+    with data.open_media(name, "video")[0] as film:
+        stream = film.streams.video[0]
+        seen = np.stack([frame.to_ndarray(format="rgb24") for frame in film.decode(stream)])
+    assert stream.average_rate == 8 and seen.shape == (9, 34, 50, 3)
+    assert abs(seen[:, :33].astype(float) - frames).mean() < 6
 
 
 def test_chat_says_which_painter_is_missing(drawing, capsys):

@@ -4,6 +4,7 @@
     python paint.py shapes/video_pairs.json --out weights/tiny/painters/video
     python paint.py shapes/audio_pairs.json --out weights/tiny/painters/audio
     python paint.py unseen/drawings.json --judge weights/tiny/painters/image --known shapes/drawings.json --page page.png
+    python paint.py unseen/drawings_wishes.json --judge weights/tiny --known shapes/drawings.json       # asked in words
     python paint.py shapes/drawings.json --embed weights/tiny/painters/image            # captions as a writer's targets
     python paint.py weights/tiny --writers weights/tiny/painters --out runs/tiny_signals
 
@@ -15,6 +16,7 @@ shapes.py writes them.
 import argparse
 import json
 import math
+import re
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
@@ -27,6 +29,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageSequence
 from tqdm import tqdm
 
+import chat
 import data
 import generate as G
 import model as M
@@ -36,16 +39,17 @@ import shapes
 # One row per kind of media: what learns to paint the small world.
 
 TEXT = G.TextConfig(dim=48, n_layer=2, n_head=4, mlp_dim=128, max_len=20, act="gelu", start=1, end=2, pad=0)
-UNET = G.UNetConfig(48, (40, 56), (2, 4), (False, True), n_resnet=1, context_dim=48, groups=8)
+UNET = G.UNetConfig(48, (48, 64), (2, 4), (False, True), n_resnet=1, context_dim=48, groups=8)
 PATCH = G.VAEConfig(patch=4, scale=1.5)
 VOCODER = G.VocoderConfig(mel_bins=32, rate=8000, width=32, up_rates=(5, 4, 4), up_kernels=(15, 8, 8), kernels=(3, 7),
                           dilations=(1, 3))
-HOW = {"scheduler": "dpm", "clean": True, "steps": 20, "guidance": 3.0}
+HOW = {"scheduler": "dpm", "clean": True, "steps": 20, "guidance": 1.5}
 PAINTERS = {
     "image": G.PainterConfig(UNET, PATCH, TEXT, **HOW, size=(32, 32)),
-    "video": G.PainterConfig(replace(UNET, widths=(32, 40), n_head=(4, 4), video=True), PATCH, TEXT, **HOW, size=(8, 32, 32)),
-    "audio": G.PainterConfig(replace(UNET, channels=16, widths=(24, 32), context_dim=0, class_dim=32),
-                             replace(PATCH, channels=1), replace(TEXT, out_dim=32, max_len=34), VOCODER, **HOW, size=(2.0,))}
+    "video": G.PainterConfig(replace(UNET, widths=(24, 32), video=True), PATCH, TEXT, **HOW, size=(8, 32, 32)),
+    "audio": G.PainterConfig(
+        replace(UNET, channels=16, widths=(16, 24), context_dim=0, class_dim=32), replace(PATCH, channels=1),
+        replace(TEXT, out_dim=32, max_len=34), VOCODER, **HOW, size=(2.0,))}
 KINDS = {"img": "image", "vid": "video", "aud": "audio"}
 
 
@@ -54,6 +58,14 @@ KINDS = {"img": "image", "vid": "video", "aud": "audio"}
 def picture(image, size):
     """uint8 (3, H, W)."""
     return torch.from_numpy(np.array(image.convert("RGB").resize(size[::-1], Image.BOX))).permute(2, 0, 1)
+
+
+def read_captions(path):
+    """-> the kind of media of a file, (caption, wish for it or "") of each."""
+    rows = json.loads(Path(path).read_text())
+    kind = re.sub("output_|_name", "", next(iter(rows[0])))
+    wishes = [row["conversations"][0]["value"] if "conversations" in row else "" for row in rows]
+    return kind, [(row.get("caption") or row[f"{kind}_captions"], wish) for row, wish in zip(rows, wishes)]
 
 
 def samples(path, voice, n):
@@ -143,8 +155,8 @@ def fit_vocoder(vocoder, waves, mels, steps, batch, lr, crop=40):
 def fit_unet(painter, media, ids, nothing, *how):
     """UNet and text tower together: the clean latents at a random step, for a caption or, one time in ten, for no text.
 
-    media (n, ...); ids (n, T) of their captions; nothing (1, T) of no text. How much an error counts depends on the step:
-    between 1 and 5, by how much signal is left. how: what `fit` takes from its steps on.
+    media (n, ...); ids (n, T) of their captions; nothing (1, T) of no text. An error counts between once and five times,
+    as much as signal is left at its step. how: what `fit` takes from its steps on.
     """
     cfg = painter.cfg
     levels = G.signal_levels(cfg.beta_start, cfg.beta_end)
@@ -176,26 +188,44 @@ def caption_ids(cfg, folder, captions):
 
 # ---- Judging
 
-def paint(painter, prompts, **how):
-    """Media of prompts, as shapes.judge wants them: pictures, lists of frames, or samples at its rate."""
-    kind, made = KINDS[painter.cfg.kind], G.DRAW[painter.cfg.kind](painter, prompts, **how)
+def shown(kind, x, rate=0):
+    """Pixels, or samples at a rate, as shapes.judge wants them: a picture, a list of pictures, or samples at its rate."""
     if kind == "audio":
-        return [data.resample(x[None], painter.cfg.vocoder.rate, shapes.RATE)[0].numpy() for x in made]
-    if kind == "video":
-        return [[Image.fromarray(frame.numpy()) for frame in clip] for clip in made]
-    return [Image.fromarray(x.numpy()) for x in made]
+        return data.resample(torch.as_tensor(x)[None], rate, shapes.RATE)[0].numpy()
+    frames = [Image.fromarray(np.asarray(frame)) for frame in (x if kind == "video" else [x])]
+    return frames if kind == "video" else frames[0]
 
 
 @torch.no_grad()
-def judge(folder, captions):
-    """-> what a painter makes of captions, shares of them that it shows: {what: share}, all of it last."""
-    painter, out, right = M.load_painter(folder, dtype=torch.float32), [], Counter()
-    for i in tqdm(range(0, len(captions), 20), desc="judging", disable=None):
-        out += paint(painter, encode_captions(painter, folder, captions[i:i + 20]), seed=i)
-    for caption, made in zip(captions, out):
-        row = shapes.judge(KINDS[painter.cfg.kind], caption, made)
+def paint(folder, captions):
+    """What a painter makes of captions."""
+    painter, out = M.load_painter(folder, dtype=torch.float32), []
+    kind, rate = KINDS[painter.cfg.kind], painter.cfg.vocoder.rate if painter.cfg.vocoder else 0
+    for i in tqdm(range(0, len(captions), 20), desc="painting", disable=None):
+        made = G.DRAW[painter.cfg.kind](painter, encode_captions(painter, folder, captions[i:i + 20]), seed=i)
+        out += [shown(kind, x, rate) for x in made]
+    return out
+
+
+def ask(folder, kind, wishes):
+    """What a chat model draws when it is asked to, in a conversation for each wish; None: nothing of that kind."""
+    session, out = chat.open_session(folder, dtype="float32"), []
+    for seed, wish in enumerate(tqdm(wishes, desc="asking", disable=None)):
+        session.clear()
+        session.set("seed", seed)
+        session.ask(wish)
+        drawn = (one for one in session.last().drawn if KINDS[one.kind] == kind)
+        out.append(next((shown(kind, one.content, one.rate) for one in drawn), None))
+    return out
+
+
+def judge(kind, captions, made):
+    """Shares of media that show what their captions say: {what: share}, all of it last. None shows nothing."""
+    right = Counter()
+    for caption, one in zip(captions, made):
+        row = shapes.judge(kind, caption, one) if one is not None else {"all": False}
         right.update({what: bool(yes) for what, yes in row.items()} | {"all": all(row.values())})
-    return out, {what: round(n / len(captions), 3) for what, n in right.items()}
+    return {what: round(n / len(captions), 3) for what, n in right.items()}
 
 
 def tile(made):
@@ -240,12 +270,14 @@ def add_writers(args):
     signals = data.SYSTEMS[old.cfg.system].signals
     if old.cfg.projections or not signals:
         raise SystemExit(f"paint: {args.data}: the model has writers, or its system {old.cfg.system} no signal tokens")
-    painters = {cfg.kind: cfg for path in folder.glob("*/config.json") for cfg in [M.read_config(path.parent, G.PainterConfig)]}
+    configs = (M.read_config(path.parent, G.PainterConfig) for path in folder.glob("*/config.json"))
+    painters = {cfg.kind: cfg for cfg in configs}
     kinds = [kind for kind in signals if kind in painters]
     names = [name for kind in kinds for name in signals[kind]]
     size, dim = old.llm.embed.weight.shape
     cfg = replace(
-        old.cfg, llm=replace(old.cfg.llm, vocab_size=size + len(names)), writes=old.cfg.writes | {k: signals[k] for k in kinds},
+        old.cfg, llm=replace(old.cfg.llm, vocab_size=size + len(names)),
+        writes=old.cfg.writes | {kind: signals[kind] for kind in kinds},
         added_tokens=old.cfg.added_tokens | {name: size + i for i, name in enumerate(names)},
         projections={kind: prompter(painters[kind], dim, len(signals[kind])) for kind in kinds})
     torch.manual_seed(args.seed)
@@ -261,8 +293,8 @@ def add_writers(args):
 
 def prompter(cfg, dim, n_signal):
     """ProjectionConfig of what prompts a painter of the small world."""
-    one = cfg.text.out_dim > 0
-    return G.ProjectionConfig(dim, n_signal, 1 if one else cfg.text.max_len, cfg.text.out_dim or cfg.text.dim, 96, 1, 4, 192)
+    prompt = (1, cfg.text.out_dim) if cfg.text.out_dim else (cfg.text.max_len, cfg.text.dim)
+    return G.ProjectionConfig(dim, n_signal, *prompt, dim=48, n_layer=1, n_head=4, mlp_dim=96)
 
 
 # ---- The command
@@ -270,21 +302,20 @@ def prompter(cfg, dim, n_signal):
 def train(args):
     """A painter from caption pairs to its weights folder."""
     torch.manual_seed(args.seed)
-    rows = json.loads(args.data.read_text())
-    kind = next(iter(rows[0])).removesuffix("_name")
+    kind, _ = read_captions(args.data)
     cfg = PAINTERS[kind]
     painter = G.Painter(replace(cfg, text=replace(cfg.text, vocab_size=data.Tokenizer(args.tokenizer).sp.vocab_size())))
     start_small(painter)
     captions, media = read_media(args.data, kind, painter.cfg)
     if kind == "audio":
-        waves, media = media, torch.stack([log_mel(x, painter.cfg.vocoder) for x in media])[:, None]    # (n, 1, T, mel_bins)
+        waves, mels = media, [log_mel(x, painter.cfg.vocoder) for x in media]
+        media = torch.stack(mels)[:, None]                                                  # (n, 1, T, mel_bins)
         fit_vocoder(painter.vocoder, waves, media[:, 0], args.steps // 4, 16, 1e-3)
-    folder = Path(args.tokenizer).parent
+    ids, nothing = (caption_ids(painter.cfg.text, Path(args.tokenizer).parent, texts) for texts in (captions, [""]))
 
     def save():
         M.save(deepcopy(painter).half(), args.out, [args.tokenizer])
-    fit_unet(painter, media, caption_ids(painter.cfg.text, folder, captions), caption_ids(painter.cfg.text, folder, [""]),
-             args.steps, args.batch, args.lr, "UNet", save)
+    fit_unet(painter, media, ids, nothing, args.steps, args.batch, args.lr, "UNet", save)
 
 
 def main(argv=None):
@@ -292,11 +323,11 @@ def main(argv=None):
     p.add_argument("data", type=Path, help="caption pairs; with --writers the model")
     p.add_argument("--out", type=Path, help="weights folder to write")
     p.add_argument("--tokenizer", default="weights/tiny/tokenizer.model", help="default %(default)s")
-    p.add_argument("--steps", type=int, default=6000, help="of UNet and text tower, default %(default)s, a fourth for a vocoder")
+    p.add_argument("--steps", type=int, default=9000, help="default %(default)s; a vocoder takes a fourth of it first")
     p.add_argument("--batch", type=int, default=32, help="default %(default)s")
     p.add_argument("--lr", type=float, default=2e-3, help="default %(default)s")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--judge", help="a painter to judge by captions, instead of training one")
+    p.add_argument("--judge", help="a painter to judge by captions, instead of training one; or a model, by wishes")
     p.add_argument("--embed", help="a painter whose text tower reads all captions, instead")
     p.add_argument("--writers", help="folder of painters for which a model gets new signal tokens and writers, instead")
     p.add_argument("--known", type=Path, help="caption pairs it was trained on, which are left out")
@@ -305,10 +336,11 @@ def main(argv=None):
     args = p.parse_args(argv)
     if not args.judge:
         return (embed if args.embed else add_writers if args.writers else train)(args)
-    known = {row["caption"] for row in json.loads(args.known.read_text())} if args.known else ()
-    captions = [row["caption"] for row in json.loads(args.data.read_text()) if row["caption"] not in known][:args.count]
-    made, shares = judge(args.judge, captions)
-    print(len(captions), shares)
+    known = {caption for caption, _ in read_captions(args.known)[1]} if args.known else ()
+    kind, rows = read_captions(args.data)
+    captions, wishes = zip(*[row for row in rows if row[0] not in known][:args.count])
+    made = ask(args.judge, kind, wishes) if all(wishes) else paint(args.judge, captions)
+    print(len(captions), judge(kind, captions, made))
     if args.page:
         page(made[:32], captions).save(args.page)
 

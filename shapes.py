@@ -445,7 +445,7 @@ def drawing(rng):
     if len(things) == 1:
         way = rng.choice((-1, 0, 1)), rng.choice((-1, 0, 1))
     for t, sign in zip(things, (1, -1)):
-        t.x, t.y = (SIDE / 2 + 28.5 * sign * w + rng.uniform(-4, 4) for w in way)
+        t.x, t.y = (SIDE / 2 + 31 * sign * w + rng.uniform(-2, 2) for w in way)
     names = [a(noun.format(**vars(t))) for t in things]
     text = f"{rng.choice((side, side.removeprefix('on the ')))} {names[1]}" if len(things) > 1 else things[0].place
     return things, f"{names[0].capitalize()} {text}."

@@ -131,6 +131,8 @@ NEXTGPT = Stage(TOKENS + PROJECTOR, lr=5e-4, batch=18, schedule="logarithmic", w
 OMNI_JOINTS = (TOKENS + PROJECTOR + r"|readers\.box\..*|readers\.region\..*|writers\.at\.loc_decoder\..*"
                r"|writers\.vg\.query\..*|" + SIGNALS)
 OMNI = Stage(OMNI_JOINTS, lr=5e-4, batch=64, weights=NEXTCHAT_BOXES | CHATTERBOX_STAGE["weights"] | {"vid_l2": 2})
+TINY = Stage(r".*", lr=1e-3, batch=8, warmup=0.05, beta2=0.99, slow=TOWER, slow_lr=0.3,
+             weights={"at_l1": 0.5, "at_giou": 0.05, "at_cycle_hidden": 0.01, "at_cycle_box": 0.1})
 STAGES = {
     ("chatbind", 1): Stage(PROJECTOR + r"|llm\.embed\.weight", lr=2e-3, batch=128, rows=("<im_start>", "<im_end>"),
                            save_every=2400, keep=1),
@@ -154,11 +156,9 @@ STAGES = {
     # The words' own vectors stay as they are: what is seen comes to lie close to them, where a look-up finds it.
     ("tiny", 1): Stage(TINY_WORDS, lr=2e-3, batch=16, warmup=0.05, beta2=0.99, words=True,
                       weights={"words": 6, "at_l1": 10, "at_giou": 1}),
-    ("tiny", 2): Stage(r".*", lr=1e-3, batch=8, warmup=0.05, beta2=0.99, slow=TOWER, slow_lr=0.3,
-                      weights={"at_l1": 0.5, "at_giou": 0.05, "at_cycle_hidden": 0.01, "at_cycle_box": 0.1}),
+    ("tiny", 2): TINY,
     ("tiny", 3): Stage(MASKS, lr=2e-3, batch=16, warmup=0.05, beta2=0.99, weights={"lm": 0, "at_focal": 20}),
-    ("tiny", 4): Stage(r"llm\.embed\.weight|" + SIGNALS, lr=2e-3, batch=32, warmup=0.05, beta2=0.99,
-                       rows=sum(data.SYSTEMS["tiny"].signals.values(), ())),
+    ("tiny", 4): replace(TINY, lr=5e-4, batch=16, weights=TINY.weights | {"img_l2": 0.1, "vid_l2": 0.1, "aud_l2": 0.1}),
 }
 
 

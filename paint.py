@@ -105,7 +105,10 @@ def pixels(x):
 # ---- Training
 
 def start_small(model):
-    """Zero the last layer of every residual branch and of the UNet, so that training starts from plain sums."""
+    """Zero the last layer of every residual branch and of the UNet, so that training starts from plain sums; let a unit
+    vector that tells what to paint weigh as much as the time."""
+    if model.unet.class_embedding:
+        nn.init.normal_(model.unet.class_embedding.weight)
     for name, p in model.named_parameters():
         if any(last in name for last in (".conv2.weight", ".proj_out.weight", "conv4.3.weight", "unet.conv_out.weight")):
             nn.init.zeros_(p)

@@ -5336,6 +5336,15 @@ def test_tiny_weights_point_outline_and_keep_to_a_subject(tmp_path):
     assert found["rounds"]["text"] >= 0.75 and found["rounds"]["box"] >= 0.7
 
 
+@pytest.mark.slow
+def test_tiny_weights_paint_what_captions_say(tmp_path):
+    shapes.main(["--out", str(tmp_path), "--questions", "96", "--seed", "9"])
+    kind, rows = paint.read_captions(tmp_path / "drawings.json")
+    captions = [caption for caption, _ in rows[:40]]
+    assert paint.judge(kind, captions, paint.paint(HERE / "weights/tiny/painters/image", captions))["all"] >= 0.65
+    assert sum(path.stat().st_size for path in (HERE / "weights/tiny").rglob("*") if path.is_file()) <= 12e6
+
+
 # ---- Chat
 
 CHAT_WEIGHTS = HERE / "weights/tiny"

@@ -263,7 +263,7 @@ ABILITIES = {                           # button: what the model must read or wr
     "find": ("vg", "image", lambda m: f"Where is the {m.things[0].name}?"),
     "name a box": ("box", "image", lambda m: "What is [0]?"),
     "name a region": ("region", "image", lambda m: "What is [0]?"),
-    "draw": ("img", "image", wish), "film": ("vid", "video", wish), "play": ("aud", "audio", wish),
+    "draw": ("img", "drawing", wish), "film": ("vid", "video", wish), "play": ("aud", "audio", wish),
 }
 
 

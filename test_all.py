@@ -5566,8 +5566,8 @@ def test_chat_one_shot_reads_real_media(monkeypatch, capsys):
 
 def test_chat_one_shot_prints_only_the_answer(monkeypatch, capsys, chat_files):
     session = chat_session(max_new_tokens=8)
-    want = "".join(session.say("What is this?", [session.read(chat_files[0])]))
-    code, out, err = chat_main(monkeypatch, capsys, "-p", "What is this?", "--image", chat_files[0])
+    want = "".join(session.say("How many shapes are there?", [session.read(chat_files[0])]))
+    code, out, err = chat_main(monkeypatch, capsys, "-p", "How many shapes are there?", "--image", chat_files[0])
     assert (code, out) == (0, chat.clean(want) + "\n") and err == "#1 image a dog's.png 60x40\n"
 
 

@@ -4,9 +4,9 @@
     python paint.py shapes/video_pairs.json --out weights/tiny/painters/video
     python paint.py shapes/audio_pairs.json --out weights/tiny/painters/audio
     python paint.py unseen/drawings.json --judge weights/tiny/painters/image --known shapes/drawings.json --page page.png
-    python paint.py unseen/drawings_wishes.json --judge weights/tiny --known shapes/drawings.json       # asked in words
     python paint.py shapes/drawings.json --embed weights/tiny/painters/image            # captions as a writer's targets
-    python paint.py weights/tiny --writers weights/tiny/painters --out runs/tiny_signals
+    python paint.py weights/tiny --writers weights/tiny/painters --out runs/writers     # then stage 4 of train.py, and
+    python paint.py unseen/drawings_wishes.json --judge runs/tiny4/weights --known shapes/drawings.json
 
 In order: painters, media, vocoder, UNet and text tower, captions, judging, writers, the command.
 Letters: as in generate.py. Papers: diffusion that predicts clean patches (Li and He 2025, Back to basics), loss weights
@@ -82,9 +82,8 @@ def log_mel(x, voice):
 
 
 def read_media(path, kind, cfg):
-    """Captions, media (n, ...): uint8 (n, 3, H, W) or (n, F, 3, H, W); of sounds samples (n, T)."""
-    rows = json.loads(Path(path).read_text())
-    captions, media = [row["caption"] for row in rows], []
+    """Media (n, ...): uint8 (n, 3, H, W) or (n, F, 3, H, W); of sounds samples (n, T)."""
+    rows, media = json.loads(Path(path).read_text()), []
     for row in tqdm(rows, desc="reading", disable=None):
         file = Path(path).parent / row[f"{kind}_name"]
         if kind == "audio":
@@ -94,7 +93,7 @@ def read_media(path, kind, cfg):
             frames = [picture(frame, cfg.size[-2:]) for frame in ImageSequence.Iterator(image)]
         media.append(frames[0] if kind == "image" else torch.stack(frames)[
             torch.linspace(0, len(frames) - 1, cfg.size[0]).round().long()])
-    return captions, torch.stack(media)
+    return torch.stack(media)
 
 
 def pixels(x):
@@ -305,15 +304,16 @@ def prompter(cfg, dim, n_signal):
 def train(args):
     """A painter from caption pairs to its weights folder."""
     torch.manual_seed(args.seed)
-    kind, _ = read_captions(args.data)
+    kind, rows = read_captions(args.data)
     cfg = PAINTERS[kind]
     painter = G.Painter(replace(cfg, text=replace(cfg.text, vocab_size=data.Tokenizer(args.tokenizer).sp.vocab_size())))
     start_small(painter)
-    captions, media = read_media(args.data, kind, painter.cfg)
+    media = read_media(args.data, kind, painter.cfg)
     if kind == "audio":
         waves, mels = media, [log_mel(x, painter.cfg.vocoder) for x in media]
         media = torch.stack(mels)[:, None]                                                  # (n, 1, T, mel_bins)
         fit_vocoder(painter.vocoder, waves, media[:, 0], args.steps // 4, 16, 1e-3)
+    captions, _ = zip(*rows)
     ids, nothing = (caption_ids(painter.cfg.text, Path(args.tokenizer).parent, texts) for texts in (captions, [""]))
 
     def save():
@@ -341,7 +341,10 @@ def main(argv=None):
         return (embed if args.embed else add_writers if args.writers else train)(args)
     known = {caption for caption, _ in read_captions(args.known)[1]} if args.known else ()
     kind, rows = read_captions(args.data)
-    captions, wishes = zip(*[row for row in rows if row[0] not in known][:args.count])
+    rows = [row for row in rows if row[0] not in known][:args.count]
+    if not rows:
+        raise SystemExit(f"paint: {args.data}: {args.known} has all its captions, so that none is left to judge by")
+    captions, wishes = zip(*rows)
     made = ask(args.judge, kind, wishes) if all(wishes) else paint(args.judge, captions)
     print(len(captions), judge(kind, captions, made))
     if args.page:

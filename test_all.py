@@ -6335,6 +6335,20 @@ def test_paint_trains_judges_and_shows_every_kind(world, tmp_path, capsys):
         assert x.shape == ((32,) if kind == "audio" else (20, 48))
 
 
+def test_paint_judge_needs_captions_it_does_not_know(world, tmp_path):
+    with pytest.raises(SystemExit, match="none is left"):
+        paint.main([f"{world}/drawings.json", "--judge", str(tmp_path), "--known", f"{world}/drawings.json"])
+
+
+def test_train_wishes_teach_the_writers(drawing, world, tmp_path):
+    paint.main([f"{world}/drawings.json", "--embed", str(drawing / "weights/painters/image")])
+    train.main(["system=tiny", "stage=4", f"init={drawing}/weights", f"data=nextgpt:{world}/drawings_wishes.json", "batch=4",
+                "micro=2", "steps=2", "workers=0", "log_every=1", "device=cpu", f"out={tmp_path}/run"])
+    assert all(row["img_l2"] > 0 and row["lm"] > 0 for row in log_of(tmp_path / "run"))
+    old, new = weights_of(drawing / "weights"), weights_of(tmp_path / "run/weights")
+    assert {name for name in new if name.startswith("writers.img.") and torch.equal(new[name].float(), old[name].float())} == set()
+
+
 # ---- Docs
 
 OURS = {"attention": set(), "quantize": set(), "vision": {"attention"}, "locate": {"attention", "vision"}, "generate": {"attention", "vision"},

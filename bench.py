@@ -76,7 +76,7 @@ PEERS = {"Llama": "LlamaForCausalLM", "CLIPVision": "CLIPVisionModel"}
 VAE = dict(block_out_channels=G.SD15.vae.widths, layers_per_block=2, down_block_types=["DownEncoderBlock2D"] * 4,
            up_block_types=["UpDecoderBlock2D"] * 4)
 PROMPT, NEW, TRAIN = 512, 32, (2, 256)  # tokens of a prompt, of an answer, of a training batch
-STEPS = 8                               # of a run of training
+FINE_TUNE, STEPS = (8, 512), 4          # tokens of a batch of fine-tuning, batches of a run
 
 
 class Job(NamedTuple):
@@ -275,29 +275,29 @@ def train(side, s):
 
 
 def fine_tune(side, s):
-    """Every weight in float32 as a user would have it: our update beside transformers' Trainer, both with AdamW and
-    clipping, the second half of each row to be learned, as an answer is. A run is STEPS of them, so that what the Trainer does
-    around them hardly counts."""
-    model, ids = load(s, "small", side, torch.float32).train().requires_grad_(), tokens(s, *TRAIN)
-    labels = ids.clone()
-    labels[:, :TRAIN[1] // 2] = data.IGNORE
-    flops = 6 * n_weight(model, "llm.embed", "model.embed", "llm.lm_head", "lm_head") * STEPS * math.prod(TRAIN)
+    """Every weight in float32 as a user would have it: our update beside transformers' Trainer (which needs accelerate), both
+    with AdamW, clipping and autocast to another --dtype, the second half of each row to be learned, as an answer is. A run is
+    STEPS of them, so that what the Trainer does around them hardly counts."""
+    model, ids = load(s, "small", side, torch.float32).train().requires_grad_(), tokens(s, *FINE_TUNE)
+    labels, bf16 = ids.clone(), s.dtype == torch.bfloat16
+    labels[:, :FINE_TUNE[1] // 2] = data.IGNORE
+    flops = 6 * n_weight(model, "llm.embed", "model.embed", "llm.lm_head", "lm_head") * STEPS * math.prod(FINE_TUNE)
     if side == "ours":
         stage, batch = training.Stage(r".*", lr=1e-5, batch=len(ids)), data.Batch(ids, labels, {}, {})
         opt = training.optimizer(training.learn(model, stage), stage, training.Settings(beta2=stage.beta2))
 
         def run():
             for step in range(STEPS):
-                training.update(model, opt, [batch], stage.lr, 1.0, stage, step)
+                training.update(model, opt, [batch], stage.lr, 1.0, stage, step, bf16)
     else:
         import transformers
         transformers.trainer.is_datasets_available = lambda: False          # the datasets.py here is not the package
         options = transformers.TrainingArguments(
             str(s.folder / "trainer"), per_device_train_batch_size=len(ids), max_steps=STEPS, learning_rate=1e-5, report_to=[],
-            use_cpu=s.device == "cpu", save_strategy="no", logging_strategy="no", disable_tqdm=True)
+            use_cpu=s.device == "cpu", bf16=bf16, save_strategy="no", logging_strategy="no", disable_tqdm=True)
         rows = [{"input_ids": row, "labels": answer} for row, answer in zip(ids.cpu(), labels.cpu())]
         run = transformers.Trainer(model, options, train_dataset=rows * STEPS).train
-    return Job(torch.enable_grad()(run), STEPS * math.prod(TRAIN), flops=flops)
+    return Job(torch.enable_grad()(run), STEPS * math.prod(FINE_TUNE), flops=flops)
 
 
 def fused_attention(side, s, hd, causal, backward):

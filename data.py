@@ -1164,7 +1164,8 @@ def collate(rendered, n_token, pad=0, max_len=2048, mask_pad=False, pack=0, mock
     rendered = rendered + [mock._replace(labels=[IGNORE] * len(mock.ids))] if mock else rendered
     lengths = [min(len(r.ids), max_len) for r in rendered]
     places, rows = pack_rows(lengths, pack) if pack else ([(i, 0) for i in range(len(lengths))], lengths)
-    ids, labels = (torch.full((len(rows), max(rows)), value) for value in (pad, IGNORE))
+    width = max(rows) + (-max(rows) % 64 if pack else 0)        # few sizes: kernels are made for each on some machines
+    ids, labels = (torch.full((len(rows), width), value) for value in (pad, IGNORE))
     segments, media, slots = torch.zeros_like(ids, dtype=torch.int32), {}, {}
     for r, n, (row, at) in zip(rendered, lengths, places):
         here = row, slice(at, at + n)

@@ -4,9 +4,9 @@
     python paint.py shapes/video_pairs.json --out weights/tiny/painters/video
     python paint.py shapes/audio_pairs.json --out weights/tiny/painters/audio
     python paint.py unseen/drawings.json --judge weights/tiny/painters/image --known shapes/drawings.json --page page.png
-    python paint.py shapes/drawings.json --embed weights/tiny/painters/image            # captions as a writer's targets
-    python paint.py weights/tiny --writers weights/tiny/painters --out runs/writers     # then stage 4 of train.py, and
-    python paint.py unseen/drawings_wishes.json --judge runs/tiny4/weights --known shapes/drawings.json
+    python paint.py shapes/drawings_wishes.json --embed weights/tiny/painters/image     # captions as a writer's targets
+    python paint.py weights/tiny --writers weights/tiny/painters --out runs/writers     # then stage 2 of train.py, and
+    python paint.py unseen/drawings_wishes.json --judge runs/tiny2/weights --known shapes/drawings_wishes.json
 
 In order: painters, media, vocoder, UNet and text tower, captions, judging, writers, the command.
 Letters: as in generate.py. Papers: diffusion that predicts clean patches (Li and He 2025, Back to basics), loss weights
@@ -61,11 +61,12 @@ def picture(image, size):
 
 
 def read_captions(path):
-    """-> the kind of media of a file, (caption, wish for it or "") of each."""
+    """-> the kind of media of a file, (caption, wish for it or "", path of the medium) of each."""
     rows = json.loads(Path(path).read_text())
     kind = re.sub("output_|_name", "", next(iter(rows[0])))
     wishes = [row["conversations"][0]["value"] if "conversations" in row else "" for row in rows]
-    return kind, [(row.get("caption") or row[f"{kind}_captions"], wish) for row, wish in zip(rows, wishes)]
+    return kind, [(row.get("caption") or row[f"{kind}_captions"], wish,
+                   Path(path).parent / (row.get(f"{kind}_name") or row[f"output_{kind}"])) for row, wish in zip(rows, wishes)]
 
 
 def samples(path, voice, n):
@@ -81,11 +82,10 @@ def log_mel(x, voice):
     return (mel[:len(x) // voice.hop].clamp(min=-12) + 6) / 6
 
 
-def read_media(path, kind, cfg):
+def read_media(files, kind, cfg):
     """Media (n, ...): uint8 (n, 3, H, W) or (n, F, 3, H, W); of sounds samples (n, T)."""
-    rows, media = json.loads(Path(path).read_text()), []
-    for row in tqdm(rows, desc="reading", disable=None):
-        file = Path(path).parent / row[f"{kind}_name"]
+    media = []
+    for file in tqdm(files, desc="reading", disable=None):
         if kind == "audio":
             media.append(samples(file, cfg.vocoder, int(cfg.size[0] * cfg.vocoder.rate)))
             continue
@@ -258,12 +258,12 @@ def page(made, captions, columns=4):
 def embed(args):
     """What the text tower makes of every caption, as NExT-GPT's training wants it: embed/NAME.npy beside the file."""
     painter, folder = M.load_painter(args.embed, dtype=torch.float32), args.data.parent / "embed"
-    rows, kind = json.loads(args.data.read_text()), KINDS[painter.cfg.kind]
     folder.mkdir(exist_ok=True)
+    captions, _, files = zip(*read_captions(args.data)[1])
     with torch.no_grad():
-        embeds = encode_captions(painter, args.embed, [row["caption"] for row in rows])
-    for row, x in zip(rows, embeds):
-        np.save(folder / f"{Path(row[f'{kind}_name']).name}.npy", x.numpy().astype(np.float16))
+        embeds = encode_captions(painter, args.embed, captions)
+    for file, x in zip(files, embeds):
+        np.save(folder / f"{file.name}.npy", x.numpy().astype(np.float16))
 
 
 def add_writers(args):
@@ -296,7 +296,7 @@ def add_writers(args):
 def prompter(cfg, dim, n_signal):
     """ProjectionConfig of what prompts a painter of the small world."""
     prompt = (1, cfg.text.out_dim) if cfg.text.out_dim else (cfg.text.max_len, cfg.text.dim)
-    return G.ProjectionConfig(dim, n_signal, *prompt, dim=48, n_layer=1, n_head=4, mlp_dim=96)
+    return G.ProjectionConfig(dim, n_signal, *prompt, dim=96, n_layer=1, n_head=4, mlp_dim=192)
 
 
 # ---- The command
@@ -305,15 +305,15 @@ def train(args):
     """A painter from caption pairs to its weights folder."""
     torch.manual_seed(args.seed)
     kind, rows = read_captions(args.data)
+    captions, _, files = zip(*rows)
     cfg = PAINTERS[kind]
     painter = G.Painter(replace(cfg, text=replace(cfg.text, vocab_size=data.Tokenizer(args.tokenizer).sp.vocab_size())))
     start_small(painter)
-    media = read_media(args.data, kind, painter.cfg)
+    media = read_media(files, kind, painter.cfg)
     if kind == "audio":
         waves, mels = media, [log_mel(x, painter.cfg.vocoder) for x in media]
         media = torch.stack(mels)[:, None]                                                  # (n, 1, T, mel_bins)
         fit_vocoder(painter.vocoder, waves, media[:, 0], args.steps // 4, 16, 1e-3)
-    captions, _ = zip(*rows)
     ids, nothing = (caption_ids(painter.cfg.text, Path(args.tokenizer).parent, texts) for texts in (captions, [""]))
 
     def save():
@@ -339,13 +339,14 @@ def main(argv=None):
     args = p.parse_args(argv)
     if not args.judge:
         return (embed if args.embed else add_writers if args.writers else train)(args)
-    known = {caption for caption, _ in read_captions(args.known)[1]} if args.known else ()
+    known = {caption for caption, *_ in read_captions(args.known)[1]} if args.known else ()
     kind, rows = read_captions(args.data)
     rows = [row for row in rows if row[0] not in known][:args.count]
     if not rows:
         raise SystemExit(f"paint: {args.data}: {args.known} has all its captions, so that none is left to judge by")
-    captions, wishes = zip(*rows)
-    made = ask(args.judge, kind, wishes) if all(wishes) else paint(args.judge, captions)
+    captions, wishes, _ = zip(*rows)
+    talks = "llm" in json.loads(Path(args.judge, "config.json").read_text())
+    made = ask(args.judge, kind, wishes) if talks else paint(args.judge, captions)
     print(len(captions), judge(kind, captions, made))
     if args.page:
         page(made[:32], captions).save(args.page)

@@ -451,6 +451,14 @@ def drawing(rng):
     return things, f"{names[0].capitalize()} {text}."
 
 
+def drawn(things):
+    """What a drawing shows, always in the same order of words, so that a model can tell a painter word by word."""
+    names = [a(f"{t.size} {t.name}") for t in things]
+    side = next((side for way, _, side in RELATIONS if along(things[0], way) - along(things[-1], way) > SIDE / 4), "")
+    where = f"{side.removeprefix('on the ')} {names[1]}" if side else things[0].place
+    return f"{names[0].capitalize()} {where}."
+
+
 def judge(kind, caption, made):
     """Whether a picture, the frames of a clip or samples (at RATE) are as a caption says: {what: right}."""
     if kind == "audio":
@@ -514,9 +522,10 @@ def request(m, rng, year):
 
 
 def wish(m, rng):
-    """A request that is answered by the medium alone."""
-    row = request(m, rng, 2024)
-    return row | {"conversations": [row["conversations"][0], {"from": "gpt", "value": f"<{m.kind}>"}]}
+    """A request that is answered by saying what will come, in the words that the medium is prompted by, and by the medium."""
+    row, caption = request(m, rng, 2024), drawn(m.things) if m.things else m.caption
+    answer = {"from": "gpt", "value": f"{caption} <{m.kind}>"}
+    return row | {f"{m.kind}_captions": caption, "conversations": [row["conversations"][0], answer]}
 
 
 def comprehension(m, rng):
@@ -638,7 +647,7 @@ FILES = {f"{task}_{{}}.jsonl": ("image", partial(box_rows, task=task)) for task 
 FILES |= {f"{key}_{{}}.jsonl": ("image", partial(each, record=partial(all_regions, texts=texts, times=1 + (key == "recs"))))
           for key, texts in {
               "names": lambda t, said, rng: said[0],            # by name alone, to begin with
-              "recs": lambda t, said, rng: [rng.choice(kind) for kind in said if kind],         # in each way
+              "recs": lambda t, said, rng: [rng.choice(kind) for kind in said + said[2:] if kind],  # more often by others
               "regs": lambda t, said, rng: [a(f"{t.size} {t.name}")],
               "parts": lambda t, said, rng: [" ".join([t.size, t.name, *t.place.split()[2:]])]}.items()}     # bare words
 FILES |= {f"POPE_{k}.jsonl": ("image", partial(pope_rows, kind=k)) for k in ("random", "popular", "adversarial")}

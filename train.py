@@ -89,8 +89,7 @@ class Stage:
     batch: int
     epochs: float = 1
     rows: tuple[str, ...] = ()          # of the embedding, only the rows of these tokens learn
-    slow: str = ""                      # parameters (regex) that learn at `slow_lr` times the rate
-    slow_lr: float = 1.0
+    rates: dict = field(default_factory=dict)       # parameters (regex) that learn at so many times the rate
     schedule: str = "cosine"            # row of SCHEDULES
     warmup: float = 0.03
     first_lr: float = 0.0               # of the very first update, whatever the schedule says; 0 = as it says
@@ -131,8 +130,9 @@ NEXTGPT = Stage(TOKENS + PROJECTOR, lr=5e-4, batch=18, schedule="logarithmic", w
 OMNI_JOINTS = (TOKENS + PROJECTOR + r"|readers\.box\..*|readers\.region\..*|writers\.at\.loc_decoder\..*"
                r"|writers\.vg\.query\..*|" + SIGNALS)
 OMNI = Stage(OMNI_JOINTS, lr=5e-4, batch=64, weights=NEXTCHAT_BOXES | CHATTERBOX_STAGE["weights"] | {"vid_l2": 2})
-TINY = Stage(r".*", lr=1e-3, batch=8, warmup=0.05, beta2=0.99, slow=TOWER, slow_lr=0.3,
-             weights={"at_l1": 0.5, "at_giou": 0.05, "at_cycle_hidden": 0.01, "at_cycle_box": 0.1})
+TINY = Stage(r".*", lr=1e-3, batch=16, warmup=0.05, beta2=0.99, rates={TOWER: 0.3, SIGNALS: 3},
+             weights={"at_l1": 0.5, "at_giou": 0.05, "at_cycle_hidden": 0.01, "at_cycle_box": 0.1,
+                      "img_l2": 0.2, "vid_l2": 0.2, "aud_l2": 0.2})
 STAGES = {
     ("chatbind", 1): Stage(PROJECTOR + r"|llm\.embed\.weight", lr=2e-3, batch=128, rows=("<im_start>", "<im_end>"),
                            save_every=2400, keep=1),
@@ -158,7 +158,6 @@ STAGES = {
                       weights={"words": 6, "at_l1": 10, "at_giou": 1}),
     ("tiny", 2): TINY,
     ("tiny", 3): Stage(MASKS, lr=2e-3, batch=16, warmup=0.05, beta2=0.99, weights={"lm": 0, "at_focal": 20}),
-    ("tiny", 4): replace(TINY, lr=5e-4, batch=16, weights=TINY.weights | {"img_l2": 0.1, "vid_l2": 0.1, "aud_l2": 0.1}),
 }
 
 
@@ -226,12 +225,13 @@ def learn(model, stage):
 
 
 def optimizer(learned, stage, s):
-    """AdamW over what learns, in two groups if a part of it learns slowly."""
-    slow = [bool(stage.slow) and re.fullmatch(stage.slow, name) is not None for name in learned]
-    groups = [{"params": [p for p, is_slow in zip(learned.values(), slow) if is_slow == which], "factor": factor}
-              for which, factor in ((False, 1.0), (True, stage.slow_lr))]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0, betas=(0.9, s.beta2), weight_decay=s.weight_decay,
-                             fused=True)
+    """AdamW over what learns, in a group for each of its rates."""
+    groups = {}
+    for name, p in learned.items():
+        factor = next((factor for part, factor in stage.rates.items() if re.fullmatch(part, name)), 1.0)
+        groups.setdefault(factor, []).append(p)
+    return torch.optim.AdamW([{"params": params, "factor": factor} for factor, params in groups.items()], lr=0,
+                             betas=(0.9, s.beta2), weight_decay=s.weight_decay, fused=True)
 
 
 # ---- One step

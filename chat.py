@@ -398,8 +398,9 @@ class Session:
         """Run the rest of the prompt, then yield the answer as its text becomes certain, without blanks around it.
 
         Adds what is fed to `places`. Whatever id follows `<at>` counts as `<boxes>`: the model is fed the box it meant.
+        What it says to painters is no text.
         """
-        start = time.perf_counter()
+        start, drawn = time.perf_counter(), {id for name in self.model.cfg.projections for id in self.model.cfg.signal(name)}
         embeds = self.embed(turn.prompt, slots, turn.reused)
         encoded = first = time.perf_counter()
         options = {name: value for name, value in self.settings.items() if name not in ("seed", "steps", "guidance", "beams")}
@@ -422,7 +423,7 @@ class Session:
                 turn.found.append(self.point(turn, pointed[-1]))
                 places[-1], turn.ids[-1] = turn.found[-1], self.tok.special[self.system.box[-1]]
                 said, stream = [turn.answer, spell(places[-1])], data.TextStream(self.tok, [self.template.stop])
-            elif id in (None, at):
+            elif id in (None, at) or id in drawn:
                 stream.flush()
             else:
                 stream.push(id)

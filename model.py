@@ -98,7 +98,7 @@ LLAMA_13B = LLMConfig(dim=5120, n_layer=40, n_head=40, n_kv_head=40, mlp_dim=138
 VICUNA_V0 = LLMConfig(norm_eps=1e-6, max_len=2048, vocab_size=32001)
 CHATBIND_TOKENS = {"[PAD]": 32000, "<im_patch>": 32001, "<im_start>": 32002, "<im_end>": 32003}
 TINY = ModelConfig(
-    llm=LLMConfig(dim=192, n_layer=4, n_head=3, n_kv_head=3, mlp_dim=512, vocab_size=605, max_len=1024, rope_theta=1e6,
+    llm=LLMConfig(dim=192, n_layer=6, n_head=3, n_kv_head=3, mlp_dim=512, vocab_size=605, max_len=1024, rope_theta=1e6,
                   tied=True),
     imagebind=ImageBindConfig(
         towers={"vision": TowerConfig(128, 1, 2, 3, (2, 64, 64), (2, 8, 8), stem_norm=False, pre_norm=True, bias_kv=False,

@@ -5363,7 +5363,7 @@ def test_tiny_weights_answer_about_files_they_have_not_seen(tmp_path, capsys):
     evaluate.main([str(HERE / "weights/tiny"), str(tmp_path / "questions.json")])
     rows = re.findall(r"^(\w+).*? +(\d+) of +(\d+)", capsys.readouterr().out, re.M)
     share = {kind: sum(int(r) for k, r, _ in rows if k == kind) / sum(int(n) for k, _, n in rows if k == kind) for kind, _, _ in rows}
-    assert share["audio"] >= 0.95 and share["video"] >= 0.95 and share["all"] >= 0.85
+    assert share["audio"] >= 0.97 and share["video"] >= 0.97 and share["all"] >= 0.9
 
 
 @pytest.mark.slow
@@ -5372,16 +5372,17 @@ def test_tiny_weights_point_outline_and_keep_to_a_subject(tmp_path):
     for task, name in (("rec", "REC_test.jsonl"), ("res", "RES_test.jsonl"), ("pope", "POPE_random.jsonl"), ("rounds", "CB_LC.json")):
         evaluate.main([str(HERE / "weights/tiny"), str(tmp_path / name), "--task", task, "--out", str(tmp_path / task)])
     found = {task: json.loads((tmp_path / task / "metrics.json").read_text()) for task in ("rec", "res", "pope", "rounds")}
-    assert found["rec"]["accuracy"] >= 0.6 and found["res"]["ciou"] >= 0.4 and found["pope"]["nextchat"]["f1"] >= 0.8
-    assert found["rounds"]["text"] >= 0.75 and found["rounds"]["box"] >= 0.7
+    assert found["rec"]["accuracy"] >= 0.75 and found["res"]["ciou"] >= 0.65 and found["pope"]["nextchat"]["f1"] >= 0.9
+    assert found["rounds"]["text"] >= 0.85 and found["rounds"]["box"] >= 0.85 and found["rounds"]["dialogues"] >= 0.7
 
 
 @pytest.mark.slow
-def test_tiny_weights_paint_what_captions_say(tmp_path):
+def test_tiny_weights_draw_what_captions_and_wishes_say(tmp_path):
     shapes.main(["--out", str(tmp_path), "--questions", "96", "--seed", "9"])
-    kind, rows = paint.read_captions(tmp_path / "drawings.json")
-    captions = [caption for caption, *_ in rows[:40]]
-    assert paint.judge(kind, captions, paint.paint(HERE / "weights/tiny/painters/image", captions))["all"] >= 0.65
+    kind, rows = paint.read_captions(tmp_path / "drawings_wishes.json")
+    captions, wishes, _ = zip(*rows[:40])
+    for made in paint.paint(HERE / "weights/tiny/painters/image", captions), paint.ask(HERE / "weights/tiny", kind, wishes):
+        assert paint.judge(kind, captions, made)["all"] >= 0.65
     assert sum(path.stat().st_size for path in (HERE / "weights/tiny").rglob("*") if path.is_file()) <= 12e6
 
 
@@ -6300,7 +6301,7 @@ def test_paint_writers_leave_all_else_as_it_was(drawing):
 
 def test_chat_draws_what_the_answer_asks_for(drawing):
     session = drawing_session(drawing, "Here: " + "".join(SIGNALS.values()))
-    assert session.ask("Draw a dog.")[0].startswith("Here:") and not session.turns[-1].stray
+    assert session.ask("Draw a dog.")[0] == "Here:" and not session.turns[-1].stray
     first = session.turns[-1].drawn
     assert [(one.kind, one.content.shape) for one in first] == [("img", (32, 32, 3)), ("vid", (8, 32, 32, 3)), ("aud", (16000,))]
     "".join(session.retry())

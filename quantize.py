@@ -75,6 +75,8 @@ class QuantLinear(nn.Module):
         flat = x.reshape(-1, self.in_features).bfloat16()                                   # the dtype torch is fast in
         scale = self.scale.view(torch.bfloat16)
         if self.bits == 8:
+            if self.weight.data_ptr() % 64:                     # out of a file, where torch's product may stumble over it
+                self.weight = self.weight.clone()
             y = torch._weight_int8pack_mm(flat, self.weight, scale)
         else:
             if self.packed is None:

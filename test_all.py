@@ -1877,6 +1877,15 @@ def test_quantize_on_the_way_in_saves_and_loads(tmp_path, kind, change):
         M.load(tmp_path / kind, quantize=kind)
 
 
+def test_quantize_reads_integers_from_anywhere():
+    for start in (1, 2, 8, 24, 32):                             # bytes behind a round address, as in a mapped file
+        layer = quantize.QuantLinear(random_linear(start), 8)
+        room, x = torch.empty(layer.weight.numel() + 128, dtype=torch.int8), torch.randn(5, layer.in_features)
+        start, want = start - room.data_ptr() % 64 + 64, layer(x)
+        layer.weight = room[start:start + layer.weight.numel()].view_as(layer.weight).copy_(layer.weight)
+        assert torch.equal(layer(x), want)
+
+
 def test_quantize_holds_one_matrix_at_a_time():
     cfg, seen = M.LLMConfig(dim=64, n_layer=2, n_head=2, n_kv_head=1, mlp_dim=128, vocab_size=80), []
     with torch.device("meta"):

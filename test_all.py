@@ -647,9 +647,10 @@ def test_golden_chatterbox_referring_step():
     h = model.llm(x)
     close(meta, t, "out.ref.last_hidden", h * mask[..., None])
     close(meta, t, "out.ref.logits_from258", (model.llm.lm_head(h) * mask[..., None])[:, 258:])
-    losses = model(batch)
+    with torch.backends.mkldnn.flags(enabled=False):            # whose convolutions round otherwise on every processor
+        losses = model(batch)
+        losses["lm"].backward()
     close(meta, t, "out.ref.vqa_loss", losses["lm"])
-    losses["lm"].backward()
     close_grads(meta, t, "ref", model)
 
 
@@ -5254,7 +5255,7 @@ def test_shapes_regions_are_told_by_what_fits_them(world, named, name, times):
                 most, size, colour, shape, *where = SENTENCE.fullmatch(text).groups()
                 assert size in (None, t.size) and colour in (None, t.colour) and shape in ("thing", t.shape)
                 assert times == 2 or not any((most, *where)) and [id(u) for u in meant(text, here.values())] == [id(t)]
-            assert len(said) <= (4, 7)[times == 1]
+            assert len(said) <= (6, 7)[times == 1]              # the last two ways twice as often
 
 
 def test_shapes_grounded_captions_and_pope_answers_are_true(world, named):

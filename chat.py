@@ -400,13 +400,14 @@ class Session:
         Adds what is fed to `places`. Whatever id follows `<at>` counts as `<boxes>`: the model is fed the box it meant.
         What it says to painters is no text.
         """
-        start, drawn = time.perf_counter(), {id for name in self.model.cfg.projections for id in self.model.cfg.signal(name)}
+        start = time.perf_counter()
         embeds = self.embed(turn.prompt, slots, turn.reused)
         encoded = first = time.perf_counter()
         options = {name: value for name, value in self.settings.items() if name not in ("seed", "steps", "guidance", "beams")}
         options["max_new_tokens"] = min(options["max_new_tokens"], self.max_len - len(turn.prompt))
         stream, said, turn.ids = data.TextStream(self.tok, [self.template.stop]), [], []
         hidden, pointed, before, at = [], [], None, next(iter(self.model.feeds), -1)
+        silent = {None, at, *(id for name in self.model.cfg.projections for id in self.model.cfg.signal(name))}
         if (beams := self.settings["beams"]) > 1:
             ids = beam_search(self.model, embeds, n_beam=beams, max_new_tokens=options["max_new_tokens"], hidden=hidden)
         else:
@@ -423,7 +424,7 @@ class Session:
                 turn.found.append(self.point(turn, pointed[-1]))
                 places[-1], turn.ids[-1] = turn.found[-1], self.tok.special[self.system.box[-1]]
                 said, stream = [turn.answer, spell(places[-1])], data.TextStream(self.tok, [self.template.stop])
-            elif id in (None, at) or id in drawn:
+            elif id in silent:
                 stream.flush()
             else:
                 stream.push(id)

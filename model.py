@@ -192,7 +192,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """W x. The one row of a decoding step goes through mv, which reads 16-bit weights a fifth faster on a CPU."""
+    """W x. The one row of a decoding step goes through mv, which reads weights faster than a product of matrices on a CPU."""
 
     def __init__(self, n_in, n_out, device=None):
         super().__init__(n_in, n_out, bias=False, device=device)
@@ -477,7 +477,7 @@ class SignalWriter(nn.Module):
 
 def lm_loss(lm_head, h, labels, chunk=512):
     """Mean cross-entropy of the next token. Only labelled places (not -100) reach the vocabulary, and of many only `chunk`
-    at a time, computed again in the backward pass: logits in full would be most of what a small model's step takes."""
+    at a time, computed again in the backward pass, so that logits never stand in memory in full."""
     keep = labels[:, 1:] != -100
     h, labels = h[:, :-1][keep], labels[:, 1:][keep]                                        # (n, C), (n,)
 

@@ -110,11 +110,12 @@ def shard(model, device, bf16=False, recompute="", compile=False):
     """Make a model ready to train, from outside and in place: each block (of any list called `blocks`) recomputes in the
     backward pass all of itself ("block") or all but its matrix products ("select"), is compiled, is shared out.
 
-    bf16: blocks are gathered in bfloat16, what autocast would make of them; parts that do not learn carry no gradients.
+    bf16: GPUs gather blocks in bfloat16, what autocast would make of them (a CPU's layer norms want their own type); parts
+    that do not learn carry no gradients.
     """
     mesh = init_device_mesh(device, (ranks()[1],)) if ranks()[1] > 1 else None
     contexts = {"context_fn": partial(create_selective_checkpoint_contexts, PRODUCTS)} if recompute == "select" else {}
-    policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 else None, torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 and device != "cpu" else None, torch.float32, cast_forward_inputs=False)
     for block in (block for stack in reversed(stacks_of(model)) for block in stack):
         if recompute:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)

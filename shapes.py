@@ -9,6 +9,7 @@ Boxes are pixel x1 y1 x2 y2. Everything follows from the seed; colours, sizes, p
 import argparse
 import json
 import math
+import os
 import random
 import re
 import wave
@@ -34,6 +35,7 @@ WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 PITCHES = {"low": 220.0, "middle": 700.0, "high": 2200.0}                       # Hz
 VOICES = ("flute", "buzzer", "bell")
 SIDE, FPS, RATE = 128, 8, 16000
+CORES = os.cpu_count()
 
 
 @dataclass
@@ -49,6 +51,10 @@ class Thing:
     @property
     def name(self):
         return f"{self.colour} {self.shape}"
+
+    @property
+    def nouns(self):
+        return nouns(self.shape, self.colour, self.size)
 
     @property
     def place(self):
@@ -367,6 +373,11 @@ RELATIONS = [((-1, 0), "leftmost", "on the left of"), ((1, 0), "rightmost", "on 
 GAP = SIDE / 16                         # less than this between two things is no order
 
 
+@cache
+def nouns(shape, colour, size):
+    return [noun.format(shape=shape, colour=colour, size=size) for noun in NOUNS]
+
+
 def along(t, way):
     return t.x * way[0] + t.y * way[1]
 
@@ -379,8 +390,7 @@ def beyond(u, way, group):
 
 def referring_expressions(t, things):
     """All we can say that fits this thing alone -> lists: by name, by place, as the outermost, by another thing."""
-    nouns = [(text, [u for u in things if noun.format(**vars(u)) == text])
-             for noun in NOUNS for text in [noun.format(**vars(t))]]            # each with all the things that it fits
+    nouns = [(noun, [u for u in things if noun in u.nouns]) for noun in t.nouns]            # each with all that it fits
     return [[f"the {noun}" for noun, group in nouns if len(group) == 1],
             [f"the {noun} {t.place}" for noun, group in nouns if all(u is t or u.place != t.place for u in group)],
             [f"the {most} {noun}" for noun, group in nouns if len(group) > 1 for way, most, _ in RELATIONS
@@ -406,6 +416,13 @@ def all_regions(p, rng, texts, times=1):
     rows = [{"bbox": box(t), "expressions": found} for t in p.things * times
             if any(said := referring_expressions(t, p.things)) and (found := texts(t, said, rng))]
     return rows and {"img_path": p.name, "regions": rng.sample(rows, len(rows))}
+
+
+def bare_words(t, said):
+    """What each part of a thing should call to mind: how it looks, where it is, and of which sides it is the outermost, so
+    that "the leftmost" and "red" together are found where both are likely."""
+    sides = [text.split()[1] for text in said[2] if len(text.split()) == 3 and text.endswith(" thing")]
+    return " ".join([t.size, t.name, *t.place.split()[2:], *sides])
 
 
 def flickr_row(p, rng):
@@ -526,6 +543,16 @@ def wish(m, rng):
     row, caption = request(m, rng, 2024), drawn(m.things) if m.things else m.caption
     answer = {"from": "gpt", "value": f"{caption} <{m.kind}>"}
     return row | {f"{m.kind}_captions": caption, "conversations": [row["conversations"][0], answer]}
+
+
+def talks(media, rng):
+    """Records of two questions about a picture, then a wish for a drawing, as talk goes on."""
+    pictures, drawings = ([m for m in media if m.kind == "image" and bool(m.questions) == asked] for asked in (True, False))
+    rows = []
+    for p, m in zip(rng.sample(pictures, len(pictures)), drawings):
+        talk, row = conversation([p._replace(questions=rng.sample(p.questions, 2))], rng), wish(m, rng)
+        rows.append(row | {"input_image": p.name, "conversations": talk["conversations"] + row["conversations"]})
+    return rows
 
 
 def comprehension(m, rng):
@@ -649,7 +676,7 @@ FILES |= {f"{key}_{{}}.jsonl": ("image", partial(each, record=partial(all_region
               "names": lambda t, said, rng: said[0],            # by name alone, to begin with
               "recs": lambda t, said, rng: [rng.choice(kind) for kind in said + said[2:] if kind],  # more often by others
               "regs": lambda t, said, rng: [a(f"{t.size} {t.name}")],
-              "parts": lambda t, said, rng: [" ".join([t.size, t.name, *t.place.split()[2:]])]}.items()}     # bare words
+              "parts": lambda t, said, rng: [bare_words(t, said)]}.items()}
 FILES |= {f"POPE_{k}.jsonl": ("image", partial(pope_rows, kind=k)) for k in ("random", "popular", "adversarial")}
 FILES |= {"CAP_{}.jsonl": ("image", partial(each, record=lambda p, rng: {"img_path": p.name, "caption": p.caption})),
           "CWB_flickr_{}.jsonl": ("image", partial(each, record=flickr_row)),
@@ -661,6 +688,7 @@ FILES |= {"CAP_{}.jsonl": ("image", partial(each, record=lambda p, rng: {"img_pa
           "facts.json": ("image", partial(each, record=partial(looks, asks=(ask_exists, ask_place, ask_side, ask_size)))),
           "drawings.json": ("drawing", partial(each, record=pair)),
           "drawings_wishes.json": ("drawing", partial(each, record=wish)),
+          "talks.json": ("", talks),
           "video_wishes.json": ("video", partial(each, record=wish)),
           "audio_wishes.json": ("audio", partial(each, record=wish))}
 FILES |= {f"{kind}_{name}.json": (kind, partial(each, record=record))
@@ -719,15 +747,20 @@ def main(argv=None):
     seed = args.seed if args.seed is not None else int(args.questions > 0)
     for folder, _, _ in MEDIA.values():
         (args.out / folder).mkdir(parents=True, exist_ok=True)
+    for link in (args.out / name for name in ("images", "videos", "audios")):          # where NExT-GPT's files have their media
+        if not link.exists():
+            link.symlink_to(".")
     from tqdm import tqdm
     jobs = [(kind, i, seed, str(args.out)) for kind, n in counts.items() for i in range(n)]
-    with get_context("spawn").Pool() as pool:            # a fork of a program that decodes video may never wake up
+    with get_context("spawn").Pool(CORES) as pool:            # a fork of a program that decodes video may never wake up
         drawing = pool.imap(write_medium, jobs, chunksize=64)
         media = list(tqdm(drawing, total=len(jobs), desc="drawing", unit="file", disable=None))
         split = "test" if args.questions else "train"
-        jobs = [(name, [m for m in media if m.name.startswith(MEDIA[kind][0])], args.out, split, seed)
-                for name, (kind, _) in FILES.items()]
-        list(tqdm(pool.imap(write_annotations, jobs), total=len(jobs), desc="writing", unit="file", disable=None))
+        of = {kind: [m for m in media if m.name.startswith(folder)] for kind, (folder, *_) in MEDIA.items()} | {"": media}
+        jobs = [(name, of[kind], args.out, split, seed) for name, (kind, _) in FILES.items()]
+        shares = [job for i in range(CORES) for job in jobs[i::CORES]]      # each core gets the media once, and like work
+        writing = pool.imap(write_annotations, shares, chunksize=-(-len(jobs) // CORES))
+        list(tqdm(writing, total=len(jobs), desc="writing", unit="file", disable=None))
     media = [m for m in media if m.questions]           # nothing is asked about drawings
     rng = random.Random(seed)
     if args.questions:

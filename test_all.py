@@ -203,6 +203,15 @@ def test_attention_equals_float64(backend, feature):
         assert max(attention_errors(backend, feature, seed)) < 1e-5, seed
 
 
+@pytest.mark.parametrize("feature", FEATURES[:-1])
+def test_attention_that_learns_in_bfloat16_multiplies(feature, monkeypatch):
+    real, sizes = attention.product_attention, []
+    monkeypatch.setattr(attention, "product_attention", lambda *args: sizes.append(args[0].shape[2]) or real(*args))
+    for seed in range(12):
+        assert max(attention_errors("torch", feature, seed, torch.bfloat16)) < 3e-2, seed
+    assert sizes
+
+
 def test_attention_builds_a_long_rel_bias_in_pieces(monkeypatch):
     bias, pieces = attention.relative_bias, []
     monkeypatch.setattr(attention, "relative_bias", lambda *rel: pieces.append(rel[0].shape[1:3]) or bias(*rel))
@@ -4238,6 +4247,15 @@ def test_ranks_two_processes_compute_what_one_does(mini, tmp_path, stage):
     for row, two, packed in zip(*(log_of(tmp_path / name) for name in ("one", "two", "packed")), strict=True):
         assert two["lm"] == pytest.approx(row["lm"], rel=1e-6) and two["grad_norm"] == pytest.approx(row["grad_norm"], rel=1e-4)
         assert packed["lm"] == pytest.approx(row["lm"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_ranks_in_bfloat16_stay_near_one_process(mini, tmp_path):
+    more = ["-plain", "steps=6", "batch=8", "precision=bf16"]
+    mini.here(tmp_path / "one", "full", *more)
+    assert mini(tmp_path / "two", "full", *more, n=2) == [0, 0]
+    for one, two in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        assert two["lm"] == pytest.approx(one["lm"], rel=1e-2)
 
 
 MIXED = {"plain": "rec:{0}/REC_train.jsonl,{0}/conversations.json",

@@ -1,22 +1,25 @@
 #!/usr/bin/env bash
 # Makes weights/tiny again, from nothing: draws its world, a painter learns to paint it, then the model learns what things look
 # like, to look for what is asked, to point at what is named, to talk about all of it and tell the painter, and to outline; last
-# it asks about files it has not seen. Run in the repository, inside its virtual environment, with two cores free. On cores
-# with bfloat16 products (AMX) it should take about an hour and a half; on others leave out precision=bf16 and double that.
+# it asks about files it has not seen. Run in the repository, inside its virtual environment, with two cores free that multiply
+# bfloat16 (AMX) and a C++ compiler; without either leave out precision=bf16 or compile=1, and wait longer.
 set -euo pipefail
 export OMP_NUM_THREADS=2 ONEDNN_PRIMITIVE_CACHE_CAPACITY=20000        # batches differ in size, and each size has its kernels
+export GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4294967296    # keep memory
 S=shapes U=unseen
-learn() { python train.py system=tiny workers=1 "$@"; }
-python shapes.py --out $S
+learn() { echo "== $SECONDS s: $*"; python train.py system=tiny workers=1 "$@"; }
+python shapes.py --out $S --clips 4000
 python shapes.py --out $U --questions 1000
-python paint.py $S/drawings.json --out runs/painters/image --tokenizer $S/tokenizer.model
+echo "== $SECONDS s: painter"
+python paint.py $S/drawings.json --out runs/painters/image --steps 8000 --tokenizer $S/tokenizer.model
 python paint.py $S/drawings_wishes.json --embed runs/painters/image
-learn stage=1 out=runs/tiny1 tokenizer=$S/tokenizer.model data=$S/video_pairs.json@0.7,$S/audio_pairs.json@0.7,$S/numbers.json@0.28,regs:$S/parts_train.jsonl@0.55
-python paint.py runs/tiny1/weights --writers runs/painters --out runs/writers
-learn stage=2 out=runs/tiny2 init=runs/writers batch=8 data=$S/looks.json@0.1
-learn stage=2 out=runs/tiny3 init=runs/tiny2/weights batch=8 micro=4 data=recs:$S/names_train.jsonl@0.12,$S/looks.json@0.03
-learn stage=2 out=runs/tiny4 init=runs/tiny3/weights lr=8e-4 micro=16 pack=320 precision=bf16 data=recs:$S/recs_train.jsonl@1.15,rounds:$S/CB_LC.json@0.6,rounds:$S/CB_MRG.json@0.03,$S/facts.json@0.14,$S/counts.json@0.14,$S/conversations.json@0.09,regs:$S/regs_train.jsonl@0.1,$S/sounds.json@0.25,$S/clips.json@0.25,pope:$S/POPE_adversarial.jsonl@0.03,pope:$S/POPE_random.jsonl@0.015,nextgpt:$S/drawings_wishes.json@0.7
+learn stage=1 out=runs/tiny1 tokenizer=$S/tokenizer.model data=$S/video_pairs.json@1.4,$S/audio_pairs.json@0.7,$S/numbers.json@0.28,regs:$S/parts_train.jsonl@0.55
+learn stage=2 out=runs/tiny2 init=runs/tiny1/weights batch=8 pack=320 precision=bf16 data=$S/looks.json@0.1
+learn stage=2 out=runs/tiny3 init=runs/tiny2/weights batch=8 micro=4 data=recs:$S/names_train.jsonl@0.16,$S/looks.json@0.03
+python paint.py runs/tiny3/weights --writers runs/painters --out runs/writers
+learn stage=2 out=runs/tiny4 init=runs/writers lr=8e-4 log_every=50 pack=320 precision=bf16 compile=1 data=recs:$S/recs_train.jsonl@0.63,rounds:$S/CB_LC.json@0.34,rounds:$S/CB_MRG.json@0.02,$S/facts.json@0.09,$S/counts.json@0.12,$S/conversations.json@0.06,regs:$S/regs_train.jsonl@0.06,$S/sounds.json@0.25,$S/clips.json@0.5,pope:$S/POPE_adversarial.jsonl@0.03,pope:$S/POPE_random.jsonl@0.015,nextgpt:$S/drawings_wishes.json@0.38,nextgpt:$S/talks.json@0.12
 learn stage=3 out=runs/tiny5 init=runs/tiny4/weights save_dtype=float16 data=res:$S/RES_train.jsonl@0.085
+echo "== $SECONDS s: learned"
 ask() { python evaluate.py runs/tiny5/weights "$@"; }
 ask $U/questions.json --out runs/tiny5/answers.jsonl
 ask $U/REC_test.jsonl --task rec --out runs/tiny5/rec
@@ -29,3 +32,4 @@ for judged in runs/painters/image runs/tiny5/weights; do
     python paint.py $U/drawings_wishes.json --judge $judged --known $S/drawings_wishes.json
 done
 cp -r runs/tiny5/weights/* weights/tiny/
+echo "== $SECONDS s in all"

@@ -43,33 +43,22 @@ def relative_bias(rel_h, rel_w):
 
 # ---- Reference
 
-def reference_attention(q, k, v, *, causal=False, bias=None, segments=None, rel=None):
-    """The formula, softmax(q k^T / sqrt(hd) + bias) v, in float32 or better. Slow and obvious: the tests lean on it."""
+def reference_attention(q, k, v, *, causal=False, bias=None, segments=None, rel=None, wide=None):
+    """The formula, softmax(q k^T / sqrt(hd) + bias) v, in float32 or better, or in a type `wide`. Obvious: tests lean on it."""
     B, nh, T, hd = q.shape
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = wide or torch.promote_types(q.dtype, torch.float32)
     k, v = (x.to(wide).repeat_interleave(nh // x.shape[1], dim=1) for x in (k, v))          # (B, nh, S, hd)
-    scores = q.to(wide) @ k.transpose(-2, -1) * hd ** -0.5                                  # (B, nh, T, S)
+    scores = (q.to(wide) * hd ** -0.5) @ k.transpose(-2, -1)                                # (B, nh, T, S)
     if bias is not None:
         scores = scores + bias
     if rel is not None:
         scores = scores + relative_bias(*rel)
-    mask = visible_keys(T, k.shape[2], causal, segments, q.device)
-    if mask is not None:
+    if (mask := visible_keys(T, k.shape[2], causal, segments, q.device)) is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     return (scores.softmax(-1) @ v).to(q.dtype)                                             # (B, nh, T, hd)
 
 
 # ---- Torch
-
-def product_attention(q, k, v, bias):
-    """The formula in the numbers' own type, for short sequences that learn: two to four times as fast as the fused call on
-    CPUs that multiply bfloat16, whose backward pass multiplies float32."""
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)                                  # (B, nh, T, S)
-    if bias is not None:
-        scores = scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias
-    return scores.softmax(-1) @ v
-
 
 def torch_attention(q, k, v, *, causal=False, bias=None, segments=None, rel=None):
     """torch's fused kernels, after writing out the masks they do not know."""
@@ -86,11 +75,12 @@ def torch_attention(q, k, v, *, causal=False, bias=None, segments=None, rel=None
         bias = relative_bias(*rel)
     if T == 1 and bias is None:         # the query heads that share a key/value head are as good as queries
         return F.scaled_dot_product_attention(q.reshape(B, nkv, -1, hd), k, v).view(B, nh, 1, hd)
+    if q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu" and B * nh * T * S < 2 ** 24:
+        # the fused backward pass of a CPU multiplies float32, which takes two to four times as long
+        return reference_attention(q, k, v, causal=causal, bias=bias, segments=segments, wide=q.dtype)
     if segments is not None or causal and T > 1 and (T != S or bias is not None):   # torch aligns to the first key
         mask = visible_keys(T, S, causal, segments, q.device)
         bias, causal = mask if bias is None else bias.masked_fill(~mask, -torch.inf), False
-    if q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu" and B * nh * T * S < 2 ** 24:
-        return product_attention(q, k, v, visible_keys(T, S, True, None, q.device) if causal else bias)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal and T > 1, enable_gqa=nh != nkv)
 
 
@@ -373,14 +363,13 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, causal, bias, segments, rel):
         (B, nh, T, _), (nkv, S), o = q.shape, k.shape[1:3], output(q)
-        lse = q.new_empty(B, nh, T, dtype=torch.float32)
+        lse, t = q.new_empty(B, nh, T, dtype=torch.float32), tile(q, "forward")
         bias = None if bias is None else bias.expand(B, nh, T, S)   # stride 0 where it does not vary
         rel = [r.contiguous() for r in rel or ()]
         ctx.causal, ctx.sizes = causal, (nh, nh // nkv, T, S)
         ctx.extras = (bias, None if bias is None else bias.stride(), *(rel or (None, None)),
                       *([r.shape[-1] for r in rel] or (None, None)),
                       None if segments is None else segments.contiguous())
-        t = tile(q, "forward")
         launch(forward_kernel, (B * nh * triton.cdiv(T, t[0]), 1), (q, k, v, o, lse), (q, k, v, o[None]),
                (ctx.extras, spans(ctx.extras[-1], t[0]), *ctx.sizes, S), t, causal)
         ctx.save_for_backward(q, k, v, o, lse)
@@ -403,8 +392,7 @@ class Fused(torch.autograd.Function):
 def decode(q, k, v):
     """One query per head, (B, nh, 1, hd): the keys are split over enough programs to fill the chip, then joined."""
     (B, nh, _, hd), (nkv, S) = q.shape, k.shape[1:3]
-    group, t = nh // nkv, tile(q, "decode")
-    rows = q.reshape(B, nkv, group, hd)                                                     # queries of one head
+    group, t, rows = nh // nkv, tile(q, "decode"), q.reshape(B, nkv, nh // nkv, hd)         # rows: queries of one head
     wanted = torch.cuda.get_device_properties(q.device).multi_processor_count * 2 if q.is_cuda else 4
     chunk = triton.cdiv(max(SPLIT, triton.cdiv(S, triton.cdiv(wanted, B * nkv))), t[1]) * t[1]
     n_split = triton.cdiv(S, chunk)

@@ -2,7 +2,7 @@
 
 In order: tokenizers, systems and templates, images, geometry, video, audio, samples (render, collate), data sets.
 Letters: B batch, T tokens, M media, S clips, F frames, H W height width; waveforms are (channels, samples) in -1..1.
-Text that a user typed or a file holds never becomes a special token: prompts are lists of pieces that know their source.
+What a user typed or a file holds never becomes a special token: prompts are lists of pieces that know their source.
 """
 import gzip
 import html
@@ -979,7 +979,7 @@ def box_references(text):
 
 
 def pieces_of(content, tok, system, n_token, learn=False):
-    """Pieces of one turn: strings stay text, media become framed placeholders, boxes and Signals the system's tokens."""
+    """Pieces of a turn: strings stay text, media become framed placeholders, boxes and Signals the system's tokens."""
     before, place, after = system.frame
     out = []
     for part in content:
@@ -1104,7 +1104,7 @@ def truncate(r, length, protected):
 
 
 def asked(rendered, places, kind):
-    """Boxes of a kind to be said or found -> slots (2, m) of tokens that ask for them, the boxes, each one's picture."""
+    """Boxes of a kind to be said or found -> slots (2, m) of the tokens that ask, the boxes, each one's picture."""
     found = [(row, start + at, box, next(m for m, _ in r.slots if m.kind == "image"))
              for r, (row, start) in zip(rendered, places) for box, at in r.targets if getattr(box, "kind", "") == kind]
     rows, columns, boxes, pictures = zip(*found) if found else [()] * 4
@@ -1136,7 +1136,7 @@ def find_targets(rendered, places):
 
 
 def with_pictures(boxes, rows, pictures, picture_rows):
-    """Boxes (R, 4) of the batch's rows (R,), and pictures (M, 3, H, W) of rows (M,) -> what a reader of regions wants."""
+    """Boxes (R, 4) of a batch's rows (R,) and pictures (M, 3, H, W) of rows (M,) -> what a reader of regions wants."""
     return {"boxes": boxes, "image": pictures, "image_of": (rows[:, None] == picture_rows).int().argmax(1)}
 
 
@@ -1311,7 +1311,7 @@ class Conversations:
 
 
 class Prepared(torch.utils.data.Dataset):
-    """Data sets -> Rendered samples with their media loaded. An unusable record is replaced by the next one and counted.
+    """Data sets -> Rendered samples with their media loaded. An unusable record gives way to the next and is counted.
 
     max_bad: how many may be replaced before DataError or MediaError ends the run. media_front: see media_in_front.
     max_len: ids of a sample; of a longer one the last go, but none of media and boxes.

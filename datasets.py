@@ -724,7 +724,7 @@ def dialog_turns(row, root):
 
 
 def mosit_turns(row, root):
-    """MosIT's raw dialogs: {image_list, video_list, audio_list, conversation}, texts hold <Image>its caption</Image>."""
+    """MosIT's dialogs: {image_list, video_list, audio_list, conversation}; texts hold <Image>its caption</Image>."""
     names = {(kind, item["caption"]): item[f"{kind}_name"] for kind in KINDS for item in row[f"{kind}_list"]}
     out = []
     for i, turn in enumerate(spoken(row)):

@@ -192,7 +192,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """W x. The one row of a decoding step goes through mv, which reads weights faster than a product of matrices on a CPU."""
+    """W x. On a CPU the one row of a decoding step goes through mv, which reads weights faster than a matrix product."""
 
     def __init__(self, n_in, n_out, device=None):
         super().__init__(n_in, n_out, bias=False, device=device)
@@ -499,7 +499,7 @@ def box_share(boxes, n):
 
 
 class Model(nn.Module):
-    """Readers, LLM, writers. Nothing here names a system: a preset says which parts exist, what each reads or writes."""
+    """Readers, LLM, writers. Nothing here names a system: a preset says which parts exist and what they read or write."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -660,7 +660,7 @@ def filter_logits(logits, *, temperature, top_k, top_p):
 
 
 def penalise(logits, seen, penalty):
-    """Repetition penalty (Keskar et al. 2019): shrink logits of ids seen before, divided if positive else multiplied."""
+    """Repetition penalty (Keskar et al. 2019): logits of ids seen before shrink, divided if positive else multiplied."""
     old = logits.gather(1, seen)
     return logits.scatter(1, seen, torch.where(old > 0, old / penalty, old * penalty))
 

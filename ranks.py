@@ -107,15 +107,16 @@ def stacks_of(model):
 
 
 def shard(model, device, bf16=False, recompute="", compile=False):
-    """Make a model ready to train, from outside and in place: each block (of any list called `blocks`) recomputes in the
-    backward pass all of itself ("block") or all but its matrix products ("select"), is compiled, is shared out.
+    """Make a model ready to train, from outside and in place: each block (of any list called `blocks`) recomputes in
+    the backward pass all of itself ("block") or all but its matrix products ("select"), is compiled, is shared out.
 
-    bf16: GPUs gather blocks in bfloat16, what autocast would make of them (a CPU's layer norms want their own type); parts
-    that do not learn carry no gradients.
+    bf16: GPUs gather blocks in bfloat16, what autocast would make of them (layer norms of a CPU want their own type);
+    parts that do not learn carry no gradients.
     """
     mesh = init_device_mesh(device, (ranks()[1],)) if ranks()[1] > 1 else None
     contexts = {"context_fn": partial(create_selective_checkpoint_contexts, PRODUCTS)} if recompute == "select" else {}
-    policy = MixedPrecisionPolicy(torch.bfloat16 if bf16 and device != "cpu" else None, torch.float32, cast_forward_inputs=False)
+    narrow = torch.bfloat16 if bf16 and device != "cpu" else None
+    policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
     for block in (block for stack in reversed(stacks_of(model)) for block in stack):
         if recompute:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
@@ -152,14 +153,15 @@ def kept_bytes(run, skip=()):
 
 def block_bytes(cfg, tokens, bf16, learned):
     """Bytes that a block of the language model keeps of `tokens` tokens for the backward pass; nothing is computed."""
+    n = 4096                            # of fewer the attention of a CPU keeps more than that of a GPU
     with FakeTensorMode():
         block = M.LLMBlock(cfg, 0)
         for name, p in block.named_parameters():
             p.data = p.data.to(torch.bfloat16 if bf16 else torch.float32)
             p.requires_grad_(name in learned)
-        x, rope = torch.zeros(1, tokens, cfg.dim, requires_grad=True), M.rope_table(cfg, tokens, "cpu")
+        x, rope = torch.zeros(1, n, cfg.dim, requires_grad=True), M.rope_table(cfg, n, "cpu")
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            return kept_bytes(lambda: block(x, rope, None), [*block.parameters(), *rope])
+            return kept_bytes(lambda: block(x, rope, None), [*block.parameters(), *rope]) * tokens // n
 
 
 def plan(model, world, tokens, bf16=True, recompute="", cuts=1):

@@ -3,7 +3,7 @@
     python shapes.py --out shapes                      # files to train on, in the formats of the real data sets
     python shapes.py --out unseen --questions 1000     # single questions to test on, and the same annotations
 
-In order: words, pictures, clips, sounds, measuring, questions and captions, pointing, drawings, dialogues, requests, files.
+In order: words, pictures, clips, sounds, measuring, questions, pointing, drawings, dialogues, requests, files.
 Boxes are pixel x1 y1 x2 y2. Everything follows from the seed; colours, sizes, places, background and pitch jitter.
 """
 import argparse
@@ -419,7 +419,7 @@ def all_regions(p, rng, texts, times=1):
 
 
 def bare_words(t, said):
-    """What each part of a thing should call to mind: how it looks, where it is, and of which sides it is the outermost, so
+    """What each part of a thing should call to mind: how it looks, where it is, of which sides it is the outermost, so
     that "the leftmost" and "red" together are found where both are likely."""
     sides = [text.split()[1] for text in said[2] if len(text.split()) == 3 and text.endswith(" thing")]
     return " ".join([t.size, t.name, *t.place.split()[2:], *sides])
@@ -539,7 +539,7 @@ def request(m, rng, year):
 
 
 def wish(m, rng):
-    """A request that is answered by saying what will come, in the words that the medium is prompted by, and by the medium."""
+    """A request that is answered by what will come, in the words that prompt the medium, and by the medium."""
     row, caption = request(m, rng, 2024), drawn(m.things) if m.things else m.caption
     answer = {"from": "gpt", "value": f"{caption} <{m.kind}>"}
     return row | {f"{m.kind}_captions": caption, "conversations": [row["conversations"][0], answer]}
@@ -547,8 +547,7 @@ def wish(m, rng):
 
 def talks(media, rng):
     """Records of two questions about a picture, then a wish for a drawing, as talk goes on."""
-    pictures, drawings = ([m for m in media if m.kind == "image" and bool(m.questions) == asked] for asked in (True, False))
-    rows = []
+    pictures, drawings, rows = *([m for m in media if m.name.startswith(of)] for of in ("pictures", "drawings")), []
     for p, m in zip(rng.sample(pictures, len(pictures)), drawings):
         talk, row = conversation([p._replace(questions=rng.sample(p.questions, 2))], rng), wish(m, rng)
         rows.append(row | {"input_image": p.name, "conversations": talk["conversations"] + row["conversations"]})
@@ -640,8 +639,8 @@ def alone(medium, rng):
 
 
 def looks(medium, rng, asks=(ask_colour, ask_shape, ask_count)):
-    """LLaVA record: a picture's things asked for by shape and by colour, and counted, or whatever `asks` has, up to eight
-    times, so that nearly all there is to learn is which of them is meant."""
+    """LLaVA record: a picture's things asked for by shape and by colour, and counted, or whatever `asks` has, up to
+    eight times, so that nearly all there is to learn is which of them is meant."""
     drawn = (rng.choice(asks)(medium.things, rng) for _ in range(24))
     questions = {answer: question for _, question, answer in filter(None, drawn)}
     rounds = [(question, answer) for answer, question in questions.items()][:8]
@@ -747,18 +746,19 @@ def main(argv=None):
     seed = args.seed if args.seed is not None else int(args.questions > 0)
     for folder, _, _ in MEDIA.values():
         (args.out / folder).mkdir(parents=True, exist_ok=True)
-    for link in (args.out / name for name in ("images", "videos", "audios")):          # where NExT-GPT's files have their media
-        if not link.exists():
-            link.symlink_to(".")
+    for link in ("images", "videos", "audios"):         # where NExT-GPT's files have their media
+        if not (args.out / link).exists():
+            (args.out / link).symlink_to(".")
     from tqdm import tqdm
     jobs = [(kind, i, seed, str(args.out)) for kind, n in counts.items() for i in range(n)]
     with get_context("spawn").Pool(CORES) as pool:            # a fork of a program that decodes video may never wake up
         drawing = pool.imap(write_medium, jobs, chunksize=64)
         media = list(tqdm(drawing, total=len(jobs), desc="drawing", unit="file", disable=None))
         split = "test" if args.questions else "train"
-        of = {kind: [m for m in media if m.name.startswith(folder)] for kind, (folder, *_) in MEDIA.items()} | {"": media}
+        of = {kind: [m for m in media if m.name.startswith(folder)] for kind, (folder, *_) in MEDIA.items()}
+        of[""] = media
         jobs = [(name, of[kind], args.out, split, seed) for name, (kind, _) in FILES.items()]
-        shares = [job for i in range(CORES) for job in jobs[i::CORES]]      # each core gets the media once, and like work
+        shares = [job for i in range(CORES) for job in jobs[i::CORES]]      # a core gets the media once, and its share
         writing = pool.imap(write_annotations, shares, chunksize=-(-len(jobs) // CORES))
         list(tqdm(writing, total=len(jobs), desc="writing", unit="file", disable=None))
     media = [m for m in media if m.questions]           # nothing is asked about drawings

@@ -205,8 +205,8 @@ def test_attention_equals_float64(backend, feature):
 
 @pytest.mark.parametrize("feature", FEATURES[:-1])
 def test_attention_that_learns_in_bfloat16_multiplies(feature, monkeypatch):
-    real, sizes = attention.product_attention, []
-    monkeypatch.setattr(attention, "product_attention", lambda *args: sizes.append(args[0].shape[2]) or real(*args))
+    real, sizes = attention.reference_attention, []
+    monkeypatch.setattr(attention, "reference_attention", lambda *args, **keys: sizes.append(args[0].shape[2]) or real(*args, **keys))
     for seed in range(12):
         assert max(attention_errors("torch", feature, seed, torch.bfloat16)) < 3e-2, seed
     assert sizes
@@ -4042,9 +4042,7 @@ def test_train_every_stage_steps_on_what_shapes_writes(world, tmp_path, monkeypa
     monkeypatch.setitem(M.PRESETS, system, little(M.PRESETS[PUBLISHED.get(system, system)]))
     mixed = M.replace(train.STAGES[system, stage], ordered=False, turns=False)              # so that three steps see all kinds
     monkeypatch.setitem(train.STAGES, (system, stage), mixed)
-    shutil.copytree(world, tmp_path / "data")
-    for name in ("images", "videos", "audios"):                 # where NExT-GPT's files look for their media
-        (tmp_path / "data" / name).symlink_to(tmp_path / "data")
+    shutil.copytree(world, tmp_path / "data", symlinks=True)
     for path in (tmp_path / "data/pictures").iterdir():         # what Stable Diffusion's text tower would make of the caption
         (tmp_path / "data/embed").mkdir(exist_ok=True)
         np.save(tmp_path / f"data/embed/{path.name}.npy", np.random.RandomState(0).randn(77, 768).astype(np.float32))
@@ -4700,7 +4698,7 @@ def bad_records(record, folder):
 
 @pytest.mark.slow
 def test_ranks_bad_samples_are_named_counted_and_replaced(mini, tmp_path, world, capfd):
-    shutil.copytree(world, tmp_path / "d")
+    shutil.copytree(world, tmp_path / "d", symlinks=True)
     records = json.loads((world / "conversations.json").read_text())
     bad = bad_records(next(r for r in records if "image" in r), tmp_path / "d")
     (tmp_path / "d/d.json").write_text(json.dumps(records + bad))
@@ -5246,7 +5244,21 @@ def test_shapes_numbers_and_parts_say_what_captions_say(world):
         names = re.findall(f"({'|'.join(shapes.COLOURS)}) ({'|'.join(shapes.SHAPES)})", said[row["image_name"]])
         assert row["caption"] == " ".join([shapes.counted(len(names), "shape"), *(f"{c} {s}" for c, s in names)])
     for row in annotations(world, "parts_train.jsonl"):
-        assert all(len(text.split()) in (4, 5) and text in said[row["img_path"]] for r in row["regions"] for text in r["expressions"])
+        for region in row["regions"]:
+            text, *sides = re.split(" (?=leftmost|rightmost|highest|lowest)", region["expressions"][0])
+            assert len(text.split()) in (4, 5) and text in said[row["img_path"]]
+            for way in (way for way, side, _ in shapes.RELATIONS if side in sides):
+                at = [np.dot(way, [x1 + x2, y1 + y2]) for x1, y1, x2, y2 in [region["bbox"], *(r["bbox"] for r in row["regions"])]]
+                assert at[0] == max(at)
+
+
+def test_shapes_talks_are_of_a_picture_and_end_in_a_drawing(world):
+    talks, wishes = annotations(world, "talks.json"), annotations(world, "drawings_wishes.json")
+    assert [row["output_image"] for row in talks] == [row["output_image"] for row in wishes]
+    for talk, wish in zip(talks, wishes):
+        (picture, _), *rounds, (caption, signal) = datasets.turns_of(talk, world)
+        assert Path(picture.path).is_file() and picture.path.endswith(talk["input_image"]) and len(rounds) == 4
+        assert signal.path.endswith("/" + wish["image_caption_embeddings"]) and caption == wish["image_captions"]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""One training loop for every system and stage, on one core or many GPUs. A row of STAGES is one: what learns, how fast.
+"""One training loop for every system and stage, on one core or many GPUs. A row of STAGES is one: what learns and how.
 
     python train.py system=tiny stage=1 data=shapes/captions.json tokenizer=shapes/tokenizer.model out=runs/tiny1
     python train.py system=tiny stage=2 data=shapes/conversations.json init=runs/tiny1/weights out=runs/tiny2
@@ -49,7 +49,7 @@ class Settings:
     media: str = ""                     # folder that media names start from; default: beside each file
     init: str = ""                      # weights folder to start from; empty: a new model of the preset called `system`
     templates: str = ""                 # JSON of what samples ask, in a layout of the originals; default: our own words
-    front: int = 0                      # 1 = media go before the words of their message (ChatBind's sep_image_conv_front)
+    front: int = 0                      # 1 = media go before the words of their message (sep_image_conv_front)
     tokenizer: str = ""                 # tokenizer.model for a new model
     projector: str = ""                 # stage 1's learned tensors (its model.safetensors), laid over init
     out: str = "runs/tiny"              # checkpoints, metrics.jsonl and, at the end, the folder `weights`
@@ -268,7 +268,7 @@ def like_others(batch, notes):
 
 
 def total_loss(losses, stage):
-    """The weighted sum of named losses. Where one is there that the stage lets hush the text, the text's does not count."""
+    """The weighted sum of named losses. Where one is there that the stage lets hush the text, the text does not count."""
     hushed = any(name.startswith(stage.hush) for name in losses) if stage.hush else False
     weights = stage.weights | ({"lm": 0} if hushed else {})
     return sum(weights.get(name, 1) * value for name, value in losses.items())
@@ -434,7 +434,7 @@ PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}        
 
 
 def speed(model, device, seen, seconds):
-    """Named numbers from (samples, tokens, places) of every rank: rates, padding's share, of the device's peak, memory."""
+    """Named numbers from (samples, tokens, places) of every rank: rates, shares of padding and of the peak, memory."""
     (samples, tokens, places), cuda = map(sum, zip(*seen)), device.startswith("cuda")
     peak = next((peak for name, peak in PEAK.items() if cuda and name in torch.cuda.get_device_name()), None)
     # per weight: forward 2, backward 2, its own gradient 2 more; recomputing does not count

@@ -21,6 +21,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import sys
 import time
 import wave
@@ -774,6 +775,8 @@ class Chat:
 
     def run(self):
         """Take lines until they end. Whatever goes wrong with one of them, the conversation goes on."""
+        if self.interactive:            # a script that started in the background has its programs ignore Ctrl-C
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         while True:
             try:
                 self.line(input("> " * self.interactive).strip())

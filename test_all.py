@@ -5846,8 +5846,11 @@ chat.generate = generate
 sys.exit(chat.main(chat.parse_args()))"""
 
 
-def test_chat_interrupts(tmp_path):
+@pytest.mark.parametrize("inherited", (signal.SIG_DFL, signal.SIG_IGN), ids=("plain", "ignored"))
+def test_chat_interrupts(tmp_path, inherited):
+    before = signal.signal(signal.SIGINT, inherited)
     terminal = ChatTerminal(tmp_path, program=("-c", SLOW_MODEL))
+    signal.signal(signal.SIGINT, before)
     terminal.read("> $")
     os.write(terminal.fd, b"hello\n")
     terminal.read(r"hello\r\n(.|\n)*\w\w\w")

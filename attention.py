@@ -76,7 +76,7 @@ def torch_attention(q, k, v, *, causal=False, bias=None, segments=None, rel=None
     if T == 1 and bias is None:         # the query heads that share a key/value head are as good as queries
         return F.scaled_dot_product_attention(q.reshape(B, nkv, -1, hd), k, v).view(B, nh, 1, hd)
     if q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu" and B * nh * T * S < 2 ** 24:
-        # the fused backward pass of a CPU multiplies float32, which takes two to four times as long
+        # the fused backward pass of a CPU multiplies float32, not bfloat16; above, scores would take too much memory
         return reference_attention(q, k, v, causal=causal, bias=bias, segments=segments, wide=q.dtype)
     if segments is not None or causal and T > 1 and (T != S or bias is not None):   # torch aligns to the first key
         mask = visible_keys(T, S, causal, segments, q.device)

@@ -14,8 +14,9 @@ import random
 import re
 import wave
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -52,9 +53,9 @@ class Thing:
     def name(self):
         return f"{self.colour} {self.shape}"
 
-    @property
+    @cached_property
     def nouns(self):
-        return nouns(self.shape, self.colour, self.size)
+        return [noun.format(**vars(self)) for noun in NOUNS]
 
     @property
     def place(self):
@@ -373,11 +374,6 @@ RELATIONS = [((-1, 0), "leftmost", "on the left of"), ((1, 0), "rightmost", "on 
 GAP = SIDE / 16                         # less than this between two things is no order
 
 
-@cache
-def nouns(shape, colour, size):
-    return [noun.format(shape=shape, colour=colour, size=size) for noun in NOUNS]
-
-
 def along(t, way):
     return t.x * way[0] + t.y * way[1]
 
@@ -421,7 +417,7 @@ def all_regions(p, rng, texts, times=1):
 def bare_words(t, said):
     """What each part of a thing should call to mind: how it looks, where it is, of which sides it is the outermost, so
     that "the leftmost" and "red" together are found where both are likely."""
-    sides = [text.split()[1] for text in said[2] if len(text.split()) == 3 and text.endswith(" thing")]
+    sides = [text.split()[1] for text in said[2] if re.fullmatch(r"the \w+ thing", text)]
     return " ".join([t.size, t.name, *t.place.split()[2:], *sides])
 
 
@@ -747,16 +743,15 @@ def main(argv=None):
     for folder, _, _ in MEDIA.values():
         (args.out / folder).mkdir(parents=True, exist_ok=True)
     for link in ("images", "videos", "audios"):         # where NExT-GPT's files have their media
-        if not (args.out / link).exists():
+        with suppress(OSError):         # there already, or Windows without leave to make links
             (args.out / link).symlink_to(".")
     from tqdm import tqdm
     jobs = [(kind, i, seed, str(args.out)) for kind, n in counts.items() for i in range(n)]
-    with get_context("spawn").Pool(CORES) as pool:            # a fork of a program that decodes video may never wake up
+    with get_context("spawn").Pool(CORES) as pool:       # a fork of a program that decodes video may never wake up
         drawing = pool.imap(write_medium, jobs, chunksize=64)
         media = list(tqdm(drawing, total=len(jobs), desc="drawing", unit="file", disable=None))
         split = "test" if args.questions else "train"
-        of = {kind: [m for m in media if m.name.startswith(folder)] for kind, (folder, *_) in MEDIA.items()}
-        of[""] = media
+        of = {kind: [m for m in media if m.name.startswith(folder)] for kind, (folder, *_) in (MEDIA | {"": ("",)}).items()}
         jobs = [(name, of[kind], args.out, split, seed) for name, (kind, _) in FILES.items()]
         shares = [job for i in range(CORES) for job in jobs[i::CORES]]      # a core gets the media once, and its share
         writing = pool.imap(write_annotations, shares, chunksize=-(-len(jobs) // CORES))

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes weights/tiny again, from nothing: draws its world, a painter learns to paint it, then the model learns what things look
 # like, to look for what is asked, to point at what is named, to talk about all of it and tell the painter, what it is still weak
-# in, and to outline; last it is asked about files it has not seen. Run in the repository, inside its virtual environment, with two cores free that multiply
-# bfloat16 (AMX) and a C++ compiler; without either leave out precision=bf16 or compile=1, and wait longer.
+# in, and to outline; last it is asked about files it has not seen. Run in the repository, inside its virtual environment, with
+# two cores free that multiply bfloat16 (AMX) and a C++ compiler; without either leave out precision=bf16 or compile=1, and wait.
 set -euo pipefail
 export OMP_NUM_THREADS=2 ONEDNN_PRIMITIVE_CACHE_CAPACITY=20000        # batches differ in size, and each size has its kernels
 export GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4294967296    # keep memory

@@ -392,7 +392,7 @@ def run_once(case, side, s):
     case.build(side, s, *case.args).run()
     if s.device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024                        # Linux counts in KiB
+    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024     # getrusage's is inherited
 
 
 # ---- Report

@@ -475,7 +475,7 @@ class SignalWriter(nn.Module):
 
 # ---- Model
 
-def lm_loss(lm_head, h, labels, chunk=512):
+def lm_loss(lm_head, h, labels, chunk=256):
     """Mean cross-entropy of the next token. Only labelled places (not -100) reach the vocabulary, and of many only `chunk`
     at a time, computed again in the backward pass, so that logits never stand in memory in full."""
     keep = labels[:, 1:] != -100

@@ -1,7 +1,7 @@
 """Training of painters (generate.py): a UNet and its text tower together, and for sounds a vocoder first.
 
     python paint.py shapes/drawings.json --out weights/tiny/painters/image
-    python paint.py shapes/video_pairs.json --out weights/tiny/painters/video
+    python paint.py shapes/video_pairs.json --out weights/tiny/painters/video --fast
     python paint.py shapes/audio_pairs.json --out weights/tiny/painters/audio
     python paint.py unseen/drawings.json --judge weights/tiny/painters/image --known shapes/drawings.json --page page.png
     python paint.py shapes/drawings_wishes.json --embed weights/tiny/painters/image     # captions as a writer's targets
@@ -46,7 +46,7 @@ VOCODER = G.VocoderConfig(mel_bins=32, rate=8000, width=32, up_rates=(5, 4, 4), 
 HOW = {"scheduler": "dpm", "clean": True, "steps": 20, "guidance": 1.5}
 PAINTERS = {
     "image": G.PainterConfig(UNET, PATCH, TEXT, **HOW, size=(32, 32)),
-    "video": G.PainterConfig(replace(UNET, widths=(24, 32), video=True), PATCH, TEXT, **HOW, size=(8, 32, 32)),
+    "video": G.PainterConfig(replace(UNET, widths=(32, 40), n_head=(8, 4), video=True), PATCH, TEXT, **HOW, size=(8, 32, 32)),
     "audio": G.PainterConfig(
         replace(UNET, channels=16, widths=(16, 24), context_dim=0, class_dim=32), replace(PATCH, channels=1),
         replace(TEXT, out_dim=32, max_len=34), VOCODER, **HOW, size=(2.0,))}
@@ -77,8 +77,9 @@ def samples(path, voice, n):
 
 
 def log_mel(x, voice):
-    """Samples (T,) -> (T / hop, mel_bins) around -1..1, one frame every 10 ms."""
-    mel = data.fbank(F.pad(x, (0, voice.rate // 40)), voice.mel_bins, voice.rate)
+    """Samples (T,) -> (T / hop, mel_bins) around -1..1: a frame every 10 ms, of the 25 ms around it."""
+    around = voice.rate // 40 - voice.hop
+    mel = data.fbank(F.pad(x, (around // 2, around)), voice.mel_bins, voice.rate)
     return (mel[:len(x) // voice.hop].clamp(min=-12) + 6) / 6
 
 
@@ -134,44 +135,42 @@ def fit(parameters, loss_of, n, steps, batch, lr, name, save=None):
             save()
 
 
-def spectra(x):
-    """Magnitudes of samples (B, T) at three resolutions."""
-    return [torch.stft(x, n, n // 4, window=torch.hann_window(n), return_complex=True).abs() for n in (128, 256, 512)]
-
-
-def fit_vocoder(vocoder, waves, mels, steps, batch, lr, crop=40):
-    """A vocoder whose sounds have the spectra of the originals, from crops of so many mel frames."""
-    hop = PAINTERS["audio"].vocoder.hop
-
+def fit_vocoder(vocoder, mels, voice, *how):
+    """A vocoder whose sounds have the log-mel frames of the originals, and the loudness of each band. Finer spectra would
+    teach it silence: it repeats itself with every frame, so that its pitches are whole multiples of the frames' rate."""
     def loss_of(rows):
-        start = torch.randint(mels.shape[1] - crop, ()).item()
-        made = vocoder(mels[rows, start:start + crop])
-        real = waves[rows, start * hop:(start + crop) * hop]
-        return sum((a - b).abs().mean() / b.mean() + ((a + 1e-3).log() - (b + 1e-3).log()).abs().mean() / 4
-                   for a, b in zip(spectra(made), spectra(real)))
-    fit(list(vocoder.parameters()), loss_of, len(waves), steps, batch, lr, "vocoder")
+        made, real = torch.stack([log_mel(x, voice) for x in vocoder(mels[rows])]), mels[rows]
+        loud, want = (3 * made).exp(), (3 * real).exp()
+        return (made - real).abs().mean() + (loud - want).abs().mean() / want.mean() / 2
+    fit(list(vocoder.parameters()), loss_of, len(mels), *how)
 
 
 # ---- UNet and text tower
 
-def fit_unet(painter, media, ids, nothing, *how):
-    """UNet and text tower together: the clean latents at a random step, for a caption or, one time in ten, for no text.
+def fit_unet(painter, learned, media, ids, nothing, fast, *how):
+    """Teach what is learned of a painter the clean latents at a random step, for a caption or, one time in ten, for no text.
 
     media (n, ...); ids (n, T) of their captions; nothing (1, T) of no text. An error counts between once and five times,
-    as much as signal is left at its step. how: what `fit` takes from its steps on.
+    as much as signal is left at its step. fast: in bfloat16, compiled. how: what `fit` takes from its steps on.
     """
     cfg = painter.cfg
     levels = G.signal_levels(cfg.beta_start, cfg.beta_end)
 
-    def loss_of(rows):
-        told = painter.text(torch.where(torch.rand(len(rows), 1) < 0.1, nothing, ids[rows]))
+    def error(ids, x, t, noise):
+        told = painter.text(ids)
         told = {"text": painter.unet.read(told)} if cfg.unet.context_dim else {"classes": told}
-        x, t = painter.vae.encode(pixels(media[rows])), torch.randint(1000, (len(rows),))
-        x = x.transpose(1, 2) if cfg.unet.video else x                                      # (B, C, F, h, w)
-        a, noise = levels[t].view(-1, *[1] * (x.ndim - 1)), torch.randn_like(x)
+        a = levels[t].view(-1, *[1] * (x.ndim - 1))
         wrong = painter.unet(a.sqrt() * x + (1 - a).sqrt() * noise, t, **told) - x
         return ((a / (1 - a)).clamp(1, 5) * wrong ** 2).mean()
-    fit([*painter.unet.parameters(), *painter.text.parameters()], loss_of, len(media), *how)
+    error = torch.compile(error) if fast else error
+
+    def loss_of(rows):
+        told = torch.where(torch.rand(len(rows), 1) < 0.1, nothing, ids[rows])
+        x = painter.vae.encode(pixels(media[rows]))
+        x = x.transpose(1, 2).contiguous() if cfg.unet.video else x                         # (B, C, F, h, w)
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+            return error(told, x, torch.randint(1000, (len(rows),)), torch.randn_like(x))
+    fit(learned, loss_of, len(media), *how)
 
 
 # ---- Captions
@@ -306,19 +305,31 @@ def train(args):
     torch.manual_seed(args.seed)
     kind, rows = read_captions(args.data)
     captions, _, files = zip(*rows)
-    cfg = PAINTERS[kind]
-    painter = G.Painter(replace(cfg, text=replace(cfg.text, vocab_size=data.Tokenizer(args.tokenizer).sp.vocab_size())))
-    start_small(painter)
-    media = read_media(files, kind, painter.cfg)
+    if args.init:
+        painter, tokenizer = M.load_painter(args.init, dtype=torch.float32), Path(args.init) / "tokenizer.model"
+    else:
+        tokenizer, text = Path(args.tokenizer), PAINTERS[kind].text
+        text = replace(text, vocab_size=data.Tokenizer(tokenizer).sp.vocab_size())
+        start_small(painter := G.Painter(replace(PAINTERS[kind], text=text)))
+    cfg, media = painter.cfg, read_media(files, kind, painter.cfg)
     if kind == "audio":
-        waves, mels = media, [log_mel(x, painter.cfg.vocoder) for x in media]
-        media = torch.stack(mels)[:, None]                                                  # (n, 1, T, mel_bins)
-        fit_vocoder(painter.vocoder, waves, media[:, 0], args.steps // 4, 16, 1e-3)
-    ids, nothing = (caption_ids(painter.cfg.text, Path(args.tokenizer).parent, texts) for texts in (captions, [""]))
+        media = torch.stack([log_mel(x, cfg.vocoder) for x in media])[:, None]              # (n, 1, T, mel_bins)
+    if kind == "audio" and not args.init:
+        fit_vocoder(painter.vocoder, media[:, 0], cfg.vocoder, args.steps, 4, 2e-3, "vocoder")
+    ids, nothing = (caption_ids(cfg.text, tokenizer.parent, texts) for texts in (captions, [""]))
+    learned = [*painter.unet.parameters(), *(() if args.init else painter.text.parameters())]
 
     def save():
-        M.save(deepcopy(painter).half(), args.out, [args.tokenizer])
-    fit_unet(painter, media, ids, nothing, args.steps, args.batch, args.lr, "UNet", save)
+        M.save(small(painter), args.out, [tokenizer])
+    fit_unet(painter, learned, media, ids, nothing, args.fast, args.steps, args.batch, args.lr, "UNet", save)
+
+
+def small(painter):
+    """A copy for the disk: matrices in 8 bits, which paint the same, the rest in 16."""
+    copy = deepcopy(painter).half()
+    for p in copy.parameters():
+        p.data = p.data.to(torch.float8_e4m3fn) if p.ndim > 1 else p.data
+    return copy
 
 
 def main(argv=None):
@@ -326,10 +337,12 @@ def main(argv=None):
     p.add_argument("data", type=Path, help="caption pairs; with --writers the model")
     p.add_argument("--out", type=Path, help="weights folder to write")
     p.add_argument("--tokenizer", default="weights/tiny/tokenizer.model", help="default %(default)s")
-    p.add_argument("--steps", type=int, default=9000, help="default %(default)s; a vocoder takes a fourth of it first")
+    p.add_argument("--steps", type=int, default=9000, help="default %(default)s; a vocoder takes as many first")
     p.add_argument("--batch", type=int, default=32, help="default %(default)s")
     p.add_argument("--lr", type=float, default=2e-3, help="default %(default)s")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--init", help="a painter to go on from; its text tower stays, so that who prompts it still can")
+    p.add_argument("--fast", action="store_true", help="bfloat16, compiled: for clips, where AMX and a C++ compiler are")
     p.add_argument("--judge", help="a painter to judge by captions, instead of training one; or a model, by wishes")
     p.add_argument("--embed", help="a painter whose text tower reads all captions, instead")
     p.add_argument("--writers", help="folder of painters for which a model gets new signal tokens and writers, instead")

@@ -3770,7 +3770,10 @@ def test_convert_killed(tmp_path):
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-PEAK = "import sys, resource, convert_weights as cw; cw.{}; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+# getrusage would count what the tests themselves held when they started the process
+PEAK = """import re, sys, convert_weights as cw
+cw.{}
+print(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])"""
 
 
 @pytest.mark.slow
@@ -5457,6 +5460,13 @@ def chat_twin(session):
     return twin
 
 
+def same_places(ours, want):
+    """Whether two caches hold the same ids and media, and boxes that the model found at the same place."""
+    return len(ours) == len(want) and all(
+        a.xyxy_px == pytest.approx(b.xyxy_px, abs=1e-2) if isinstance(a, data.Box) and isinstance(b, data.Box) else a == b
+        for a, b in zip(ours, want))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_chat_reuse_changes_nothing(seed, chat_files):
@@ -5471,7 +5481,7 @@ def test_chat_reuse_changes_nothing(seed, chat_files):
             continue
         "".join(session.say(f"what is number {step}?") if act == "say" else session.retry())
         twin = chat_twin(session)
-        assert session.turns[-1].ids == twin.turns[-1].ids and session.held == twin.held
+        assert session.turns[-1].ids == twin.turns[-1].ids and same_places(session.held, twin.held)
         ours, want = session.cache.k[:, :, :, :session.cache.pos], twin.cache.k[:, :, :, :twin.cache.pos]
         assert (ours - want).abs().max() <= PARITY * want.abs().max()
 
@@ -6440,7 +6450,7 @@ OURS = {"attention": set(), "quantize": set(), "vision": {"attention"}, "locate"
         "train": {"model", "data", "datasets", "ranks"},
         "evaluate": {"model", "data", "datasets", "chat"}, "chat": {"model", "generate", "data", "datasets"}, "web": {"chat", "shapes"},
         "paint": {"model", "generate", "data", "shapes", "chat"}}
-README = (HERE / "README.md").read_text()
+README, HACKING = ((HERE / name).read_text() for name in ("README.md", "HACKING.md"))
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -6476,15 +6486,15 @@ def test_docs_readme_counts_parameters():
 def test_docs_recipes_make_a_system_that_trains(world, tmp_path):
     for path in HERE.glob("*.py"):
         shutil.copy(path, tmp_path)
-    blocks = re.findall(r"```python\n# (\w+\.py), below: ([^\n]+)\n(.*?)```", README, re.S)
-    assert len(blocks) == README.count("```python") >= 5
+    blocks = re.findall(r"```python\n# (\w+\.py), below: ([^\n]+)\n(.*?)```", HACKING, re.S)
+    assert len(blocks) == HACKING.count("```python") >= 5
     for name, anchor, block in blocks:
         lines = (tmp_path / name).read_text().splitlines(True)
         lines.insert(next(i for i, line in enumerate(lines, 1) if anchor in line), block)
         (tmp_path / name).write_text("".join(lines))
     rows = [{"image": str(path.relative_to(world)), "rgb": [10 * i, 20, 30]} for i, path in enumerate(sorted(world.glob("pictures/*"))[:8])]
     (tmp_path / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = re.search(r"^python (train\.py system=hues .*)$", README, re.M)[1].replace("weights/tiny", str(HERE / "weights/tiny"))
+    command = re.search(r"^python (train\.py system=hues .*)$", HACKING, re.M)[1].replace("weights/tiny", str(HERE / "weights/tiny"))
     words = [*command.split(), f"media={world}", "steps=2", "batch=4", "workers=0", "log_every=1"]
     done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

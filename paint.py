@@ -10,7 +10,7 @@
 
 In order: painters, media, vocoder, UNet and text tower, captions, judging, writers, the command.
 Letters: as in generate.py. Papers: diffusion that predicts clean patches (Li and He 2025, Back to basics), loss weights
-(Hang et al. 2023, min-SNR), spectra as the loss of a vocoder (Yamamoto et al. 2020). Files are caption pairs, as
+(Hang et al. 2023, min-SNR), mel frames as the loss of a vocoder (Kong et al. 2020, HiFi-GAN). Files are caption pairs, as
 shapes.py writes them.
 """
 import argparse
@@ -266,21 +266,22 @@ def embed(args):
 
 
 def add_writers(args):
-    """A model with signal tokens and a new writer for each painter; all else stays bit by bit what it was."""
+    """A model with signal tokens and a writer for each painter that had none; all else stays bit by bit what it was."""
     old, folder = M.load(args.data), Path(args.writers)
     signals = data.SYSTEMS[old.cfg.system].signals
-    if old.cfg.projections or not signals:
-        raise SystemExit(f"paint: {args.data}: the model has writers, or its system {old.cfg.system} no signal tokens")
     configs = (M.read_config(path.parent, G.PainterConfig) for path in folder.glob("*/config.json"))
     painters = {cfg.kind: cfg for cfg in configs}
-    kinds = [kind for kind in signals if kind in painters]
+    kinds = [kind for kind in signals if kind in painters and kind not in old.cfg.projections]
+    if not kinds:
+        raise SystemExit(f"paint: {args.data}: has a writer for every painter in {folder}, or its system "
+                         f"{old.cfg.system} no signal tokens for them")
     names = [name for kind in kinds for name in signals[kind]]
     size, dim = old.llm.embed.weight.shape
     cfg = replace(
         old.cfg, llm=replace(old.cfg.llm, vocab_size=size + len(names)),
         writes=old.cfg.writes | {kind: signals[kind] for kind in kinds},
         added_tokens=old.cfg.added_tokens | {name: size + i for i, name in enumerate(names)},
-        projections={kind: prompter(painters[kind], dim, len(signals[kind])) for kind in kinds})
+        projections=old.cfg.projections | {kind: prompter(painters[kind], dim, len(signals[kind])) for kind in kinds})
     torch.manual_seed(args.seed)
     new = M.Model(cfg)
     M.initialise(new)
@@ -293,9 +294,10 @@ def add_writers(args):
 
 
 def prompter(cfg, dim, n_signal):
-    """ProjectionConfig of what prompts a painter of the small world."""
+    """ProjectionConfig of what prompts a painter of the small world, in which there are fewer clips and sounds."""
     prompt = (1, cfg.text.out_dim) if cfg.text.out_dim else (cfg.text.max_len, cfg.text.dim)
-    return G.ProjectionConfig(dim, n_signal, *prompt, dim=96, n_layer=1, n_head=4, mlp_dim=192)
+    width = 96 if cfg.kind == "img" else 48
+    return G.ProjectionConfig(dim, n_signal, *prompt, dim=width, n_layer=1, n_head=4, mlp_dim=2 * width)
 
 
 # ---- The command

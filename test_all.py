@@ -6327,7 +6327,9 @@ def drawing(tmp_path_factory):
     for kind, cfg in paint.PAINTERS.items():
         cfg = replace(cfg, text=replace(cfg.text, vocab_size=data.Tokenizer(tokenizer).sp.vocab_size()), steps=2)
         M.save(G.Painter(cfg).half(), out / "painters" / kind, [tokenizer])
-    paint.main([str(out / "plain"), "--writers", str(out / "painters"), "--out", str(out / "weights")])
+    shutil.copytree(out / "painters/image", out / "first/image")                       # one writer, then the others
+    paint.main([str(out / "plain"), "--writers", str(out / "first"), "--out", str(out / "one")])
+    paint.main([str(out / "one"), "--writers", str(out / "painters"), "--out", str(out / "weights")])
     (out / "painters").rename(out / "weights/painters")
     return out
 
@@ -6347,6 +6349,8 @@ def drawing_session(drawing, says, **settings):
 def test_paint_writers_leave_all_else_as_it_was(drawing):
     old, new = (weights_of(drawing / name) for name in ("plain", "weights"))
     assert {key.split(".")[1] for key in new.keys() - old.keys()} == set(SIGNALS)
+    with pytest.raises(SystemExit, match="has a writer for every painter"):
+        paint.main([str(drawing / "weights"), "--writers", str(drawing / "weights/painters"), "--out", str(drawing / "none")])
     assert all(torch.equal(x, new[key][:len(x)] if key == "llm.embed.weight" else new[key]) for key, x in old.items())
     cfg = M.read_config(drawing / "weights")
     assert [cfg.added_tokens[f"[{kind.upper()}0]"] for kind in SIGNALS] == [cfg.signal(kind)[0] for kind in SIGNALS]
@@ -6426,6 +6430,24 @@ def test_paint_trains_judges_and_shows_every_kind(world, tmp_path, capsys):
         paint.main([file, "--embed", out])
         x = datasets.read_embedding(world / "embed" / f"{paint.read_captions(file)[1][0][-1].name}.npy")
         assert x.shape == ((32,) if kind == "audio" else (20, 48))
+
+
+def test_paint_goes_on_from_a_painter_whose_text_tower_stays(drawing, world, tmp_path):
+    start, file = drawing / "weights/painters/image", f"{world}/drawings.json"
+    paint.main([file, "--out", str(tmp_path / "a"), "--init", str(start), "--steps", "2", "--batch", "2"])
+    with torch.compiler.set_stance("force_eager"):              # compiling takes minutes
+        paint.main([file, "--out", str(tmp_path / "b"), "--init", str(tmp_path / "a"), "--steps", "2", "--batch", "2", "--fast"])
+    states = [M.load_painter(path, dtype=torch.float32).state_dict() for path in (tmp_path / "a", tmp_path / "b")]
+    same = {name for name, x in states[0].items() if torch.equal(x, states[1][name])}
+    assert {name for name in states[0] if name.startswith("text.")} <= same and len(same) < 0.5 * len(states[0])
+
+
+def test_paint_keeps_matrices_in_a_byte_a_number(drawing, tmp_path):
+    painter = M.load_painter(drawing / "weights/painters/audio", dtype=torch.float32)
+    M.save(paint.small(painter), tmp_path / "small", [])
+    again = M.load_painter(tmp_path / "small", dtype=torch.float32).state_dict()
+    assert (tmp_path / "small/model.safetensors").stat().st_size < 1.3 * sum(x.numel() for x in again.values())
+    assert all((again[name] - x).abs().max() <= 0.0626 * x.abs().max() for name, x in painter.state_dict().items())
 
 
 def test_paint_judge_needs_captions_it_does_not_know(world, tmp_path):

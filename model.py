@@ -19,7 +19,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
-from torch.utils.checkpoint import checkpoint
 
 from attention import attention
 from generate import OutputProjection, Painter, PainterConfig, ProjectionConfig
@@ -475,17 +474,38 @@ class SignalWriter(nn.Module):
 
 # ---- Model
 
-def lm_loss(lm_head, h, labels, chunk=256):
-    """Mean cross-entropy of the next token. Only labelled places (not -100) reach the vocabulary, and of many only `chunk`
-    at a time, computed again in the backward pass, so that logits never stand in memory in full."""
+class HeadLoss(torch.autograd.Function):
+    """Summed cross-entropy of labels (n,) after h (n, C) times weight (V, C), `chunk` rows at a time: logits never stand in
+    memory in full, and as their gradients are made beside them, the vocabulary is multiplied once (Hsu et al. 2024, Liger)."""
+
+    @staticmethod
+    def forward(ctx, h, weight, labels, chunk):
+        kind, grad_h, grad_weight = h.device.type, *ctx.needs_input_grad[:2]
+        w = weight.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype)
+        dh, dw, total = torch.empty_like(h) if grad_h else None, torch.zeros_like(weight) if grad_weight else None, 0
+        for at in torch.arange(len(h), device=h.device).split(chunk):
+            x, label = h[at].to(w.dtype), labels[at, None]
+            log_p = (x @ w.T).float().log_softmax(-1)                                       # (chunk, V)
+            total = total - log_p.gather(1, label).sum()
+            if grad_h or grad_weight:
+                d = log_p.exp_().scatter_add_(1, label, -torch.ones_like(label, dtype=log_p.dtype)).to(w.dtype)
+            if grad_h:
+                dh[at] = (d @ w).to(dh.dtype)
+            if grad_weight:
+                dw += d.T @ x
+        ctx.grads = dh, dw
+        return total
+
+    @staticmethod
+    def backward(ctx, scale):
+        return *(d if d is None else d.mul_(scale) for d in ctx.grads), None, None
+
+
+def lm_loss(lm_head, h, labels, chunk=512):
+    """Mean cross-entropy of the next token; only labelled places (not -100) reach the vocabulary."""
     keep = labels[:, 1:] != -100
     h, labels = h[:, :-1][keep], labels[:, 1:][keep]                                        # (n, C), (n,)
-
-    def loss(h, labels):
-        return F.cross_entropy(lm_head(h).float(), labels, reduction="sum")
-    if len(h) <= chunk:
-        return loss(h, labels) / len(h)
-    return sum(checkpoint(loss, *part, use_reentrant=False) for part in zip(h.split(chunk), labels.split(chunk))) / len(h)
+    return HeadLoss.apply(h, lm_head.weight, labels, chunk) / len(h)
 
 
 def box_share(boxes, n):

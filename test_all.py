@@ -5422,10 +5422,11 @@ def test_tiny_weights_point_outline_and_keep_to_a_subject(tmp_path):
 @pytest.mark.slow
 def test_tiny_weights_draw_what_captions_and_wishes_say(tmp_path):
     shapes.main(["--out", str(tmp_path), "--questions", "96", "--seed", "9"])
-    kind, rows = paint.read_captions(tmp_path / "drawings_wishes.json")
-    captions, wishes, _ = zip(*rows[:40])
-    for made in paint.paint(HERE / "weights/tiny/painters/image", captions), paint.ask(HERE / "weights/tiny", kind, wishes):
-        assert paint.judge(kind, captions, made)["all"] >= 0.65
+    for file, what in (("drawings", "all"), ("video", "way"), ("audio", "count"), ("audio", "pitch")):
+        kind, rows = paint.read_captions(tmp_path / f"{file}_wishes.json")
+        captions, wishes, _ = zip(*rows[:40])
+        for made in paint.paint(HERE / "weights/tiny/painters" / kind, captions), paint.ask(HERE / "weights/tiny", kind, wishes):
+            assert paint.judge(kind, captions, made)[what] >= 0.65, (file, what)
     assert sum(path.stat().st_size for path in (HERE / "weights/tiny").rglob("*") if path.is_file()) <= 12e6
 
 

@@ -498,7 +498,8 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, scale):
-        return *(d if d is None else d.mul_(scale) for d in ctx.grads), None, None
+        grads, ctx.grads = ctx.grads, None                      # scaled in place, so good for one pass
+        return *(d if d is None else d.mul_(scale) for d in grads), None, None
 
 
 def lm_loss(lm_head, h, labels, chunk=512):

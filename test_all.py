@@ -1757,7 +1757,24 @@ def test_llm_loss_in_chunks_equals_the_whole():
         for chunk in (1, 3, 1000):
             loss = M.lm_loss(head, h, labels, chunk)
             found.append([loss.detach(), *torch.autograd.grad(loss, (h, head.weight))])
-        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for other in found[:2] for a, b in zip(other, found[2]))
+        logits = head(h[:, :-1]).transpose(1, 2)
+        want = torch.nn.functional.cross_entropy(logits, labels[:, 1:])
+        found.append([want.detach(), *torch.autograd.grad(want, (h, head.weight))])
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for other in found[:3] for a, b in zip(other, found[3]))
+
+
+@pytest.mark.parametrize("learns", ("h", "weight", ""))
+def test_llm_loss_teaches_what_learns(learns):
+    h, head, labels = torch.randn(2, 5, 8), M.Linear(8, 11).requires_grad_(learns == "weight"), torch.randint(11, (2, 5))
+    h.requires_grad_(learns == "h")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = M.lm_loss(head, h, labels)
+        want = torch.nn.functional.cross_entropy(head(h[:, :-1]).float().transpose(1, 2), labels[:, 1:])
+    assert loss.dtype == torch.float32 and (loss - want).abs() < 1e-3 and loss.requires_grad == bool(learns)
+    for x in (h, head.weight):
+        if x.requires_grad:
+            a, b = (torch.autograd.grad(y, x)[0] for y in (loss, want))
+            assert a.dtype == x.dtype and (a - b).abs().max() <= 0.02 * b.abs().max()
 
 
 def test_llm_fused_matrices_change_nothing():

@@ -18,7 +18,6 @@ import math
 import os
 import platform
 import re
-import resource
 import shlex
 import statistics
 import subprocess

@@ -476,7 +476,7 @@ class SignalWriter(nn.Module):
 
 class HeadLoss(torch.autograd.Function):
     """Summed cross-entropy of labels (n,) after h (n, C) times weight (V, C), `chunk` rows at a time: logits never stand in
-    memory in full, and as their gradients are made beside them, the vocabulary is multiplied once (Hsu et al. 2024, Liger)."""
+    memory in full, and as their gradients are made beside them, none is computed again (Hsu et al. 2024, Liger)."""
 
     @staticmethod
     def forward(ctx, h, weight, labels, chunk):

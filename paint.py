@@ -323,8 +323,8 @@ def train(args):
     cfg, media = painter.cfg, read_media(files, kind, painter.cfg)
     if kind == "audio":
         media = torch.stack([log_mel(x, cfg.vocoder) for x in media])[:, None]              # (n, 1, T, mel_bins)
-    if kind == "audio" and not args.init:
-        fit_vocoder(painter.vocoder, media[:, 0], cfg.vocoder, args.steps, 4, 2e-3, "vocoder")
+        if not args.init:
+            fit_vocoder(painter.vocoder, media[:, 0], cfg.vocoder, args.steps, 4, 2e-3, "vocoder")
     ids, nothing = (caption_ids(cfg.text, tokenizer.parent, texts) for texts in (captions, [""]))
     learned = [*painter.unet.parameters(), *(() if args.init else painter.text.parameters())]
 
@@ -350,7 +350,7 @@ def main(argv=None):
     p.add_argument("--batch", type=int, default=32, help="default %(default)s")
     p.add_argument("--lr", type=float, default=2e-3, help="default %(default)s")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--init", help="a painter to go on from; its text tower stays, so that who prompts it still can")
+    p.add_argument("--init", help="a painter to go on from; text tower and vocoder stay, so that who prompts it still can")
     p.add_argument("--fast", action="store_true", help="bfloat16, compiled: for clips, where AMX and a C++ compiler are")
     p.add_argument("--judge", help="a painter to judge by captions, instead of training one; or a model, by wishes")
     p.add_argument("--embed", help="a painter whose text tower reads all captions, instead")

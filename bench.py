@@ -181,7 +181,7 @@ def decode(side, s, quantize=""):
         return Job(lambda: answer(model, ids, NEW, side), NEW)
     model = load(s, "llm", side, quantize=quantize)
     model.cfg = replace(model.cfg, eos=())
-    if s.device == "cuda" and not quantize:
+    if s.device == "cuda" or quantize:
         M.fuse(model)                   # as chat.py does
     size = sum(x.nbytes for name, x in model.llm.state_dict().items() if not name.startswith("embed"))
     return Job(lambda: answer(model, ids, NEW, side), NEW, bytes=NEW * size)

@@ -548,7 +548,7 @@ def open_session(folder=TINY, device=None, dtype=None, quantize="", painters=Non
     if max(tok.sp.get_piece_size() - 1, *tok.special.values()) >= cfg.llm.vocab_size:
         raise ValueError(f"{tok.path}: has more tokens than the model, {cfg.llm.vocab_size}")
     template = (data.TEMPLATES | (data.load_templates(templates) if templates else {}))[cfg.template or system.template]
-    if device.type == "cuda" and not cfg.quantized and not cfg.llm.lora_rank:
+    if (device.type == "cuda" or cfg.quantized) and not cfg.llm.lora_rank:
         fuse(model)                     # where starting a product costs as much as the product
     painters = Path(folder) / "painters" if painters is None else painters
     painters = find_painters(painters, cfg.projections) if painters else {}

@@ -24,10 +24,12 @@ from attention import attention
 from generate import OutputProjection, Painter, PainterConfig, ProjectionConfig
 from locate import (BoxHead, DeformableAttention, Locator, LocatorConfig, RegionConfig, RegionEncoder, best_box, box_loss,
                     cycle_loss, loc_encoder, locator_losses, mask_losses)
+from quantize import join
 from quantize import quantize as quantize_llm
 from vision import (HUGE, CLIPConfig, CLIPVision, ImageBind, ImageBindConfig, SAMConfig, TowerConfig, merge_heads,
                     split_heads)
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")     # torch asks for huge pages: matrices are read up to a fifth faster
 FORMAT = 1                              # of weights folders; load() refuses a newer one
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -1005,8 +1007,11 @@ def fuse(model):
             layers = [getattr(part, n) for n in names]
             if any(isinstance(layer, LoRALinear) for layer in layers):
                 raise ValueError(f"{name}: merge LoRA before fusing")
-            weight = torch.cat([layer.weight.detach() for layer in layers])
-            setattr(part, name, Linear(weight.shape[1], len(weight), device="meta"))
-            getattr(part, name).weight = nn.Parameter(weight, requires_grad=False)
+            if model.cfg.quantized:
+                setattr(part, name, join(layers))
+            else:
+                weight = torch.cat([layer.weight.detach() for layer in layers])
+                setattr(part, name, Linear(weight.shape[1], len(weight), device="meta"))
+                getattr(part, name).weight = nn.Parameter(weight, requires_grad=False)
             for n in names:
                 setattr(part, n, None)

@@ -1853,18 +1853,32 @@ def test_quantize_is_off_by_half_a_step():
             assert (off.abs().amax(2) <= 0.51 * step + largest / 200).all()             # zeros are bfloat16
 
 
+def test_quantize_cuts_vectors_into_two_digits():
+    for seed in range(9):
+        x = torch.randn(7, 40, generator=torch.Generator().manual_seed(seed)) * 10.0 ** (seed - 4)
+        x[0], x[1, 3] = 0, 1000
+        (high, low), step = (part := quantize.digits(x))[0].chunk(2), part[1]
+        assert high.dtype == torch.int8 and min(high.min(), low.min()) >= -127
+        off = (high.double() + low.double() / 254) * step - x
+        assert (off.abs() <= x.abs().amax(1, keepdim=True) / 127 / 254 * 0.51).all()        # 16 bits
+
+
+@pytest.mark.parametrize("vnni", {False, quantize.VNNI})
 @pytest.mark.parametrize("bits, group", [(8, 64), (4, 32), (4, 64), (4, 128)])
-def test_quantize_packed_products_equal_expanded_ones(bits, group):
+def test_quantize_packed_products_equal_expanded_ones(bits, group, vnni, monkeypatch):
+    monkeypatch.setattr(quantize, "VNNI", vnni)
     for seed in range(6):
         plain, packed = (quantize.QuantLinear(random_linear(seed), bits, group, packed) for packed in (False, True))
         for rows in (1, 3, 70, 140):
             x = torch.randn(2, rows, plain.in_features).bfloat16()
             want = x.float() @ plain.expand().T
             assert (packed(x).float() - want).abs().max() <= 0.02 * want.abs().max(), (seed, rows)
+            if bits == 8 and vnni:                              # the products themselves are exact
+                assert (packed(x.float()) - want).abs().max() <= 1e-4 * want.abs().max(), (seed, rows)
             assert (plain(x.float()) - want).abs().max() <= 1e-5 * want.abs().max()
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", ["never", "before", "after"])
 def test_quantize_llm_keeps_its_logits_and_decodes(fused):
     torch.manual_seed(0)
     cfg = M.LLMConfig(dim=128, n_layer=2, n_head=4, n_kv_head=2, mlp_dim=256, vocab_size=80)
@@ -1874,8 +1888,9 @@ def test_quantize_llm_keeps_its_logits_and_decodes(fused):
         x = model.llm.embed(torch.randint(0, 80, (1, 12))).detach()
         with torch.no_grad():
             want = model.llm.lm_head(model.llm(x))
-            M.fuse(model) if fused else None
+            M.fuse(model) if fused == "before" else None
             quantize.quantize(model, kind)
+            M.fuse(model) if fused == "after" else None
             got = model.llm.lm_head(model.llm(x))
         assert 0 < (got - want).std() / want.std() < tol
         assert len(list(M.generate(model, x, max_new_tokens=5))) == 5
@@ -1904,13 +1919,15 @@ def test_quantize_on_the_way_in_saves_and_loads(tmp_path, kind, change):
         M.load(tmp_path / kind, quantize=kind)
 
 
-def test_quantize_reads_integers_from_anywhere():
+@pytest.mark.parametrize("vnni", {False, quantize.VNNI})
+def test_quantize_reads_integers_from_anywhere(vnni, monkeypatch):
+    monkeypatch.setattr(quantize, "VNNI", vnni)
     for start in (1, 2, 8, 24, 32):                             # bytes behind a round address, as in a mapped file
-        layer = quantize.QuantLinear(random_linear(start), 8)
+        layer, same = (quantize.QuantLinear(random_linear(start), 8) for _ in range(2))
         room, x = torch.empty(layer.weight.numel() + 128, dtype=torch.int8), torch.randn(5, layer.in_features)
-        start, want = start - room.data_ptr() % 64 + 64, layer(x)
+        start -= room.data_ptr() % 64 - 64
         layer.weight = room[start:start + layer.weight.numel()].view_as(layer.weight).copy_(layer.weight)
-        assert torch.equal(layer(x), want)
+        assert torch.equal(layer(x), same(x))
 
 
 def test_quantize_holds_one_matrix_at_a_time():

@@ -704,7 +704,7 @@ def dialog_turns(row, root):
     """PandaGPT's and NExT-GPT's conversations -> turns.
 
     A turn's medium follows from its modality or its <image> tag; where there is neither, the first question shows the
-    record's picture, unless that is called 00000000000.
+    record's picture, unless that is called 00000000000. With image_wh, answers name boxes as in ChatterBox's sets.
     """
     out, pictured = [], (row.get("image_name") or row.get("image") or "").strip("0")
     for i, turn in enumerate(spoken(row)):
@@ -717,7 +717,8 @@ def dialog_turns(row, root):
         if kind != "text" and (kind not in WRITERS or name is None):
             raise DataError(f"turn {i + 1}: no file of the kind {kind!r:.40}; there are {', '.join(WRITERS)}")
         if kind == "text":
-            out.append([text])
+            text, boxes = annotated(text, check_box) if i % 2 and "image_wh" in row else (text, [])
+            out.append([text, *(Box(box) for _, box in boxes)])
         else:
             out.append([text, drawn(kind, name, root)] if i % 2 else [shown(kind, name, root), text])
     return out
@@ -779,7 +780,7 @@ class Dialogs:
             turns = turns_of(row, self.root, self.draw)
         except (DataError, KeyError, TypeError, AttributeError, IndexError):
             return ""
-        paths = (part.path for turn in turns for part in turn if not isinstance(part, str))
+        paths = (part.path for turn in turns for part in turn if isinstance(part, Medium | Signal))
         return next((path for path in paths if not Path(path).is_file()), "")
 
     def __len__(self):

@@ -542,11 +542,25 @@ def wish(m, rng):
 
 
 def talks(media, rng):
-    """Records of two questions about a picture, then a wish for a drawing, as talk goes on."""
-    pictures, drawings, rows = *([m for m in media if m.name.startswith(of)] for of in ("pictures", "drawings")), []
-    for p, m in zip(rng.sample(pictures, len(pictures)), drawings):
-        talk, row = conversation([p._replace(questions=rng.sample(p.questions, 2))], rng), wish(m, rng)
-        rows.append(row | {"input_image": p.name, "conversations": talk["conversations"] + row["conversations"]})
+    """Conversations that use all a model can do, one thing after another: questions about a picture, a clip or a sound, where
+    things are in the picture, then wishes, or before. No kind of medium is shown or made twice. As many as there are drawings."""
+    of, rows = {folder: [m for m in media if m.name.startswith(folder)] for folder, *_ in MEDIA.values()}, []
+    for drawing in of["drawings"]:
+        picture, clip, sound, *made = (rng.choice(of[folder]) for folder in ("pictures", "clips", "sounds") * 2)
+        row, parts = {"image_wh": [SIDE, SIDE]}, []
+        for m in rng.choice([(picture,), (picture,), (picture, sound), (picture, sound), (clip,), (sound,)]):
+            row[f"input_{m.kind}"] = m.name
+            parts.append(asked(m.kind, [words for _, *words in rng.sample(m.questions, rng.randint(1, 2))]))
+        for m in rng.sample([drawing, *made[1:]], rng.randint(1, 2)):
+            asking = wish(m, rng)
+            parts.append([turn["value"] for turn in asking.pop("conversations")])
+            row |= asking
+        rng.shuffle(parts)
+        first = next((i for i, part in enumerate(parts) if part[0].startswith("<image>")), None)
+        if first is not None and (pointing := dialogue(picture, rng, chain=True)):
+            texts = [turn["value"].replace("[it]", "it") for turn in pointing["conversation"]]
+            parts.insert(rng.randint(first + 1, len(parts)), texts)
+        rows.append(row | {"conversations": turns(*sum(parts, []))})
     return rows
 
 

@@ -6187,7 +6187,7 @@ def test_chat_overlay_draws_any_box(pointing):
 
 # ---- Web
 
-CHROMIUM = os.environ.get("CHROMIUM", "")                      # a browser for the test of the page
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or ""         # a browser for the test of the page
 
 
 @pytest.fixture(scope="module")
@@ -6201,7 +6201,7 @@ def page(web, tmp_path_factory):
     """The page of weights/tiny at a port of this machine -> port, folder."""
     folder = tmp_path_factory.mktemp("page").resolve()
     (folder / "link.png").symlink_to("/etc/passwd")
-    blocks = web.serve(chat_session(), folder, prevent_thread_lock=True, quiet=True)
+    blocks = web.serve(chat_session(max_new_tokens=60), folder, prevent_thread_lock=True, quiet=True)
     yield blocks.server_port, folder
     blocks.close()
 
@@ -6327,9 +6327,14 @@ def test_web_faults_become_notes(web, tmp_path, chat_files):
     assert "shorten it" in note and text.startswith("long") and messages == []
 
 
+SHOWN = {"point": "img", "draw": "img", "film": "video", "play": "button[aria-label*=lay]"}      # beside the text, by button
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not CHROMIUM, reason="CHROMIUM names no browser")
-def test_web_page_in_a_browser(page):
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium on the path, and CHROMIUM names none")
+def test_web_page_in_a_browser(page, web, tmp_path):
+    """Every ability of weights/tiny by its button, then an upload, a box by two clicks, and HTML that must stay text. Pictures
+    of the page are kept in the test's folder."""
     with pytest.importorskip("playwright.sync_api").sync_playwright() as play:
         tab = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]).new_page()
         tab.set_default_timeout(60000)
@@ -6338,13 +6343,22 @@ def test_web_page_in_a_browser(page):
         tab.on("console", lambda message: message.type == "error" and faults.append(message.text))
         tab.goto(f"http://127.0.0.1:{page[0]}/")
         text, said = tab.locator("#message textarea"), tab.locator(".bot .message-content, .bot.message")
-        for name in ("describe", "watch", "listen", "point", "name a box"):
+        for name in (name for name in web.ABILITIES if name not in ("find", "name a region")):
             tab.get_by_role("button", name=name, exact=True).click()
             tab.wait_for_function("document.querySelector('#message textarea').value")
             text.press("Enter")
             said.nth(0).wait_for()
+            if name in SHOWN:
+                tab.locator(f".bot {SHOWN[name]}").nth(0).wait_for()
+            tab.screenshot(path=tmp_path / f"{name}.png")
             tab.get_by_role("button", name="clear", exact=True).click()
             said.nth(0).wait_for(state="detached")
+        tab.locator("input[type=file]").first.set_input_files(page[1] / shapes.write_medium(("image", 7, 1, page[1])).name)
+        for place in (20, 90):
+            tab.locator("#picture img").click(position={"x": place, "y": place})
+            tab.wait_for_function("document.querySelector('#note textarea').value")
+        tab.wait_for_function("document.querySelector('#note textarea').value.startsWith('[0] is')")
+        tab.screenshot(path=tmp_path / "two clicks.png")
         text.fill("<img src=x onerror=alert(1)><b>bold</b>")
         text.press("Enter")
         tab.get_by_text("<b>bold</b>").wait_for()

@@ -303,7 +303,7 @@ def build(session, folder):
                                  for name, (need, *_) in ABILITIES.items() if need in (*cfg.reads, *cfg.writes)}
             with gr.Column(scale=2):
                 files = gr.File(label="pictures, sounds, clips", file_count="multiple", height=120)
-                picture = gr.Image(label="two clicks make a box", interactive=False, format="png", buttons=[])
+                picture = gr.Image(label="two clicks make a box", interactive=False, format="png", buttons=[], elem_id="picture")
                 note = gr.Textbox(label="note", interactive=False, elem_id="note")
                 find = gr.Checkbox(label="look for a box", visible="vg" in cfg.writes)
                 with gr.Accordion("settings", open=False):

@@ -37,8 +37,12 @@ def visible_keys(T, S, causal, segments, device):
 
 
 def relative_bias(rel_h, rel_w):
-    """Decomposed relative positions in full: (B, nh, T, H), (B, nh, T, W) -> (B, nh, T, H * W), key s at row s // W."""
-    return (rel_h[..., :, None] + rel_w[..., None, :]).flatten(-2)
+    """Decomposed relative positions in full: (B, nh, T, H), (B, nh, T, W) -> (B, nh, T, H * W), key s at row s // W.
+
+    By a product with ones and zeros, which is as exact as a sum and quicker where W is 14."""
+    rows, columns = (torch.eye(rel.shape[-1], dtype=rel.dtype, device=rel.device) for rel in (rel_h, rel_w))
+    spread = torch.cat([rows.repeat_interleave(len(columns), 1), columns.repeat(1, len(rows))])     # (H + W, H * W)
+    return torch.cat([rel_h, rel_w], -1) @ spread
 
 
 # ---- Reference

@@ -5464,6 +5464,41 @@ def test_tiny_weights_draw_what_captions_and_wishes_say(tmp_path):
     assert sum(path.stat().st_size for path in (HERE / "weights/tiny").rglob("*") if path.is_file()) <= 12e6
 
 
+def talk_of_everything(session, folder, number):
+    """One conversation that looks, points, asks about the thing pointed at, listens, draws, plays, films and points again, in an
+    order by chance that keeps the first three together -> {ability: right}."""
+    r, right = random.Random(number), {}
+    sound, drawing, clip, other, *pictures = (
+        shapes.write_medium((kind, 40 * number + i, 3, folder)) for i, kind in enumerate(("audio", "drawing", "video", "audio", *["image"] * 30)))
+    picture, first, last = next((m, *seen) for m in pictures if len(seen := shapes.only(m.things, "shape")) == 2)
+
+    def point(thing):
+        _, boxes, masks, _ = session.ask(f"Where is the {thing.shape}?")
+        return len(boxes) == 1 and masks is not None and evaluate.box_iou(*torch.tensor([boxes, [shapes.box(thing)]])).item() > 0.5
+
+    def look():
+        right["count"] = session.ask("How many shapes are there?", str(folder / picture.name))[0] == (
+            f"There are {shapes.NUMBERS[len(picture.things)]} shapes.")
+        right["point"] = point(first)
+        right["ask about it"] = f"It is {first.size}." in session.ask("How big is it?")[0]
+
+    def listen():
+        _, question, answer = sound.questions[0]
+        right["listen"] = session.ask(question, str(folder / sound.name))[0] == answer
+
+    def wish(m):
+        session.ask(shapes.wish(m, r)["conversations"][0]["value"])
+        made = [one for one in session.last().drawn if paint.KINDS[one.kind] == m.kind]
+        right[m.kind] = len(made) == 1
+        what = {"image": "things", "video": "way", "audio": "count"}[m.kind]
+        right[f"{m.kind} as told"] = len(made) == 1 and shapes.judge(m.kind, shapes.drawn(m.things) if m.things else m.caption,
+                                                                   paint.shown(m.kind, made[0].content, made[0].rate))[what]
+    for part in r.sample([look, listen, *(partial(wish, m) for m in (drawing, clip, other))], 5):
+        part()
+    right["point again"] = point(last)
+    return right
+
+
 # ---- Chat
 
 CHAT_WEIGHTS = HERE / "weights/tiny"
@@ -6545,12 +6580,20 @@ def test_docs_readme_commands_name_real_scripts_and_flags():
 
 
 def test_docs_readme_counts_parameters():
-    rows = re.findall(r"^\| .*?`([\w-]+)`.* \| ([\d.]+) (B|M) \| ([\d.]+) \|$", README, re.M)
+    rows = re.findall(r"^\| .*?`([\w-]+)`.* \| ([\d.]+) (B|M) \| ([\d.]+) \| `.*` \|$", README, re.M)
     assert len(rows) == 6
     for name, count, unit, size in rows:
         with torch.device("meta"):
             n = sum(p.numel() for p in M.Model(M.PRESETS[name]).parameters())
         assert f"{n / {'B': 1e9, 'M': 1e6}[unit]:.1f}" == count and abs(2 * n / 1e9 - float(size)) <= 0.05, (name, n)
+
+
+def test_docs_readme_rows_name_their_tests():
+    tables = re.findall(r"^\|.*\| tests \|\n\|[-|]+\n((?:\|.*\n)+)", README, re.M)
+    assert len(tables) == 2
+    for row in "".join(tables).splitlines():
+        for word in re.search(r"`([\w ]+)` \|$", row)[1].split(" or "):
+            assert any(word in name for name in globals() if name.startswith("test_")), row
 
 
 @pytest.mark.slow

@@ -352,8 +352,8 @@ class SAMAttention(nn.Module):
         n = -(-H // side)                                                                   # windows per side
         qkv = self.qkv(x)
         if H % side:                    # parity: zeros fill up the windows and take part; their q, k, v are the bias
-            padded = self.qkv.bias.to(qkv.dtype).repeat(B, n * side, n * side, 1)
-            padded[:, :H, :W] = qkv
+            padded, bias = qkv.new_empty(B, n * side, n * side, qkv.shape[-1]), self.qkv.bias.to(qkv.dtype)
+            padded[:, :H, :W], padded[:, H:], padded[:, :H, W:] = qkv, bias, bias
             qkv = padded
         qkv = qkv.unflatten(2, (n, side)).unflatten(1, (n, side)).transpose(2, 3)           # (B, n, n, side, side, 3 C)
         q, k, v = (split_heads(x, self.n_head) for x in qkv.flatten(3, 4).flatten(0, 2).chunk(3, dim=-1))

@@ -5,10 +5,10 @@
     python bench.py --cuda --only decode decode-int4
 
 In order: sizes, checkpoints, cases, measuring, the report. Random checkpoints of the sizes below are written once to
---folder by transformers and converted like anybody's; painters and SAM hold the same random tensors on both sides. Peak
-memory comes from a fresh process per side. A share is what the machine's own limit would take (weights read at the
-speed of a matrix-vector product, operations at that of a large matrix product, both measured first) over what we took.
-With one thread of a CPU, time is the processor's, which other programs do not lengthen. Results go to BENCHMARKS.md.
+--folder by transformers and converted like anybody's; painters and SAM hold the same random tensors on both sides. Each
+side has a process of its own, whose peak memory is told. A share is what the machine's own limit would take (weights read
+at the speed of a matrix-vector product, operations at that of a large matrix product, both measured first) over what we
+took. With one thread of a CPU, time is the processor's, which other programs do not lengthen. Results go to BENCHMARKS.md.
 """
 import argparse
 import datetime
@@ -93,6 +93,7 @@ class Case(NamedTuple):
     build: object
     args: tuple
     unit: str                           # "/s" of it is printed
+    checkpoint: str = ""                # of folder_of, that both load
     peers: tuple = ("transformers",)
     devices: str = "cpu cuda"
 
@@ -342,25 +343,25 @@ def fused_attention(side, s, hd, causal, backward):
 
 
 CASES = {
-    "prefill": Case(prefill, (), "token"),
-    "decode": Case(decode, (), "token"),
-    "decode-int8": Case(decode, ("int8",), "token"),
-    "decode-int4": Case(decode, ("int4",), "token"),
-    "load": Case(lambda side, s: Job(lambda: load(s, "llm", side), 1), (), "load"),
-    "start": Case(start, (False,), "first token"),
-    "start-from-disk": Case(start, (True,), "first token"),
-    "convert": Case(conversion, (), "GB", ()),
-    "clip": Case(clip, (1,), "image"),
-    "clip-8": Case(clip, (8,), "image"),
+    "prefill": Case(prefill, (), "token", "llm"),
+    "decode": Case(decode, (), "token", "llm"),
+    "decode-int8": Case(decode, ("int8",), "token", "llm"),
+    "decode-int4": Case(decode, ("int4",), "token", "llm"),
+    "load": Case(lambda side, s: Job(lambda: load(s, "llm", side), 1), (), "load", "llm"),
+    "start": Case(start, (False,), "first token", "llm"),
+    "start-from-disk": Case(start, (True,), "first token", "llm"),
+    "convert": Case(conversion, (), "GB", "llm", ()),
+    "clip": Case(clip, (1,), "image", "clip"),
+    "clip-8": Case(clip, (8,), "image", "clip"),
     "sam": Case(sam, (), "image"),
-    "unet-sd15": Case(unet, ("sd15",), "step", ("diffusers",)),
-    "unet-zeroscope": Case(unet, ("zeroscope",), "step", ("diffusers",)),
-    "unet-audioldm": Case(unet, ("audioldm",), "step", ("diffusers",)),
-    "vae": Case(vae, (), "picture", ("diffusers",)),
-    "train": Case(train, (), "token"),
-    "fine-tune": Case(fine_tune, (), "token"),
+    "unet-sd15": Case(unet, ("sd15",), "step", "", ("diffusers",)),
+    "unet-zeroscope": Case(unet, ("zeroscope",), "step", "", ("diffusers",)),
+    "unet-audioldm": Case(unet, ("audioldm",), "step", "", ("diffusers",)),
+    "vae": Case(vae, (), "picture", "", ("diffusers",)),
+    "train": Case(train, (), "token", "small"),
+    "fine-tune": Case(fine_tune, (), "token", "small"),
 } | {f"attention-{hd}{'-causal' * causal}{'-backward' * backward}":
-     Case(fused_attention, (hd, causal, backward), "TFLOP", ("cudnn", "flash"), "cuda")
+     Case(fused_attention, (hd, causal, backward), "TFLOP", "", ("cudnn", "flash"), "cuda")
      for hd in (64, 80, 128) for causal in (False, True) for backward in (False, True)}
 
 
@@ -389,50 +390,72 @@ def limits(s):
     return weights.nbytes / best[0], n ** 3 / best[1]
 
 
-def measure(case, s):
-    """{side: seconds per run, one per round}, {side: Job}: warmed up, then in turn."""
-    jobs = {side: case.build(side, s, *case.args) for side in ("ours", *case.peers)}
-    often = {side: max(1, math.ceil(0.05 / min(seconds(job, s) for _ in range(2)))) for side, job in jobs.items()}
-    often = {side: n if s.device == "cuda" else 1 for side, n in often.items()}         # short kernels: many a round
-    times = {side: [] for side in jobs}
-    for _ in range(s.rounds):
-        for side, job in jobs.items():
-            times[side].append(seconds(job, s, often[side]))
-    return times, jobs
+def serve(case, side, s):
+    """One side in a process of its own: for each line of input it prints the seconds of so many runs, or facts, or peak bytes."""
+    out, sys.stdout = sys.stdout, sys.stderr                # what others print is no answer
+    if side == "ours":
+        M.keep_memory()                                     # as chat.py and train.py do
+    job = case.build(side, s, *case.args)
+    for line in sys.stdin:
+        if line == "facts\n":
+            answer = job[1:4]
+        elif line == "peak\n" and s.device == "cuda":
+            answer = torch.cuda.max_memory_allocated()
+        elif line == "peak\n":                              # of itself, where getrusage counts the parent's; of what it started
+            own = int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+            answer = max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024
+        else:
+            answer = seconds(job, s, int(line))
+        print(json.dumps(answer), file=out, flush=True)
+        if line == "peak\n":
+            return
 
 
-def peak(name, side, s):
-    """Peak bytes of one side in a process of its own."""
-    command = [sys.executable, __file__, f"--{s.device}", "--only", name, "--peak", side, "--threads", str(s.threads),
+def started(name, side, s):
+    """What serve answers: a function of a line."""
+    command = [sys.executable, __file__, f"--{s.device}", "--only", name, "--side", side, "--threads", str(s.threads),
                "--layers", str(s.layers), "--folder", str(s.folder), "--dtype", str(s.dtype)[6:]]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(line):
+        print(line, file=process.stdin, flush=True)
+        if not (answer := process.stdout.readline()):
+            raise SystemExit(f"{name}: {side} ended with status {process.wait()}")
+        return json.loads(answer)
+    return ask
 
 
-def run_once(case, side, s):
-    """What --peak runs."""
-    case.build(side, s, *case.args).run()
-    if s.device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    own = int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])             # getrusage's is inherited
-    return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024
+def measure(name, s):
+    """{side: seconds per run, one per round}, {side: (amount, bytes, flops) of a run}, {side: peak bytes}: warmed up, then in turn."""
+    if CASES[name].checkpoint:
+        folder_of(s, CASES[name].checkpoint, "ours")        # so that no side's memory counts the making of it
+    sides, facts = {}, {}
+    for side in ("ours", *CASES[name].peers):
+        sides[side] = started(name, side, s)
+        facts[side] = sides[side]("facts")                  # when this is answered, it is built
+    warm = {side: min(ask(1) for _ in range(2)) for side, ask in sides.items()}
+    often = {side: math.ceil(0.05 / took) if s.device == "cuda" else 1 for side, took in warm.items()}  # short kernels
+    times = {side: [] for side in sides}
+    for _ in range(s.rounds):
+        for side, ask in sides.items():
+            times[side].append(ask(often[side]))
+    return times, facts, {side: ask("peak") for side, ask in sides.items()}
 
 
 # ---- Report
 
 def row(name, s, roof):
     """A line of the table per peer (one with dashes where there is none)."""
-    case = CASES[name]
-    times, jobs = measure(case, s)
-    memory = {side: "-" if s.no_memory else f"{peak(name, side, s) / 2 ** 30:.2f}" for side in jobs}
-    took, job = statistics.median(times["ours"]), jobs["ours"]
-    share = f"{100 * max(job.bytes / roof[0], job.flops / roof[1]) / took:.0f}%" if job.bytes or job.flops else "-"
+    case, (times, facts, peaks) = CASES[name], measure(name, s)
+    took, (amount, read, flops) = statistics.median(times["ours"]), facts["ours"]
+    share = f"{100 * max(read / roof[0], flops / roof[1]) / took:.0f}%" if read or flops else "-"
     spread = 100 * (max(times["ours"]) / min(times["ours"]) - 1)
     for peer in case.peers or ("-",):
         theirs = statistics.median(times[peer]) if peer in times else None
-        rate, faster, theirs_gib = ((f"{jobs[peer].amount / theirs:.4g}", f"{theirs / took:.2f}", memory[peer])
+        rate, faster, theirs_gib = ((f"{facts[peer][0] / theirs:.4g}", f"{theirs / took:.2f}", f"{peaks[peer] / 2 ** 30:.2f}")
                                     if theirs else ("-", "-", "-"))
-        yield (f"| {name} | {job.amount / took:.4g} {case.unit}/s | {rate} | {peer} | {faster} | {share} "
-               f"| {spread:.0f}% | {memory['ours']} | {theirs_gib} | {s.rounds}, {datetime.date.today()} |")
+        yield (f"| {name} | {amount / took:.4g} {case.unit}/s | {rate} | {peer} | {faster} | {share} "
+               f"| {spread:.0f}% | {peaks['ours'] / 2 ** 30:.2f} | {theirs_gib} | {s.rounds}, {datetime.date.today()} |")
 
 
 def machine(s):
@@ -477,16 +500,14 @@ def main():
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
                    help="of both sides (bfloat16; float32 on a CPU that would have to emulate it)")
     p.add_argument("--layers", type=int, default=0, help="cut towers and language models to so many, for a quick look")
-    p.add_argument("--no-memory", action="store_true", help="leave out peak memory, which takes fresh processes")
     p.add_argument("--folder", type=Path, default=Path("runs/bench"), help="for checkpoints (default runs/bench)")
-    p.add_argument("--peak", metavar="SIDE", help="run one side of one case once and print its peak memory in bytes")
+    p.add_argument("--side", help=argparse.SUPPRESS)        # what started gives
     s = SimpleNamespace(**vars(p.parse_args()))
     s.dtype, s.shared = getattr(torch, s.dtype or native(s.device)), {}
     torch.set_num_threads(s.threads)
     torch.set_grad_enabled(False)
-    if s.peak:
-        print(run_once(CASES[s.only[0]], s.peak, s))
-        return
+    if s.side:
+        return serve(CASES[s.only[0]], s.side, s)
     roof, rows = limits(s), []
     for name in s.only or [name for name, case in CASES.items() if s.device in case.devices.split()]:
         for line in row(name, s, roof):

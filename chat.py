@@ -116,7 +116,7 @@ from safetensors import SafetensorError
 import data
 from datasets import mask_rle
 from generate import DRAW, PainterConfig
-from model import KVCache, beam_search, fuse, generate, load, load_painter, read_config, read_out, signal_runs
+from model import KVCache, beam_search, fuse, generate, keep_memory, load, load_painter, read_config, read_out, signal_runs
 
 # ---- Session
 
@@ -537,6 +537,7 @@ def open_session(folder=TINY, device=None, dtype=None, quantize="", painters=Non
     painters: folder with a folder of each; default: `painters` in the weights folder, if it is there; "": none.
     templates: file of conversation templates, see data.load_templates; one of the model's name in it takes ours' place.
     """
+    keep_memory()
     device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     dtype = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     model = load(folder, device, dtype, quantize)

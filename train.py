@@ -551,6 +551,7 @@ def main(argv=None):
     if s.plan:
         return show_plan(s)
     s.device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    M.keep_memory()
     join(s.device)
     try:
         train(s)

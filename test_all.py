@@ -28,6 +28,7 @@ import time
 import weakref
 import zipfile
 import zlib
+from collections import Counter
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -5289,15 +5290,6 @@ def test_shapes_numbers_and_parts_say_what_captions_say(world):
                 assert at[0] == max(at)
 
 
-def test_shapes_talks_are_of_a_picture_and_end_in_a_drawing(world):
-    talks, wishes = annotations(world, "talks.json"), annotations(world, "drawings_wishes.json")
-    assert [row["output_image"] for row in talks] == [row["output_image"] for row in wishes]
-    for talk, wish in zip(talks, wishes):
-        (picture, _), *rounds, (caption, signal) = datasets.turns_of(talk, world)
-        assert Path(picture.path).is_file() and picture.path.endswith(talk["input_image"]) and len(rounds) == 4
-        assert signal.path.endswith("/" + wish["image_caption_embeddings"]) and caption == wish["image_captions"]
-
-
 @pytest.fixture(scope="session")
 def named(world):
     """Name and centre of the things in every picture of the world, by their boxes in whole pixels."""
@@ -5369,6 +5361,31 @@ def test_shapes_dialogues_are_true_and_linked(world, named, name):
                 known = f"{last.colour} {last.shape}"
                 assert ("[it]" if name == "CB_LC.json" else f"the {known}? <{known}:[") in ask["value"]
             last = t
+
+
+def test_shapes_talks_show_point_and_wish(world, named):
+    """Nothing twice, media and boxes as elsewhere in the world, a picture before what is pointed at, wishes as they are made."""
+    prompts = {(kind, Path(row[f"output_{kind}"]).name): row[f"{kind}_captions"]
+               for file, kind in (("drawings", "image"), ("video", "video"), ("audio", "audio"))
+               for row in annotations(world, f"{file}_wishes.json")}
+    talks, seen = annotations(world, "talks.json"), set()
+    assert len(talks) == len(annotations(world, "drawings_wishes.json"))
+    for talk in talks:
+        turns = datasets.turns_of(talk, world)
+        shown = [(i, part) for i, turn in enumerate(turns) for part in turn if isinstance(part, data.Medium)]
+        made = [(i, part) for i, turn in enumerate(turns) for part in turn if isinstance(part, data.Signal)]
+        boxes = [(i, part) for i, turn in enumerate(turns) for part in turn if isinstance(part, data.Box)]
+        kinds, writers = [part.kind for _, part in shown], [part.writer for _, part in made]
+        assert 1 <= len(kinds) == len(set(kinds)) and 1 <= len(writers) == len(set(writers)) <= 2
+        for i, part in shown:
+            assert i % 2 == 0 and part.path.endswith(talk[f"input_{part.kind}"]) and Path(part.path).is_file()
+        for i, part in made:
+            name = Path(part.path).name.removesuffix(".npy")
+            assert turns[i][0] == prompts[paint.KINDS[part.writer], name] and i % 2
+        for i, box in boxes:
+            assert tuple(box.xyxy_px) in named[talk["input_image"]] and i > shown[kinds.index("image")][0]
+        seen |= {*kinds, *writers, *["box"] * len(boxes)}
+    assert seen == {"image", "video", "audio", "img", "vid", "aud", "box"}
 
 
 def looks(t):
@@ -5497,6 +5514,17 @@ def talk_of_everything(session, folder, number):
         part()
     right["point again"] = point(last)
     return right
+
+
+@pytest.mark.slow
+def test_tiny_weights_do_everything_in_one_talk(tmp_path):
+    session, right, n = chat.open_session(HERE / "weights/tiny", "cpu"), Counter(), 12
+    for folder, *_ in shapes.MEDIA.values():
+        (tmp_path / folder).mkdir()
+    for number in range(n):
+        session.clear()
+        right.update(talk_of_everything(session, tmp_path, number))
+    assert all(right[what] >= (0.9 if what in ("image", "video", "audio") else 0.6) * n for what in right), right
 
 
 # ---- Chat

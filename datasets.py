@@ -761,12 +761,12 @@ def read_embedding(path):
 class Dialogs:
     """A file of NExT-GPT's formats as Samples. Records whose media are absent are passed over, named once on stderr.
 
-    root: see above; default: beside the file. draw: caption pairs teach to draw, not to caption. Raises DataError
-    naming file and record for one that is malformed.
+    root: see above; default: beside the file. draw: caption pairs teach to draw, not to caption. learn: whether embeddings are
+    needed. Raises DataError naming file and record for one that is malformed.
     """
 
-    def __init__(self, path, root=None, draw=False):
-        self.path, self.root, self.draw = Path(path), Path(root or Path(path).parent), draw
+    def __init__(self, path, root=None, draw=False, learn=True):
+        self.path, self.root, self.draw, self.learn = Path(path), Path(root or Path(path).parent), draw, learn
         rows = read_records(path)
         absent = [self.absent(row) for row in rows]
         self.records = [row for row, name in zip(rows, absent) if not name]
@@ -780,7 +780,7 @@ class Dialogs:
             turns = turns_of(row, self.root, self.draw)
         except (DataError, KeyError, TypeError, AttributeError, IndexError):
             return ""
-        paths = (part.path for turn in turns for part in turn if isinstance(part, Medium | Signal))
+        paths = (part.path for turn in turns for part in turn if isinstance(part, Medium | Signal if self.learn else Medium))
         return next((path for path in paths if not Path(path).is_file()), "")
 
     def __len__(self):
@@ -794,7 +794,7 @@ class Dialogs:
         row = self.records[i]
         with naming(self.path, i, row):
             turns = turns_of(row, self.root, self.draw)
-        for part in (part for turn in turns for part in turn if isinstance(part, Signal)):
+        for part in (part for turn in turns for part in turn if self.learn and isinstance(part, Signal)):
             part.embeds = read_embedding(part.path)
         return Sample(turns, str(row.get("id", "")), row)
 

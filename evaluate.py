@@ -6,7 +6,7 @@
     python evaluate.py weights/chatbind-7b --task vqa questions.jsonl --images val2014 --out runs/vqa
     python evaluate.py review -q questions.jsonl -a other.jsonl runs/vqa/answers.jsonl -r rules.json --judge ./judge -o out.jsonl
 
-The tasks are rec, res, pope, caption, rounds, vqa and sqa. A task goes on where it stopped, and shares the work under
+The tasks are rec, res, pope, caption, rounds, talks, vqa and sqa. A task goes on where it stopped, and shares the work under
 torchrun --standalone --nproc_per_node=N; ranks never talk, each writes a file of its own.
 In order: metrics (exact match, ScienceQA, reviews by a judge), boxes and masks (REC, RES), answers (POPE, PointQA,
 GQA), captions (CIDEr-D, Vedantam et al., arXiv 1411.5726), tasks (what a row of predictions holds, and its figures),
@@ -251,11 +251,18 @@ def grounding(reply, answer):
     return box_iou(torch.stack(found), torch.stack(true)).min().item() if len(found) == len(true) else 0.0
 
 
+def wishes_in(turn):
+    """What a turn asks painters for."""
+    return [part.writer for part in turn if isinstance(part, data.Signal)]
+
+
 def rounds_row(sample, out):
-    """out["replies"]: to each question, a list of texts and Boxes. The IoU of an answer without boxes is None."""
+    """out["replies"]: to each question, a list of texts, Boxes and Signals. The IoU of an answer without boxes is None, and so is
+    whether it asks for the right media, where there are none."""
     answers, replies = sample.turns[1::2], out["replies"]
     return {"text": [text_in(reply, " ") for reply in replies], "target": [text_in(answer, " ") for answer in answers],
-            "iou": [grounding(*pair) if boxes_in(pair[1]) else None for pair in zip(replies, answers)]}
+            "iou": [grounding(*pair) if boxes_in(pair[1]) else None for pair in zip(replies, answers)],
+            "drawn": [a == b if a or b else None for a, b in (map(wishes_in, pair) for pair in zip(replies, answers))]}
 
 
 def columns(rows, *keys):
@@ -284,20 +291,21 @@ def caption_figures(rows):
 
 def rounds_figures(rows):
     """Shares of right texts and of boxes found (IoU of 0.5 or more), over all rounds and over the first, second ... of the
-    dialogues; mean IoU; share of dialogues that are right from beginning to end."""
+    dialogues; mean IoU; share of answers that ask for the right media; of dialogues that are right from beginning to end."""
     count = max(len(row["text"]) for row in rows)
     text, box, iou, whole = ([[] for _ in range(count)], [[] for _ in range(count)], [], [])
     for row in rows:
         said = [normal(a) == normal(b) for a, b in zip(row["text"], row["target"])]
         found = [x is None or x >= 0.5 for x in row["iou"]]
-        whole.append(all(said + found))
+        whole.append(all(said + found) and False not in row["drawn"])
         for i, x in enumerate(row["iou"]):
             text[i].append(said[i])
             if x is not None:
                 box[i].append(found[i])
                 iou.append(x)
     return {"text": mean(sum(text, [])), "text_by_round": [*map(mean, text)], "box": mean(sum(box, [])),
-            "box_by_round": [*map(mean, box)], "iou": mean(iou), "dialogues": mean(whole)}
+            "box_by_round": [*map(mean, box)], "iou": mean(iou), "dialogues": mean(whole),
+            "drawn": mean([x for row in rows for x in row["drawn"] if x is not None])}
 
 
 TASKS = {                               # task -> (sample, what the model said) -> row; rows -> figures
@@ -306,6 +314,7 @@ TASKS = {                               # task -> (sample, what the model said) 
     "pope": (text_row, pope_figures),
     "caption": (text_row, caption_figures),
     "rounds": (rounds_row, rounds_figures),
+    "talks": (rounds_row, rounds_figures),
 }
 
 
@@ -368,7 +377,7 @@ def figures(task, folder, run, n):
 # ---- Run
 
 # Tokens of an answer at most, as NExT-Chat and ChatterBox were evaluated
-LENGTHS = {"res": 20, "pope": 20, "caption": 500, "rounds": 320}
+LENGTHS = {"res": 20, "pope": 20, "caption": 500, "rounds": 320, "talks": 320}
 FORMATS = {"caption": "reg"}                                    # of a task's file, where it has another name
 MIN_SCORE = 0.3                                                 # of a box that was looked for; below: none
 
@@ -385,7 +394,7 @@ class Asker:
 
     def embed(self, rendered):
         """Embeddings (1, T, C) of a prompt, and its attn_mask or None."""
-        batch = data.collate([rendered._replace(labels=rendered.ids)], self.model.cfg.n_token,
+        batch = data.collate([rendered._replace(labels=rendered.ids, targets=[])], self.model.cfg.n_token,
                              max_len=self.model.cfg.llm.max_len, mask_pad=self.system.mask_pad)
         batch = data.to_device(batch, self.device)
         return self.model.embed(batch.ids, batch.media, batch.slots), batch.attn_mask
@@ -398,14 +407,15 @@ class Asker:
     def answer(self, turns, max_new_tokens=128):
         """The greedy answer to turns, lists of strings, media and boxes -> text, ids of all, hidden states.
 
-        Whatever id follows `<at>` counts as `<boxes>`: the model is fed the box it meant.
+        Whatever id follows `<at>` counts as `<boxes>`: the model is fed the box it meant. Signals to painters are no text.
         """
         r, hidden, at = self.render([*turns, None]), [], next(iter(self.model.feeds), -1)
+        signals = {id for name in self.model.cfg.projections for id in self.model.cfg.signal(name)}
         embeds, mask = self.embed(r)
         stream, ids = data.TextStream(self.tok, (self.template.stop,)), list(r.ids)
         for id in M.generate(self.model, embeds, max_new_tokens=max_new_tokens, hidden=hidden, attn_mask=mask):
             ids.append(self.tok.special[self.system.box[-1]] if ids[-1] == at else id)
-            stream.push(ids[-1])
+            stream.flush() if id in signals else stream.push(ids[-1])
             if stream.done:
                 break
         return stream.text.strip(), ids, hidden
@@ -432,7 +442,7 @@ class Asker:
 
     @torch.inference_mode()
     def reply(self, turns, max_new_tokens):
-        """The greedy answer to turns as texts and Boxes; one that is looked for (ChatterBox) comes last."""
+        """The greedy answer to turns as texts, Boxes and Signals; a box that is looked for (ChatterBox) comes after the text."""
         text, ids, hidden = self.answer(turns, max_new_tokens)
         start, boxes = len(ids) - len(hidden), []
         asked = [i for i, id in enumerate(ids[:start]) if id == self.tok.special.get(self.system.find)]
@@ -443,8 +453,9 @@ class Asker:
             boxes, score = M.read_out(self.model, [*ids[:start], -1], hidden[:1], "vg", asked[-1], image=image)
             boxes = boxes[score > MIN_SCORE]
         texts = text.split(" ".join(self.system.box)) if self.system.box else [text]
-        boxes = [data.Box((), tensor=box.cpu()) for box in boxes]
-        return [part for pair in zip_longest(texts, boxes) for part in pair if part]
+        boxes, cfg = [data.Box((), tensor=box.cpu()) for box in boxes], self.model.cfg
+        wishes = [data.Signal(name) for name in cfg.projections for _ in M.signal_runs(ids[start:-1], cfg.signal(name))[0]]
+        return [part for pair in zip_longest(texts, boxes) for part in pair if part] + wishes
 
     def converse(self, turns, max_new_tokens):
         """Replies to all questions of a dialogue, each after what the model replied before, as in a chat.
@@ -469,7 +480,7 @@ class Asker:
             return {"boxes": self.point(question)}
         if task == "res":
             return {"masks": self.segment(question, LENGTHS[task])}
-        if task == "rounds":
+        if task in ("rounds", "talks"):
             return {"replies": self.converse(sample.turns, LENGTHS[task])}
         return {"text": self.answer([question], LENGTHS[task])[0]}
 
@@ -481,6 +492,7 @@ def run_task(asker, args):
     prompts = datasets.load_prompts(args.templates) if args.templates else datasets.PROMPTS
     media = args.media or args.questions.parent
     rows = SOURCES[args.task](args.questions, media) if args.task in SOURCES else \
+        datasets.Dialogs(args.questions, media, learn=False) if args.task == "talks" else \
         datasets.Rows(args.questions, FORMATS.get(args.task, args.task), media, prompts, args.seed)
     digest = hashlib.sha256(args.questions.read_bytes()).hexdigest()
     run = {"task": args.task, "weights": str(args.weights), "file": digest, "templates": str(args.templates or ""),

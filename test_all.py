@@ -4956,10 +4956,11 @@ def test_evaluate_runs_every_task(pointing, world, tmp_path, task, name, monkeyp
 
 
 def test_evaluate_rounds_count_texts_boxes_and_dialogues():
-    rows = [{"text": ["It  is red.", "no"], "target": ["it is red. ", "No"], "iou": [0.5, None]},
-            {"text": ["Red.", "no", "b"], "target": ["It is red.", "no", "b"], "iou": [0.3, 0.7, None]}]
+    rows = [{"text": ["It  is red.", "no"], "target": ["it is red. ", "No"], "iou": [0.5, None], "drawn": [None, True]},
+            {"text": ["Red.", "no", "b"], "target": ["It is red.", "no", "b"], "iou": [0.3, 0.7, None], "drawn": [None, True, False]}]
     assert evaluate.rounds_figures(rows) == {"text": 0.8, "text_by_round": [0.5, 1, 1], "box": 2 / 3, "box_by_round": [0.5, 1, None],
-                                             "iou": pytest.approx(0.5), "dialogues": 0.5}
+                                             "iou": pytest.approx(0.5), "dialogues": 0.5, "drawn": 2 / 3}
+    assert evaluate.rounds_figures([rows[0] | {"drawn": [None, False]}])["dialogues"] == 0
     box, other = (data.Box((), tensor=torch.tensor(corners)) for corners in ([0, 0, 1, 1.0], [0, 0, 1, 0.5]))
     assert evaluate.grounding([box, "a", other], [box, other]) == 1 and evaluate.grounding([box, box], [box, other]) == 0.5
     assert evaluate.grounding([box], [box, other]) == evaluate.grounding([], [box]) == 0
@@ -5461,13 +5462,15 @@ def test_tiny_weights_answer_about_files_they_have_not_seen(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_tiny_weights_point_outline_and_keep_to_a_subject(tmp_path):
+def test_tiny_weights_point_outline_and_keep_up_a_talk(tmp_path):
     shapes.main(["--out", str(tmp_path), "--questions", "80", "--seed", "8"])
-    for task, name in (("rec", "REC_test.jsonl"), ("res", "RES_test.jsonl"), ("pope", "POPE_random.jsonl"), ("rounds", "CB_LC.json")):
+    names = {"rec": "REC_test.jsonl", "res": "RES_test.jsonl", "pope": "POPE_random.jsonl", "rounds": "CB_LC.json", "talks": "talks.json"}
+    for task, name in names.items():
         evaluate.main([str(HERE / "weights/tiny"), str(tmp_path / name), "--task", task, "--out", str(tmp_path / task)])
-    found = {task: json.loads((tmp_path / task / "metrics.json").read_text()) for task in ("rec", "res", "pope", "rounds")}
+    found = {task: json.loads((tmp_path / task / "metrics.json").read_text()) for task in names}
     assert found["rec"]["accuracy"] >= 0.75 and found["res"]["ciou"] >= 0.65 and found["pope"]["nextchat"]["f1"] >= 0.9
     assert found["rounds"]["text"] >= 0.85 and found["rounds"]["box"] >= 0.85 and found["rounds"]["dialogues"] >= 0.7
+    assert found["talks"]["text"] >= 0.9 and found["talks"]["box"] >= 0.9 and found["talks"]["drawn"] >= 0.9
 
 
 @pytest.mark.slow

@@ -660,9 +660,10 @@ def initialise(model):
 
 def parameter_table(model):
     """Lines 'part, parameters, of which learn, dtype', one per part of the model."""
-    parts = {}
+    parts, depth = {}, {"readers": 3, "writers": 2}
     for name, p in model.named_parameters():
-        row = parts.setdefault(".".join(name.split(".")[:3 if name.startswith("readers") else 1]), [0, 0, p.dtype])
+        names = name.split(".")
+        row = parts.setdefault(".".join(names[:depth.get(names[0], 1)]), [0, 0, p.dtype])
         row[0] += p.numel()
         row[1] += p.numel() * p.requires_grad
     lines = [f"{part:32}{n:>16,}{k:>16,}  {str(dtype)[6:]}" for part, (n, k, dtype) in parts.items()]

@@ -4175,7 +4175,8 @@ def test_train_union_has_every_part():
     with torch.device("meta"):
         model = M.Model(M.PRESETS["omni-7b"])
     parts = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in M.parameter_table(model).splitlines()[1:]}
-    assert {"llm", "readers.imagebind.tower", "readers.clip.tower", "readers.box.0", "readers.region.flatten", "writers"} <= parts.keys()
+    assert {"llm", "readers.imagebind.tower", "readers.clip.tower", "readers.box.0", "readers.region.flatten",
+            *(f"writers.{name}" for name in M.OMNI.writes)} <= parts.keys()
     assert 6.7e9 < parts["llm"] < 6.8e9 and 9e9 < sum(parts.values()) < 10e9
     for number in (1, 2, 3):
         assert train.learn(model, train.STAGES["omni", number])

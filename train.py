@@ -78,7 +78,7 @@ class Settings:
     checkpoint: str = ""                # recompute backward: block = all of a block, select = all but its products
     compile: int = 0                    # 1 = torch.compile every block
     save_dtype: str = ""                # of the final weights: float16, bfloat16; default as trained
-    plan: int = 0                       # print the memory that so many processes take (init: folder, preset), and leave
+    plan: int = 0                       # print the memory that so many processes take (init: folder, preset; empty: the system's), and leave
     stop_after: int = 0                 # leave after so many steps with a checkpoint, as a signal would
 
 
@@ -337,11 +337,13 @@ def widen(model, precision):
 
 
 def show_plan(s):
-    """Print what memory a step takes on each process, in GB, as `plan` counts it."""
+    """Print what learns, and what memory a step takes on each process, in GB, as `plan` counts it."""
     stage, precision = STAGES[s.system, s.stage], s.precision or "bf16"
+    init = s.init or next(name for name, cfg in M.PRESETS.items() if cfg.system == s.system)
     with torch.device("meta"):
-        model = M.Model(M.PRESETS[s.init] if s.init in M.PRESETS else M.read_config(s.init)).to(torch.bfloat16)
+        model = M.Model(M.PRESETS[init] if init in M.PRESETS else M.read_config(init)).to(torch.bfloat16)
     learn(model, stage)
+    print(M.parameter_table(model) + "\n")
     widen(model, precision)
     batch, max_len = s.batch or stage.batch, s.max_len or stage.max_len
     micro = s.micro or -(-batch // s.plan)

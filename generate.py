@@ -306,7 +306,8 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim, 2 * mlp_dim)
 
     def forward(self, x):
-        x, gate = self.proj(x).chunk(2, dim=-1)
+        halves = zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2))    # of one product they would lie apart in memory
+        x, gate = (F.linear(x, *half) for half in halves)
         return x * F.gelu(gate)
 
 

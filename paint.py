@@ -359,6 +359,7 @@ def main(argv=None):
     p.add_argument("--page", help="picture to write, with the first 32 things that were judged")
     p.add_argument("--count", type=int, default=300, help="captions to judge by, default %(default)s")
     args = p.parse_args(argv)
+    M.keep_memory()
     if not args.judge:
         return (embed if args.embed else add_writers if args.writers else train)(args)
     known = {caption for caption, *_ in read_captions(args.known)[1]} if args.known else ()

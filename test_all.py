@@ -4661,7 +4661,9 @@ def test_ranks_keep_the_newest_complete_ones(mini, tmp_path, monkeypatch, capsys
 
 def test_ranks_export_a_checkpoint_as_weights(mini, tmp_path):
     mini.here(tmp_path / "run", "lora", "steps=3", "stop_after=2")
-    mini.here(tmp_path / "run", "lora", "steps=3", f"export={tmp_path}/w")
+    with pytest.raises(SystemExit, match="no checkpoint to export"):
+        mini.here(tmp_path / "other", "lora", f"export={tmp_path}/w")
+    mini.here(tmp_path / "run", "lora", "steps=3", f"export={tmp_path}/w", f"data={tmp_path}/gone.json")
     learned, all_of_it = weights_of(tmp_path / "run/step_000002"), M.load(tmp_path / "w").state_dict()
     assert all("lora" in name or "projector" in name for name in learned) and len(learned) < len(all_of_it)
     assert all(torch.equal(all_of_it[name], x) for name, x in learned.items())

@@ -390,8 +390,8 @@ def batches(prepared, s, stage, start):
                       generator=torch.Generator())              # its own, so that it draws nothing from the step's
 
 
-def prepare(s):
-    """Model, data and numbers of a run: -> settings with the stage's numbers filled in, stage, model, prepared data."""
+def begin(s):
+    """Where a run starts: -> settings with types and files filled in, stage, model."""
     if (s.system, s.stage) not in STAGES:
         known = ", ".join(f"{system} {number}" for system, number in STAGES)
         raise SystemExit(f"train: no stage {s.stage} of {s.system}; there are: {known}")
@@ -403,15 +403,20 @@ def prepare(s):
     s = replace(s, tokenizer=tokenizer, device=device, precision=s.precision or ("fp32" if device == "cpu" else "bf16"))
     spread = partial(shard, device=device, bf16=s.precision == "bf16", recompute=s.checkpoint, compile=s.compile)
     model = load_model(s, stage, spread) if s.init else spread(new_model(s.system, tokenizer).to(device))
-    cfg = model.cfg
     if s.projector:
         named = dict(model.named_parameters())
         with safe_open(s.projector, "pt") as f:
             if unknown := f.keys() - named.keys():
                 raise SystemExit(f"train: {s.projector}: {min(unknown)} is no tensor of this model")
             fill({name: named[name] for name in f.keys()}, s.projector)
-    system = data.SYSTEMS[cfg.system]
-    tok, template = data.Tokenizer(tokenizer, cfg.added_tokens, system.legacy), data.TEMPLATES[system.train_template]
+    return s, stage, model.train()
+
+
+def prepare(s):
+    """Model, data and numbers of a run: -> settings with the stage's numbers filled in, stage, model, prepared data."""
+    s, stage, model = begin(s)
+    cfg, system = model.cfg, data.SYSTEMS[model.cfg.system]
+    tok, template = data.Tokenizer(s.tokenizer, cfg.added_tokens, system.legacy), data.TEMPLATES[system.train_template]
     own = {name: getattr(s, name) or getattr(stage, name) for name in OWN}
     prompts = datasets.load_prompts(s.templates) if s.templates else datasets.PROMPTS
     if Path(s.data).is_dir():
@@ -427,7 +432,7 @@ def prepare(s):
     s = replace(s, **own, steps=steps, micro=s.micro or own["batch"] // world)
     if not s.micro or s.batch % (s.micro * world):
         raise SystemExit(f"train: batch = {s.batch} is not a multiple of micro = {s.micro} times {world} processes")
-    return s, stage, model.train(), prepared
+    return s, stage, model, prepared
 
 
 # ---- The loop
@@ -518,8 +523,6 @@ def train(s):
         open_run(out, s, model, prepared)
     folder = share(find_checkpoint(out, s.resume) if rank == 0 else None)[0]
     start = done = restore(folder, learned, opt) if folder else 0
-    if s.export:
-        return write_weights(model, s, Path(s.export))
     if rank == 0:
         print(f"\n{len(prepared):,} samples, {s.steps:,} steps of {s.batch} on {world} processes",
               f"from step {start:,} of {folder}" if folder else "", flush=True)
@@ -547,6 +550,16 @@ def train(s):
         print(f"stopped after step {done}; the same command goes on from there")
 
 
+def export(s):
+    """The newest checkpoint of a run as a weights folder. Its data may be gone."""
+    s, stage, model = begin(s)
+    folder, learned = share(find_checkpoint(Path(s.out), s.resume) if ranks()[0] == 0 else None)[0], learn(model, stage)
+    if not folder:
+        raise SystemExit(f"train: {s.out} has no checkpoint to export")
+    restore(folder, learned, optimizer(learned, stage, s))
+    write_weights(model, s, Path(s.export))
+
+
 def main(argv=None):
     """Run with the command line's settings; a run that cannot go on says what to do, its last checkpoint untouched."""
     s = parse_settings(argv if argv is not None else sys.argv[1:])
@@ -556,7 +569,7 @@ def main(argv=None):
     M.keep_memory()
     join(s.device)
     try:
-        train(s)
+        (export if s.export else train)(s)
     except (FloatingPointError, OSError, RuntimeError, MemoryError) as error:
         memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
         if not (memory or isinstance(error, FloatingPointError) or getattr(error, "errno", 0) in FULL):

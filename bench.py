@@ -393,8 +393,8 @@ def limits(s):
 def serve(case, side, s):
     """One side in a process of its own: for each line of input it prints the seconds of so many runs, or facts, or peak bytes."""
     out, sys.stdout = sys.stdout, sys.stderr                # what others print is no answer
-    if side == "ours":
-        M.keep_memory()                                     # as chat.py and train.py do
+    if side == "ours" and case.build not in (conversion, train, fine_tune):
+        M.keep_memory()                                     # as chat.py does
     job = case.build(side, s, *case.args)
     for line in sys.stdin:
         if line == "facts\n":

@@ -566,7 +566,6 @@ def main(argv=None):
     if s.plan:
         return show_plan(s)
     s.device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    M.keep_memory()
     join(s.device)
     try:
         (export if s.export else train)(s)

@@ -6,6 +6,7 @@
 # bfloat16 (AMX) and a C++ compiler; without either leave out precision=bf16, compile=1 and --fast, and wait.
 set -euo pipefail
 export OMP_NUM_THREADS=1 ONEDNN_PRIMITIVE_CACHE_CAPACITY=20000        # batches differ in size, and each size has its kernels
+export GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4294967296    # keep memory
 S=shapes U=unseen
 learn() { echo "== $SECONDS s: $*"; python train.py system=tiny workers=1 "$@"; }
 paint() { python paint.py $S/$1.json --out runs/painters/$2 --tokenizer $S/tokenizer.model "${@:3}"; }

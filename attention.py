@@ -11,16 +11,18 @@ from __future__ import annotations      # `constexpr` stays a word where there i
 
 import itertools
 import math
+import os
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
 
-try:
-    import triton
-    import triton.language as tl
-    from triton.language import constexpr
-except ImportError:                     # a Mac: the switch below then stays on torch
-    triton = None
+triton = None                           # the switch below then stays on torch
+if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:       # elsewhere it would take 0.2 s of every start
+    with suppress(ImportError):         # Windows
+        import triton
+        import triton.language as tl
+        from triton.language import constexpr
 
 jit = triton.jit if triton else lambda kernel: kernel
 
@@ -444,6 +446,5 @@ def attention(q, k, v, *, causal=False, bias=None, segments=None, rel=None):
     if segments is not None and not segments.shape == (B, T) == (B, S):
         raise ValueError(f"segments {tuple(segments.shape)} must be (B, T) = {B, T} with as many keys, here {S}")
     if rel is not None and (bias is not None or nh != nkv or S != rel[0].shape[-1] * rel[1].shape[-1]):
-        raise ValueError(f"rel of {rel[0].shape[-1]} x {rel[1].shape[-1]} places goes with as many keys, here {S}, "
-                         "with as many key heads as query heads and without bias")
+        raise ValueError(f"rel of {rel[0].shape[-1]} x {rel[1].shape[-1]} places needs as many keys, not {S}, nkv = nh and no bias")
     return BACKENDS[backend](q, k, v, causal=causal, bias=bias, segments=segments, rel=rel)

@@ -492,7 +492,6 @@ def run_task(asker, args):
     prompts = datasets.load_prompts(args.templates) if args.templates else datasets.PROMPTS
     media = args.media or args.questions.parent
     rows = SOURCES[args.task](args.questions, media) if args.task in SOURCES else \
-        datasets.Dialogs(args.questions, media, learn=False) if args.task == "talks" else \
         datasets.Rows(args.questions, FORMATS.get(args.task, args.task), media, prompts, args.seed)
     digest = hashlib.sha256(args.questions.read_bytes()).hexdigest()
     run = {"task": args.task, "weights": str(args.weights), "file": digest, "templates": str(args.templates or ""),
@@ -503,7 +502,7 @@ def run_task(asker, args):
         return print(f"{done} of {len(rows)} samples are done, other ranks are at the rest")
     result = json.dumps(figures(args.task, args.out, run, len(rows)))
     (args.out / "metrics.json").write_text(result)
-    if args.task in SOURCES:
+    if args.task in ("vqa", "sqa"):
         write_answers(args.out, run)
     print(result)
 
@@ -577,7 +576,7 @@ def write_answers(folder, run):
                 "answer_id": name, "model_id": run["weights"], "metadata": {}}), file=file)
 
 
-SOURCES = {"vqa": question_samples, "sqa": science_samples}
+SOURCES = {"vqa": question_samples, "sqa": science_samples, "talks": partial(datasets.Dialogs, learn=False)}
 TASKS |= {"vqa": (question_row, lambda rows: {}), "sqa": (question_row, science_figures)}
 LENGTHS |= {"vqa": 1024, "sqa": 1024}
 

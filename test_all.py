@@ -1918,6 +1918,9 @@ def test_quantize_on_the_way_in_saves_and_loads(tmp_path, kind, change):
     assert small < large / 2
     with pytest.raises(ValueError, match=f"it is {kind}"):
         M.load(tmp_path / kind, quantize=kind)
+    with pytest.raises(ValueError, match="save it before"):
+        M.save(got, tmp_path / "late")
+    assert not (tmp_path / "late").exists()
 
 
 @pytest.mark.parametrize("vnni", {False, quantize.VNNI})

@@ -78,7 +78,7 @@ class Settings:
     checkpoint: str = ""                # recompute backward: block = all of a block, select = all but its products
     compile: int = 0                    # 1 = torch.compile every block
     save_dtype: str = ""                # of the final weights: float16, bfloat16; default as trained
-    plan: int = 0                       # print the memory that so many processes take (init: folder, preset; empty: the system's), and leave
+    plan: int = 0                       # print what learns, and memory on so many processes (init may be a preset)
     stop_after: int = 0                 # leave after so many steps with a checkpoint, as a signal would
 
 

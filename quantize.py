@@ -88,9 +88,10 @@ class QuantLinear(nn.Module):
         if self.bits == 8 and VNNI:
             if self.packed is None:
                 self.packed, self.weight = torch.ops.onednn.qlinear_prepack(self.weight, None), None
+                self.steps = scale.float(), torch.zeros(len(scale), dtype=torch.int32)      # and where they start
             flat, step = digits(flat.float())
             y = torch.ops.onednn.qlinear_pointwise(
-                flat, 1.0, 0, self.packed, scale.float(), torch.zeros(len(scale), dtype=torch.int32), None, 1.0, 0,
+                flat, 1.0, 0, self.packed, *self.steps, None, 1.0, 0,
                 x.dtype if x.dtype == torch.bfloat16 else torch.float32, "none", [], "")            # (2 M, N)
             high, low = y.chunk(2)
             y = torch.add(high, low, alpha=1 / 254) * step

@@ -543,9 +543,10 @@ def wish(m, rng):
 
 def talks(media, rng):
     """Conversations that use all a model can do, one thing after another: questions about a picture, a clip or a sound, where
-    things are in the picture, then wishes, or before. No kind of medium is shown or made twice. As many as there are drawings."""
+    things are in the picture, then wishes, or before. No kind of medium is shown or made twice. As many as there are drawings;
+    none where a kind is missing."""
     of, rows = {folder: [m for m in media if m.name.startswith(folder)] for folder, *_ in MEDIA.values()}, []
-    for drawing in of["drawings"]:
+    for drawing in of["drawings"] if all(of.values()) else ():
         picture, clip, sound, *made = (rng.choice(of[folder]) for folder in ("pictures", "clips", "sounds") * 2)
         row, parts = {"image_wh": [SIDE, SIDE]}, []
         for m in rng.choice([(picture,), (picture,), (picture, sound), (picture, sound), (clip,), (sound,)]):

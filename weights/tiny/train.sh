@@ -43,6 +43,7 @@ ask $U/RES_test.jsonl --task res --out runs/tiny10/res
 ask $U/POPE_random.jsonl --task pope --out runs/tiny10/pope
 ask $U/REG_test.jsonl --task caption --out runs/tiny10/regions
 ask $U/CB_LC.json --task rounds --out runs/tiny10/rounds
+ask $U/talks.json --task talks --out runs/tiny10/talks
 cp -r runs/painters runs/tiny10/weights/
 judge $U/drawings_wishes.json runs/tiny10/weights --known $S/drawings_wishes.json
 for kind in video audio; do judge $U/${kind}_wishes.json runs/tiny10/weights; done

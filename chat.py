@@ -197,6 +197,7 @@ class Session:
         self.painters = dict(painters)                  # writer: folder of its painter, or the Painter once needed
         self.model, self.tok, self.system, self.template, self.spec = model, tok, system, template, spec
         self.weight, self.parse_special = model.llm.embed.weight, parse_special
+        self.box_kind = next((kind for kind in ("box", "region") if kind in model.cfg.reads), None)     # how it reads boxes
         self.max_len = min(context or model.cfg.llm.max_len, model.cfg.llm.max_len)         # tokens
         self.generator, self.settings = torch.Generator(self.weight.device), {}
         for name, row in SETTINGS.items():
@@ -235,20 +236,19 @@ class Session:
 
     def box(self, xyxy_px, picture):
         """The Box of a user's pixels in a picture. Raises ValueError if it is none, or if the model reads no boxes."""
-        kind = next((kind for kind in ("box", "region") if kind in self.model.cfg.reads), None)
-        if kind is None:
+        if self.box_kind is None:
             raise ValueError("this model reads no boxes")
         if picture is None:
             raise ValueError("a box needs a picture; attach one first")
-        box = data.Box(data.check_box([float(x) for x in xyxy_px]), picture=picture, kind=kind)
+        box = data.Box(data.check_box([float(x) for x in xyxy_px]), picture=picture, kind=self.box_kind)
         data.place_boxes([box], data.Geometry(*picture.size, self.spec.square), self.spec)
         return box
 
     def found(self, frame, picture):
         """The Box of a place (4,) in the frame of a picture, where the model put it."""
         geometry = data.Geometry(*(picture.size if picture else (1, 1)), self.spec.square)  # without a picture: 0..1
-        kind = "region" if "region" in self.model.cfg.reads else "box"
-        return data.Box(tuple(geometry.to_pixels(frame.cpu()).tolist()), tensor=frame, picture=picture, kind=kind)
+        xyxy_px = tuple(geometry.to_pixels(frame.cpu()).tolist())
+        return data.Box(xyxy_px, tensor=frame, picture=picture, kind=self.box_kind)
 
     def last(self):
         """The last turn. Raises ValueError if there is none."""

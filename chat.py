@@ -196,8 +196,8 @@ class Session:
                  **settings):
         self.painters = dict(painters)                  # writer: folder of its painter, or the Painter once needed
         self.model, self.tok, self.system, self.template, self.spec = model, tok, system, template, spec
-        self.weight, self.parse_special = model.llm.embed.weight, parse_special
-        self.box_kind = next((kind for kind in ("box", "region") if kind in model.cfg.reads), None)     # how it reads boxes
+        self.weight, self.parse_special = model.llm.embed.weight, parse_special     # weight: for its device and dtype
+        self.box_kind = next((kind for kind in ("box", "region") if kind in model.cfg.reads), None)     # or none
         self.max_len = min(context or model.cfg.llm.max_len, model.cfg.llm.max_len)         # tokens
         self.generator, self.settings = torch.Generator(self.weight.device), {}
         for name, row in SETTINGS.items():
@@ -343,7 +343,7 @@ class Session:
             parts = [part for part in parts if getattr(part, "kind", "") != "region"]
         if not self.system.media_last:
             return [*turn.media, *parts]
-        return [*parts, *chain(*(("\n", medium) for medium in turn.media))]
+        return [*parts, *(part for medium in turn.media for part in ("\n", medium))]
 
     def reply(self, turn):
         """Parts of an answer: its text, with Boxes where they are spelled in it."""
@@ -363,7 +363,7 @@ class Session:
             parts[0] = [data.Piece(self.system_text + (blanks or " "))]
         pieces = list(chain(*parts))
         if self.parse_special:
-            pieces = list(chain(*([piece] if piece.special else self.tok.parse(piece.text) for piece in pieces)))
+            pieces = [p for piece in pieces for p in ([piece] if piece.special else self.tok.parse(piece.text))]
         ids, _, slots = self.tok.encode_pieces(pieces)
         return ids, slots
 
@@ -446,10 +446,9 @@ class Session:
         """Ids of an answer, with a Box for whatever id follows `<at>`: the model is fed the box it meant there."""
         at, before, turn.ids = next(iter(self.model.feeds), -1), None, []
         for i, id in enumerate(self.new_ids(turn, embeds, hidden)):
-            if i == 0:
-                turn.clock[2] = time.perf_counter()
-            if i == 0 and turn.find:
-                self.search(turn, hidden[0])
+            turn.clock[2] = turn.clock[2] or time.perf_counter()
+            if turn.find and i == 0:
+                self.search(turn, hidden[0])            # whatever the answer says, its question was read
             part, told = id, id
             if before == at:
                 frame = self.model.writers["at"](hidden[i][:, -1])[0]                       # (1, C) -> (4,)
@@ -491,7 +490,7 @@ class Session:
         """Have the painters that are there draw what the writers asked for."""
         how = {name: self.settings[name] or None for name in ("steps", "guidance")}         # None: as the painter likes
         for name in [name for name in turn.made if name in self.painters]:
-            if isinstance(self.painters[name], (str, Path)):                    # not loaded yet: most talks draw nothing
+            if isinstance(self.painters[name], (str, Path)):                    # not loaded yet; most talks draw none
                 self.painters[name] = load_painter(self.painters[name], self.weight.device, self.weight.dtype)
             painter = self.painters[name]
             vocoder = painter.cfg.vocoder               # of sounds, each of which is drawn from one vector
@@ -624,7 +623,6 @@ class Drawing:
         return {"img": "png", "aud": "wav"}.get(self.kind) or ("mp4" if find_spec("av") else "gif")
 
     def write(self, file):
-        """As its ending says."""
         if self.ending == "mp4":
             write_mp4(self.content, self.rate, file)
         elif self.kind == "aud":
@@ -688,7 +686,7 @@ def drawn(medium, boxes):
         x1, y1, x2, y2 = np.nan_to_num(np.array(box.xyxy_px)).clip(0, limits)
         x1, x2, y1, y2 = *sorted((x1, x2)), *sorted((y1, y2))
         pen.rectangle((x1, y1, x2, y2), outline=colour, width=max(1, em // 5))
-        pen.rectangle((x1, y2 - 1.2 * em, x1 + (len(str(i)) + 0.8) * 0.6 * em, y2), fill=colour)        # in a corner
+        pen.rectangle((x1, y2 - 1.2 * em, x1 + (len(str(i)) + 0.8) * 0.6 * em, y2), fill=colour)
         pen.text((x1 + 0.24 * em, y2 - 0.6 * em), str(i), "white", font, anchor="lm")
     return picture
 
@@ -790,7 +788,7 @@ def dragged(text):
 
 def complete(text, state):
     """readline's completer: commands at the start of a line, and files."""
-    mark, start = re.fullmatch(r"(@?)(.*)", re.sub(r"\\(.)", r"\1", text), re.S).groups()    # "@my\ dog" -> "@", "my dog"
+    mark, start = re.fullmatch(r"(@?)(.*)", re.sub(r"\\(.)", r"\1", text), re.S).groups()    # @my\ dog -> @, my dog
     files = sorted(glob.glob(glob.escape(os.path.expanduser(start)) + "*"))
     names = [f"/{name}" for name in COMMANDS if f"/{name}".startswith(text) and text]
     names += [mark + re.sub(r"""([\s'"\\()&;])""", r"\\\1", path) + "/" * os.path.isdir(path) for path in files]
@@ -901,7 +899,6 @@ class Chat:
             self.stream(self.session.say(text, find=find))
 
     def add_box(self, text):
-        """A box for the next message, in pixels of the last picture."""
         session, numbers = self.session, re.sub(r"[\[\](),]", " ", text).split()
         session.boxes.append(session.box(numbers, last_picture(session.media)))
         return f"[{len(session.boxes) - 1}] is {spell(session.boxes[-1])}"
@@ -921,8 +918,7 @@ class Chat:
         print(clean(self.report(turn, files)) if self.args.json else "", flush=True)
         self.remark(turn, files)
 
-    def report(self, turn, files):
-        """An answer as JSON, for programs."""
+    def report(self, turn, files):      # for programs, as JSON
         masks = [mask_rle(box.mask) for box in turn.found if box.mask is not None]
         return json.dumps({
             "prompt": turn.text, "text": turn.answer, "media": [medium.path for medium in turn.media],
@@ -964,9 +960,9 @@ class Chat:
         return media[int(match[1] or 0) - 1]
 
     def list_media(self, _):
-        rows = [(medium, f"in message {i}") for i, turn in enumerate(self.session.turns, 1) for medium in turn.media]
-        rows += [(medium, "not sent yet") for medium in self.session.pending]
-        return "\n".join(f"#{i} {m.kind} {m.path} {where}" for i, (m, where) in enumerate(rows, 1)) or "no media"
+        where = {m: f"in message {i}" for i, turn in enumerate(self.session.turns, 1) for m in turn.media}
+        rows = [f"#{i} {m.kind} {m.path} {where.get(m, 'not sent yet')}" for i, m in enumerate(self.session.media, 1)]
+        return "\n".join(rows) or "no media"
 
     def set(self, text):
         if text:
@@ -1003,9 +999,9 @@ class Chat:
         return f"{self.args.weights}: {', '.join([*facts, *(what for what, can in able.items() if can)])}"
 
     def help(self, _):
-        rows = {f"/{name} {usage}": text for name, (_, usage, text) in COMMANDS.items()
-                if name not in KINDS or name in self.session.model.cfg.reads}
-        return "\n".join(f"{left:22} {text}" for left, text in rows.items())
+        hidden = {*KINDS} - {*self.session.model.cfg.reads}
+        rows = [(f"/{name} {usage}", text) for name, (_, usage, text) in COMMANDS.items() if name not in hidden]
+        return "\n".join(f"{left:22} {text}" for left, text in rows)
 
     def quit(self, _):
         raise EOFError

@@ -824,8 +824,6 @@ class Chat:
 
     def run(self):
         """Take lines until they end. Whatever goes wrong with one of them, the conversation goes on."""
-        if self.interactive:            # a script that started in the background has its programs ignore Ctrl-C
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         while True:
             try:
                 self.line(input("> " * self.interactive).strip())
@@ -1047,6 +1045,7 @@ def talk(args):
         chat.say(args.prompt, args.find)
         return
     if chat.interactive:
+        signal.signal(signal.SIGINT, signal.default_int_handler)    # scripts in the background have it ignored
         use_readline(not args.no_history)
         log(chat.info() + "\n/help lists the commands; Ctrl-D ends")
     chat.run()

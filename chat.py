@@ -1,7 +1,6 @@
 """Talk with a model about pictures, sounds and clips, about boxes in pictures, and have it draw.
 
-In order: command line, Session (the conversation), drawings, overlay, terminal (text, pictures, typing), Chat (commands),
-start.
+In order: command line, Session (the conversation), drawings, overlay, terminal, Chat (commands), start.
 A Session knows no terminal, so any front end can use it:
 
     session = chat.open_session("weights/nextchat-7b-336")
@@ -36,6 +35,7 @@ from weakref import WeakKeyDictionary
 
 TINY = Path(__file__).with_name("weights") / "tiny"
 KINDS = ("image", "audio", "video", "depth", "thermal", "imu")
+FAULTS = ValueError, OSError, MemoryError               # what a user can mend; anything else is a mistake of ours
 SETTINGS = {                            # name: default, least, most, meaning
     "temperature": (0.0, 0, 100, "spread of sampling; 0 takes the likeliest token"),
     "top_k": (50, 0, 1 << 24, "sample among the k likeliest tokens; 0 = all"),
@@ -66,7 +66,7 @@ def setting(name, value):
     try:
         number = round(type(default)(value), 4)
     except (ValueError, OverflowError):
-        number = float("nan")
+        number = float("nan")           # lies between no limits
     if not least <= number <= most:
         raise ValueError(f"{name} is a number from {least} to {most}, not {value!r:.40}")
     return number
@@ -85,8 +85,8 @@ def parse_args():
         help="box in the picture, pixels; [0] in the message is the first one; repeatable")
     add("--find", action="store_true", help="let the model look for a box that answers the message (ChatterBox)")
     add("--json", action="store_true", help="print each answer as a JSON object")
-    add("--out", type=Path, metavar="FOLDER", help="write the picture of each answer with boxes, and its masks, as PNG; and "
-        "all that is drawn (drawn)")
+    add("--out", type=Path, metavar="FOLDER",
+        help="write the picture of each answer with boxes, and its masks, as PNG; and all that is drawn (drawn)")
     add = parser.add_argument_group("sampling").add_argument
     for name, (default, _, _, meaning) in SETTINGS.items():
         add(f"--{name.replace('_', '-')}", metavar="N", default=default, help=f"{meaning} ({default})")
@@ -116,7 +116,8 @@ from safetensors import SafetensorError
 import data
 from datasets import mask_rle
 from generate import DRAW, PainterConfig
-from model import KVCache, beam_search, fuse, generate, keep_memory, load, load_painter, read_config, read_out, signal_runs
+from model import (KVCache, beam_search, fuse, generate, keep_memory, load, load_painter, read_config, read_out,
+                   signal_runs)
 
 # ---- Session
 
@@ -143,7 +144,7 @@ class Turn:
     stray: list = ()                    # signal tokens that came in no complete run, so nothing was made of them
     reused: int = 0                     # prompt tokens whose keys and values were there already
     dropped: int = 0                    # oldest turns that went to make room
-    clock: tuple = (0, 0, 0, 0)         # at the start, with media encoded, at the first and the last new id
+    clock: list = (0, 0, 0, 0)          # seconds: at the start, with media encoded, at the first and the last new id
 
     @property
     def boxes(self):
@@ -166,18 +167,38 @@ def last_picture(media):
     return next((medium for medium in reversed(media) if medium.kind == "image"), None)
 
 
+def contents(path):
+    """What a file holds: what data.sniff says, or "animation" for a picture of several frames."""
+    found = data.sniff(path)
+    if found == "image" and getattr(data.open_image(path), "n_frames", 1) > 1:
+        return "animation"
+    return found
+
+
+def name_boxes(text, boxes):
+    """Parts of a text with the Boxes where it names them, [0] or [1, 2]; without a name all of them at its end."""
+    parts = data.box_references(text)                   # text, numbers, text ... text
+    if not boxes or len(parts) == 1:
+        return [text, *boxes]
+    if (most := max(chain(*parts[1::2]))) >= len(boxes):
+        raise ValueError(f"there is no box {most}; boxes are counted from 0 to {len(boxes) - 1}")
+    out = []
+    for before, numbers in zip(parts[::2], parts[1::2]):
+        out += [before, *(boxes[i] for i in numbers)]
+    return [*out, parts[-1]]
+
+
 class Session:
     """A conversation. `say` and `retry` yield the answer in pieces; at their end the turn stands in `turns`.
-
-    What fails raises (ValueError or OSError where the user can mend it, or MemoryError) and changes nothing.
-    """
+    What fails raises (one of FAULTS where the user can mend it) and changes nothing."""
 
     def __init__(self, model, tok, system, template, spec=data.MediaSpec(), context=0, parse_special=False, painters=(),
                  **settings):
         self.painters = dict(painters)                  # writer: folder of its painter, or the Painter once needed
         self.model, self.tok, self.system, self.template, self.spec = model, tok, system, template, spec
-        self.weight, self.parse_special = model.llm.embed.weight, parse_special
-        self.max_len = min(context or model.cfg.llm.max_len, model.cfg.llm.max_len)
+        self.weight, self.parse_special = model.llm.embed.weight, parse_special     # weight: for its device and dtype
+        self.box_kind = next((kind for kind in ("box", "region") if kind in model.cfg.reads), None)     # or none
+        self.max_len = min(context or model.cfg.llm.max_len, model.cfg.llm.max_len)         # tokens
         self.generator, self.settings = torch.Generator(self.weight.device), {}
         for name, row in SETTINGS.items():
             self.set(name, settings.get(name, row[0]))
@@ -201,10 +222,10 @@ class Session:
     def read(self, path, kind=""):
         """The Medium of a file, of the kind that its content suggests or of a given one. Raises MediaError."""
         path, reads = os.path.expanduser(path), self.model.cfg.reads
-        found = data.sniff(path)
-        if found == "image" and getattr(data.open_image(path), "n_frames", 1) > 1:
-            found = "animation"
-        kind = kind or {"animation": "video" if "video" in reads else "image"}.get(found, found)
+        found = contents(path)
+        if not kind:                    # to a model that reads no clips an animation is its first picture
+            moving = "video" if "video" in reads else "image"
+            kind = moving if found == "animation" else found
         if found not in FITS.get(kind, ()):
             raise data.MediaError(f"{path}: not readable as {kind or 'a medium'}, its type is {found or 'unknown'}")
         if kind not in reads:
@@ -215,20 +236,19 @@ class Session:
 
     def box(self, xyxy_px, picture):
         """The Box of a user's pixels in a picture. Raises ValueError if it is none, or if the model reads no boxes."""
-        kind = next((kind for kind in ("box", "region") if kind in self.model.cfg.reads), None)
-        if kind is None:
+        if self.box_kind is None:
             raise ValueError("this model reads no boxes")
         if picture is None:
             raise ValueError("a box needs a picture; attach one first")
-        box = data.Box(data.check_box([float(x) for x in xyxy_px]), picture=picture, kind=kind)
+        box = data.Box(data.check_box([float(x) for x in xyxy_px]), picture=picture, kind=self.box_kind)
         data.place_boxes([box], data.Geometry(*picture.size, self.spec.square), self.spec)
         return box
 
     def found(self, frame, picture):
         """The Box of a place (4,) in the frame of a picture, where the model put it."""
         geometry = data.Geometry(*(picture.size if picture else (1, 1)), self.spec.square)  # without a picture: 0..1
-        kind = "region" if "region" in self.model.cfg.reads else "box"
-        return data.Box(tuple(geometry.to_pixels(frame.cpu()).tolist()), tensor=frame, picture=picture, kind=kind)
+        xyxy_px = tuple(geometry.to_pixels(frame.cpu()).tolist())
+        return data.Box(xyxy_px, tensor=frame, picture=picture, kind=self.box_kind)
 
     def last(self):
         """The last turn. Raises ValueError if there is none."""
@@ -239,23 +259,22 @@ class Session:
     def say(self, text, media=(), boxes=(), find=False):
         """Answer a message with the pending and the given media. Closing the iterator keeps what was said so far.
 
-        boxes: pixels of the last picture. "[0]" or "[1, 2]" in the text names boxes of the message, or if it has none, of
-        the last turn with boxes. find: look for a box that answers the message (ChatterBox's [VG]).
+        boxes: pixels of the last picture. "[0]" or "[1, 2]" in the text names boxes of the message or, if it has none,
+        of the last turn with boxes. find: look for a box that answers the message (ChatterBox's [VG]).
         """
         picture = last_picture([*self.media, *media])
         given = [*self.boxes, *(self.box(box, picture) for box in boxes)]
-        if not given and len(data.box_references(text)) > 1:
-            given = next((boxes for turn in self.turns[::-1] if (boxes := turn.found or turn.given)), [])
-        if find and ("vg" not in self.model.writers or picture is None):
-            raise ValueError("a search needs a picture; attach one first" if "vg" in self.model.writers else
-                             "this model does not look for boxes on demand; ask it in words")
+        if not given and len(data.box_references(text)) > 1:                    # names some, brings none
+            earlier = (turn.found or turn.given for turn in reversed(self.turns))
+            given = next(filter(None, earlier), [])
+        if find and "vg" not in self.model.writers:
+            raise ValueError("this model does not look for boxes on demand; ask it in words")
+        if find and picture is None:
+            raise ValueError("a search needs a picture; attach one first")
         return self.answer([*self.turns, Turn(text, [*self.pending, *media], given=given, find=find, picture=picture)])
 
     def ask(self, text, image=None, boxes=(), find=False):
-        """One turn in one call -> its text, boxes [[x1, y1, x2, y2]], masks (m, H, W) or None, overlay picture or None.
-
-        What was drawn stands in `last().drawn`.
-        """
+        """One turn in one call -> its text, boxes [[x1, y1, x2, y2]], masks (m, H, W) or None, overlay or None."""
         "".join(self.say(text, [self.read(image)] if image else [], boxes, find))
         turn = self.last()
         return turn.answer, turn.boxes, turn.masks, overlay(turn)
@@ -295,13 +314,7 @@ class Session:
             saved = json.loads(data.check_file(os.path.expanduser(path)).read_text(encoding="utf-8"))
             turns, media = [], []
             for row in saved["turns"]:
-                turn = Turn(str(row["text"]), [self.read(str(m["path"]), str(m["kind"])) for m in row["media"]],
-                            str(row["answer"]), find=bool(row.get("find")) and "vg" in self.model.writers)
-                media += turn.media
-                turn.picture = last_picture(media)
-                turn.given, turn.found = ([self.found(torch.tensor(box).float().view(4), turn.picture)
-                                           for box in row.get(key, ())] for key in ("given", "found"))
-                turns.append(turn)
+                turns.append(self.restore(row, media))
             system = str(saved["system"])
             self.tok.encode("".join([system, *(turn.text + turn.answer for turn in turns)]))    # refuses odd unicode
         except data.MediaError:
@@ -310,17 +323,27 @@ class Session:
             raise ValueError(f"{path}: not a saved conversation ({type(error).__name__}: {error})") from None
         self.turns, self.pending, self.boxes, self.system_text = turns, [], [], system
 
+    def restore(self, row, media):
+        """The Turn of a saved row; its media go to those of the turns before it."""
+        turn = Turn(str(row["text"]), [self.read(str(m["path"]), str(m["kind"])) for m in row["media"]])
+        media += turn.media
+        turn.answer, turn.picture = str(row["answer"]), last_picture(media)
+        turn.find = bool(row.get("find")) and "vg" in self.model.writers
+        turn.given, turn.found = ([self.found(torch.tensor(frame).float().view(4), turn.picture)
+                                   for frame in row.get(key, ())] for key in ("given", "found"))
+        return turn
+
     def question(self, turn, current):
-        """Parts of a message: its text, with Boxes where it names them or else at its end. Raises ValueError."""
-        parts = data.box_references(turn.text) if turn.given else [turn.text]
-        named = parts[1::2] or [range(len(turn.given))]
-        if (most := max(chain(*named), default=-1)) >= len(turn.given) > 0:
-            raise ValueError(f"there is no box {most}; boxes are counted from 0 to {len(turn.given) - 1}")
-        boxes = [[turn.given[i] for i in numbers] for numbers in named]
-        parts = [part for text, some in zip(parts[::2], [*boxes, []]) for part in (text, *some)]
-        if not current:                                 # parity: ChatterBox forgets regions and [VG] of earlier rounds
-            return [part for part in parts if getattr(part, "kind", "") != "region"]
-        return parts + [data.Piece(name, special=True) for name in self.model.cfg.writes["vg"]] if turn.find else parts
+        """Parts of a message: its text with Boxes, and media before it or, a line each, below. Raises ValueError."""
+        parts = name_boxes(turn.text, turn.given)
+        if current:
+            signal = self.model.cfg.writes["vg"] if turn.find else ()
+            parts = [self.template.ask, *parts, *(data.Piece(name, special=True) for name in signal)]
+        else:                                           # parity: ChatterBox forgets regions and [VG] of earlier rounds
+            parts = [part for part in parts if getattr(part, "kind", "") != "region"]
+        if not self.system.media_last:
+            return [*turn.media, *parts]
+        return [*parts, *(part for medium in turn.media for part in ("\n", medium))]
 
     def reply(self, turn):
         """Parts of an answer: its text, with Boxes where they are spelled in it."""
@@ -331,19 +354,14 @@ class Session:
         return parts
 
     def prompt(self, turns):
-        """-> ids that ask for the last turn's answer, [(Medium, its first place)]."""
-        rows = []
-        for turn in turns:
-            below = [part for medium in turn.media for part in ("\n", medium)]
-            text = self.question(turn, turn is turns[-1])
-            if turn is turns[-1] and self.template.ask:
-                text = [self.template.ask, *text]
-            rows += [[*text, *below] if self.system.media_last else [*turn.media, *text], self.reply(turn)]
+        """-> ids that ask for the last turn's answer, [(Medium or Box, its first place)]."""
+        rows = [row for turn in turns for row in (self.question(turn, turn is turns[-1]), self.reply(turn))]
         rows[-1] = None                                 # the answer that is asked for
         parts = data.conversation_pieces(rows, self.tok, self.system, self.template, self.model.cfg.n_token)
-        if self.system_text:                            # a plain piece, since users type it
-            parts[0] = [data.Piece(self.system_text + (re.search(r"[#\s]*$", self.template.system)[0] or " "))]
-        pieces = [piece for part in parts for piece in part]
+        if self.system_text:                            # a plain piece, since users type it; it ends as the template's
+            blanks = re.search(r"[#\s]*$", self.template.system)[0]
+            parts[0] = [data.Piece(self.system_text + (blanks or " "))]
+        pieces = list(chain(*parts))
         if self.parse_special:
             pieces = [p for piece in pieces for p in ([piece] if piece.special else self.tok.parse(piece.text))]
         ids, _, slots = self.tok.encode_pieces(pieces)
@@ -363,32 +381,37 @@ class Session:
     def answer(self, turns):
         """Generate the last turn's answer, running only what the cache does not hold yet; then keep the turns."""
         kept, ids, slots = self.fit(turns)
-        places, turn = list(ids), kept[-1]
-        for medium, at in slots:
+        turn, places = kept[-1], list(ids)
+        for medium, at in slots:                        # ids alone do not tell which medium stands there
             n = self.model.cfg.n_token(medium.kind)
             places[at:at + n] = [medium] * n
-        same = next((i for i, (a, b) in enumerate(zip(places, self.held)) if a != b), min(len(places), len(self.held)))
         turn.prompt, turn.dropped = ids, len(turns) - len(kept)
-        turn.reused = min(same, len(ids) - 1, self.asked(turn) - 1)             # what must run says what comes next
-        if self.settings["beams"] > 1:
-            turn.reused = 0                             # beams have a cache of their own
-        if self.cache:
-            self.cache.pos = turn.reused
+        turn.reused = self.reusable(turn, places)
         try:
-            self.cache = self.cache or KVCache(self.model.llm, 1, self.max_len)
+            self.cache = self.cache or KVCache(self.model.llm, 1, self.max_len)                 # one for all turns
+            self.cache.pos = turn.reused
             yield from self.decode(turn, slots, places)
         except (KeyboardInterrupt, GeneratorExit):
             if turn.answer or turn.made:
                 self.keep(kept)
             raise
-        except RuntimeError as error:
+        except RuntimeError as error:                   # torch's class for it, or the words of a CPU's allocator
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
-            self.cache = None
+            self.cache = None                           # the largest thing that can be given back
             raise MemoryError("out of memory: lower --context, attach less, or try --dtype bfloat16") from None
         finally:
-            self.held = places[:self.cache.pos if self.cache else 0]
+            self.held = places[:self.cache.pos] if self.cache else []
         self.keep(kept)
+
+    def reusable(self, turn, places):
+        """How many places of a prompt need not run. The last must, since it says what comes next, and the one before a
+        [VG], since its state is the query."""
+        if self.settings["beams"] > 1:                  # beams have a cache of their own
+            return 0
+        pairs = zip(places, [*self.held, None])         # None: where the cache ends at the latest
+        same = next((i for i, (now, then) in enumerate(pairs) if now != then), len(places) - 1)
+        return min(same, self.asked(turn) - 1)
 
     def keep(self, turns):
         """Make turns the history; media and boxes that went with the last one are no longer pending."""
@@ -396,92 +419,104 @@ class Session:
         self.boxes = [box for box in self.boxes if box not in turns[-1].given]
 
     def decode(self, turn, slots, places):
-        """Run the rest of the prompt, then yield the answer as its text becomes certain, without blanks around it.
-
-        Adds what is fed to `places`. Whatever id follows `<at>` counts as `<boxes>`: the model is fed the box it meant.
-        What it says to painters is no text.
-        """
+        """Run the rest of the prompt, then yield the answer as its text becomes certain. `places` gets what is fed."""
         start = time.perf_counter()
         embeds = self.embed(turn.prompt, slots, turn.reused)
-        encoded = first = time.perf_counter()
-        options = {name: value for name, value in self.settings.items() if name not in ("seed", "steps", "guidance", "beams")}
-        options["max_new_tokens"] = min(options["max_new_tokens"], self.max_len - len(turn.prompt))
-        stream, said, turn.ids = data.TextStream(self.tok, [self.template.stop]), [], []
-        hidden, pointed, before, at = [], [], None, next(iter(self.model.feeds), -1)
-        silent = {None, at, *(id for name in self.model.cfg.projections for id in self.model.cfg.signal(name))}
-        if (beams := self.settings["beams"]) > 1:
-            ids = beam_search(self.model, embeds, n_beam=beams, max_new_tokens=options["max_new_tokens"], hidden=hidden)
-        else:
-            ids = generate(self.model, embeds, cache=self.cache, generator=self.generator, hidden=hidden, **options)
-        for id in chain(ids, [None]):                   # None: the end, when all that was held back comes out
-            if id is not None:
-                first = first if turn.ids else time.perf_counter()
-                if turn.find and not turn.ids:
-                    self.search(turn, hidden[0])
-                turn.ids.append(id)
-                places.append(id)
-            if id is not None and before == at:
-                pointed.append(hidden[len(turn.ids) - 1][:, -1])                            # (1, C)
-                turn.found.append(self.point(turn, pointed[-1]))
-                places[-1], turn.ids[-1] = turn.found[-1], self.tok.special[self.system.box[-1]]
-                said, stream = [turn.answer, spell(places[-1])], data.TextStream(self.tok, [self.template.stop])
-            elif id in silent:
-                stream.flush()
-            else:
-                stream.push(id)
-            before, turn.clock = id, (start, encoded, first, time.perf_counter())
-            text = " ".join(filter(None, [*said, stream.text[:stream.shown].strip()]))
+        turn.clock, hidden = [start, time.perf_counter(), 0, 0], []     # hidden: states (1, T', C) of each pass, T' new
+        for text in self.texts(self.parts(turn, embeds, hidden, places)):
+            turn.clock[3] = time.perf_counter()
             new, turn.answer = text[len(turn.answer):], text
             if new:
                 yield new
-            if stream.done:
-                break
         self.write(turn, hidden)
-        if pointed and turn.picture:
-            self.outline(turn, torch.cat(pointed))
+        self.outline(turn, places[len(turn.prompt):], hidden)
         self.paint(turn)
+
+    def new_ids(self, turn, embeds, hidden):
+        """Ids of an answer, as they are generated; beams give theirs at the end."""
+        most = min(self.settings["max_new_tokens"], self.max_len - len(turn.prompt))
+        if (beams := self.settings["beams"]) > 1:
+            return beam_search(self.model, embeds, n_beam=beams, max_new_tokens=most, hidden=hidden)
+        how = {name: self.settings[name] for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
+        return generate(self.model, embeds, cache=self.cache, max_new_tokens=most, generator=self.generator,
+                        hidden=hidden, **how)
+
+    @torch.inference_mode()
+    def parts(self, turn, embeds, hidden, places):
+        """Ids of an answer, with a Box for whatever id follows `<at>`: the model is fed the box it meant there."""
+        at, before, turn.ids = next(iter(self.model.feeds), -1), None, []
+        for i, id in enumerate(self.new_ids(turn, embeds, hidden)):
+            turn.clock[2] = turn.clock[2] or time.perf_counter()
+            if turn.find and i == 0:
+                self.search(turn, hidden[0])            # whatever the answer says, its question was read
+            part, told = id, id
+            if before == at:
+                frame = self.model.writers["at"](hidden[i][:, -1])[0]                       # (1, C) -> (4,)
+                part, told = self.found(frame, turn.picture), self.tok.special[self.system.box[-1]]
+                turn.found.append(part)
+            places.append(part)
+            turn.ids.append(told)
+            before = id                                 # as it came: that is what the model feeds by
+            yield part
+
+    def texts(self, parts):
+        """The certain text of an answer, after each part and at the end, without blanks around it. Boxes are spelled in
+        it; what it says to painters is no text."""
+        cfg, text, said, stream = self.model.cfg, "", "", data.TextStream(self.tok, [self.template.stop])
+        silent = {*self.model.feeds, *(id for name in cfg.projections for id in cfg.signal(name))}
+        for part in chain(parts, [None]):               # None: the end, when all that was held back comes out
+            if isinstance(part, data.Box):
+                said, stream = f"{text} {spell(part)}", data.TextStream(self.tok, [self.template.stop])
+            elif part is None or part in silent:
+                stream.flush()
+            else:
+                stream.push(part)
+            text = f"{said} {stream.text[:stream.shown].strip()}".strip()
+            yield text
+            if stream.done:
+                return
 
     def write(self, turn, hidden):
         """Let the writers of media make what the answer asks for; hidden: what the model thought at each place."""
-        signals = {name: self.model.cfg.signal(name) for name in self.model.cfg.projections}
-        made = {name: read_out(self.model, [*turn.prompt, *turn.ids], hidden, name, len(turn.prompt)) for name in signals}
-        turn.made = {name: out for name, out in made.items() if out is not None}
-        stray = {at for signal in signals.values() for at in signal_runs(turn.ids[:-1], signal)[1]}
+        stray = []
+        for name in self.model.cfg.projections:
+            prompts = read_out(self.model, [*turn.prompt, *turn.ids], hidden, name, len(turn.prompt))
+            if prompts is not None:
+                turn.made[name] = prompts
+            stray += signal_runs(turn.ids[:-1], self.model.cfg.signal(name))[1]
         turn.stray = [self.tok.names[turn.ids[at]] for at in sorted(stray)]
 
     def paint(self, turn):
         """Have the painters that are there draw what the writers asked for."""
-        how = {name: self.settings[name] or None for name in ("steps", "guidance")}
-        for name, prompts in turn.made.items():
-            if isinstance(folder := self.painters.get(name), (str, Path)):
-                self.painters[name] = load_painter(folder, self.weight.device, self.weight.dtype)
-            for i, prompt in enumerate(prompts if name in self.painters else ()):
-                painter, seed = self.painters[name], self.settings["seed"] + i
-                prompt = prompt if painter.cfg.vocoder else prompt[None]                    # (1, C) or (1, T, C)
-                made = DRAW[name](painter, prompt, seed=seed, **how)[0].cpu().numpy()
-                turn.drawn.append(Drawing(name, made, painter.cfg.vocoder.rate if painter.cfg.vocoder else 8))
+        how = {name: self.settings[name] or None for name in ("steps", "guidance")}         # None: as the painter likes
+        for name in [name for name in turn.made if name in self.painters]:
+            if isinstance(self.painters[name], (str, Path)):                    # not loaded yet; most talks draw none
+                self.painters[name] = load_painter(self.painters[name], self.weight.device, self.weight.dtype)
+            painter = self.painters[name]
+            vocoder = painter.cfg.vocoder               # of sounds, each of which is drawn from one vector
+            for i, prompt in enumerate(turn.made[name]):
+                prompt = prompt if vocoder else prompt[None]                                # (1, C) or (1, T, C)
+                made = DRAW[name](painter, prompt, seed=self.settings["seed"] + i, **how)[0].cpu().numpy()
+                turn.drawn.append(Drawing(name, made, vocoder.rate if vocoder else 8))
 
     @torch.inference_mode()
-    def point(self, turn, h):
-        """The Box that the hidden state (1, C) at `<at>` means."""
-        return self.found(self.model.writers["at"](h)[0], turn.picture)
-
-    @torch.inference_mode()
-    def outline(self, turn, h):
-        """Masks of the boxes that hidden states h (m, C) mean, if there is a SAM; empty where it doubts them."""
-        image = turn.picture.sam
-        if image is not None and self.model.cfg.sam:
-            _, logits, iou = self.model.writers["at"].write(h, self.model, image[None].to(h))
-            logits = logits * (iou >= MIN_IOU)[..., None, None]                             # (m, 1, S, S)
-            for box, mask in zip(turn.found, data.Geometry(*turn.picture.size).masks_to_pixels(logits)):
-                box.mask = mask.cpu().numpy()
+    def outline(self, turn, parts, hidden):
+        """Give the boxes among the parts of an answer their masks, if there is a SAM; empty where it doubts them."""
+        pointed = {part: h[:, -1] for part, h in zip(parts, hidden) if isinstance(part, data.Box)}      # (1, C) each
+        image = getattr(turn.picture, "sam", None)
+        if not pointed or image is None or not self.model.cfg.sam:
+            return
+        h = torch.cat([*pointed.values()])                                                  # (m, C)
+        _, logits, iou = self.model.writers["at"].write(h, self.model, image[None].to(h))
+        logits = logits * (iou >= MIN_IOU)[..., None, None]                                 # (m, 1, S, S)
+        for box, mask in zip(pointed, data.Geometry(*turn.picture.size).masks_to_pixels(logits)):
+            box.mask = mask.cpu().numpy()
 
     def asked(self, turn):
-        """Where in its prompt a turn asks for a box; behind it if it does not."""
+        """Where in its prompt a turn asks for a box, at the last [VG]; behind it if it does not."""
         signal = self.tok.special[self.model.cfg.writes["vg"][0]] if turn.find else None
         return max((i for i, id in enumerate(turn.prompt) if id == signal), default=len(turn.prompt))
 
-    @torch.inference_mode()
     def search(self, turn, h):
         """Look for the box that the message asks for. h (1, T', C): hidden states of the prompt's end."""
         image = turn.picture.det[None].to(h)
@@ -494,7 +529,7 @@ class Session:
         """Embeddings (1, T - start, C) of the places from `start` on, with media written over their placeholders."""
         x = self.model.llm.embed(torch.tensor([ids[start:]], device=self.weight.device))
         for medium, at in slots:
-            if at + self.model.cfg.n_token(medium.kind) > start:
+            if at + self.model.cfg.n_token(medium.kind) > start:                # else the cache holds all of it
                 new = self.encode(medium)[max(start - at, 0):]                              # (n, C)
                 x[0, max(at - start, 0):][:len(new)] = new
         return x
@@ -504,7 +539,7 @@ class Session:
         if medium not in self.features:
             x = medium.tensor[None].to(self.weight)
             if medium.kind == "region":
-                image_of = torch.zeros(1, dtype=torch.long, device=x.device)
+                image_of = torch.zeros(1, dtype=torch.long, device=x.device)    # it lies in the first and only picture
                 x = {"image": self.levels(medium.picture), "boxes": x, "image_of": image_of}
             elif medium.kind == "image" and "region" in self.model.readers:
                 x = self.levels(medium)
@@ -524,34 +559,42 @@ def find_painters(folder, projections):
     found = {}
     for path in sorted(Path(folder).glob("*/config.json")):
         cfg = read_config(path.parent, PainterConfig)
-        if (proj := projections.get(cfg.kind)) and proj.out_dim != (cfg.unet.context_dim or cfg.unet.class_dim):
-            raise ValueError(f"{path.parent}: paints from vectors of {cfg.unet.context_dim or cfg.unet.class_dim} numbers, "
-                             f"this model makes {proj.out_dim}")
+        wants = cfg.unet.context_dim or cfg.unet.class_dim                      # width of its prompts
+        proj = projections.get(cfg.kind)
+        if proj and proj.out_dim != wants:
+            raise ValueError(f"{path.parent}: paints from vectors of {wants} numbers, this model makes {proj.out_dim}")
         found[cfg.kind] = path.parent
     return found
+
+
+def open_language(folder, cfg, templates):
+    """The Tokenizer, System and Template of a weights folder. Raises ValueError if it is not for talking."""
+    if cfg.llm is None or cfg.system not in data.SYSTEMS:
+        raise ValueError(f"{folder}: holds no model to talk with (system {cfg.system!r})")
+    system = data.SYSTEMS[cfg.system]
+    tok = data.Tokenizer(Path(folder) / "tokenizer.model", cfg.added_tokens, system.legacy)
+    if max(tok.sp.get_piece_size() - 1, *tok.special.values()) >= cfg.llm.vocab_size:       # the highest id
+        raise ValueError(f"{tok.path}: has more tokens than the model, {cfg.llm.vocab_size}")
+    known = data.TEMPLATES | (data.load_templates(templates) if templates else {})
+    return tok, system, known[cfg.template or system.template]
 
 
 def open_session(folder=TINY, device=None, dtype=None, quantize="", painters=None, templates=None, **options):
     """The Session of a weights folder, on the best device there is. Raises OSError or ValueError naming the fault.
 
     painters: folder with a folder of each; default: `painters` in the weights folder, if it is there; "": none.
-    templates: file of conversation templates, see data.load_templates; one of the model's name in it takes ours' place.
+    templates: file of conversation templates, see data.load_templates; one of the model's name in it replaces ours.
     """
     keep_memory()
     device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    dtype = getattr(torch, dtype or ("bfloat16" if device.type == "cuda" else "float32"))
-    model = load(folder, device, dtype, quantize)
+    dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    model = load(folder, device, getattr(torch, dtype), quantize)
     cfg = model.cfg
-    if cfg.llm is None or cfg.system not in data.SYSTEMS:
-        raise ValueError(f"{folder}: holds no model to talk with (system {cfg.system!r})")
-    system = data.SYSTEMS[cfg.system]
-    tok = data.Tokenizer(Path(folder) / "tokenizer.model", cfg.added_tokens, system.legacy)
-    if max(tok.sp.get_piece_size() - 1, *tok.special.values()) >= cfg.llm.vocab_size:
-        raise ValueError(f"{tok.path}: has more tokens than the model, {cfg.llm.vocab_size}")
-    template = (data.TEMPLATES | (data.load_templates(templates) if templates else {}))[cfg.template or system.template]
+    tok, system, template = open_language(folder, cfg, templates)
     if (device.type == "cuda" or cfg.quantized) and not cfg.llm.lora_rank:
         fuse(model)                     # where starting a product costs as much as the product
-    painters = Path(folder) / "painters" if painters is None else painters
+    if painters is None:
+        painters = Path(folder) / "painters"
     painters = find_painters(painters, cfg.projections) if painters else {}
     return Session(model, tok, system, template, data.MediaSpec(**cfg.media), painters=painters, **options)
 
@@ -580,13 +623,12 @@ class Drawing:
         return {"img": "png", "aud": "wav"}.get(self.kind) or ("mp4" if find_spec("av") else "gif")
 
     def write(self, file):
-        """As its ending says."""
         if self.ending == "mp4":
             write_mp4(self.content, self.rate, file)
         elif self.kind == "aud":
             with wave.open(file, "wb") as f:
                 f.setnchannels(1), f.setsampwidth(2), f.setframerate(self.rate)
-                f.writeframes((self.content.clip(-1, 1) * 32767).astype("<i2").tobytes())
+                f.writeframes((self.content.clip(-1, 1) * 32767).astype("<i2").tobytes())       # 16 bits a sample
         elif self.kind == "img":
             self.picture.save(file, "PNG")
         else:
@@ -634,7 +676,7 @@ def overlay(turn):
 def drawn(medium, boxes):
     """A picture with Boxes and their masks in it, numbered."""
     picture = data.read_image(medium.path)
-    em = max(10, min(36, max(picture.size) // 16))
+    em = max(10, min(36, max(picture.size) // 16))      # height of the numbers, pixels
     font, limits = ImageFont.load_default(em), np.array(picture.size * 2) - 1
     for box, colour in zip(boxes, cycle(COLOURS)):
         if box.mask is not None:
@@ -662,6 +704,11 @@ def write_overlay(turn, picture, folder):
 # ---- Terminal
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+TERMINALS = [                           # variable, what it says, how such a terminal shows pictures; the first that fits
+    ("TMUX", ".*", "off"), ("TERM", "(tmux|screen).*", "off"), ("KITTY_WINDOW_ID", ".*", "kitty"),
+    ("TERM", "xterm-(kitty|ghostty)", "kitty"), ("TERM_PROGRAM", "ghostty|WezTerm", "kitty"),
+    ("TERM_PROGRAM", r"iTerm\.app", "iterm"), ("LC_TERMINAL", "iTerm2", "iterm"), ("NO_COLOR", ".+", "off"),
+    ("COLORTERM", "truecolor|24bit", "blocks")]
 INLINE = re.compile(r"""(?<!\S)@("[^"]+"|'[^']+'|(?:\\.|\S)+)""")
 
 
@@ -694,14 +741,16 @@ def preview(path, kind):
 
 def protocol(env):
     """How the terminal of this environment shows pictures."""
-    term, program = env.get("TERM", ""), env.get("TERM_PROGRAM", "")
-    if "TMUX" in env or term.startswith(("tmux", "screen")):
-        return "off"
-    if "KITTY_WINDOW_ID" in env or term in ("xterm-kitty", "xterm-ghostty") or program in ("ghostty", "WezTerm"):
-        return "kitty"
-    if program == "iTerm.app" or env.get("LC_TERMINAL") == "iTerm2":
-        return "iterm"
-    return "blocks" if env.get("COLORTERM") in ("truecolor", "24bit") and not env.get("NO_COLOR") else "off"
+    return next((how for name, says, how in TERMINALS if name in env and re.fullmatch(says, env[name], re.S)), "off")
+
+
+def half_blocks(picture):
+    """Two pixels a character, one above the other: the colour of a half block and of what is behind it."""
+    pixels = np.asarray(picture)                                                            # (H, W, 3)
+    pixels = np.pad(pixels, [(0, len(pixels) % 2), (0, 0), (0, 0)], "edge")                 # an odd last row is doubled
+    pairs = np.concatenate([pixels[::2], pixels[1::2]], axis=2)                             # (H / 2, W, 6)
+    lines = ("".join("\033[38;2;%d;%d;%d;48;2;%d;%d;%dm▀" % tuple(pair) for pair in line) for line in pairs)
+    return "".join(line + "\033[0m\n" for line in lines)
 
 
 def draw(picture, how):
@@ -709,17 +758,15 @@ def draw(picture, how):
     picture = picture.convert("RGB")
     picture.thumbnail((60, 48) if how == "blocks" else (480, 320))
     if how == "blocks":
-        pixels = [[picture.getpixel((x, y)) for x in range(picture.width)] for y in range(picture.height)]
-        pairs = zip(pixels[::2], pixels[1::2] + pixels[-1:])                    # an odd last row is doubled
-        lines = ["".join("\033[38;2;%d;%d;%d;48;2;%d;%d;%dm▀" % (*a, *b) for a, b in zip(*pair)) for pair in pairs]
-        return "".join(line + "\033[0m\n" for line in lines)
+        return half_blocks(picture)
     png = io.BytesIO()
     picture.save(png, "PNG")
     text = base64.b64encode(png.getvalue()).decode()
     if how == "iterm":
         return f"\033]1337;File=inline=1;size={len(png.getvalue())};width={picture.width}px:{text}\a\n"
-    chunks = [text[i:i + 4096] for i in range(0, len(text), 4096)]
-    codes = [f"{'' if i else 'f=100,a=T,q=2,'}m={int(i < len(chunks) - 1)};{chunk}" for i, chunk in enumerate(chunks)]
+    *chunks, last = (text[i:i + 4096] for i in range(0, len(text), 4096))       # kitty takes no more at a time
+    codes = [*(f"m=1;{chunk}" for chunk in chunks), f"m=0;{last}"]              # m=1: more of it comes
+    codes[0] = "f=100,a=T,q=2," + codes[0]                                      # a PNG, to be shown, without an answer
     return "".join(f"\033_G{code}\033\\" for code in codes) + "\n"
 
 
@@ -741,7 +788,7 @@ def dragged(text):
 
 def complete(text, state):
     """readline's completer: commands at the start of a line, and files."""
-    mark, start = re.fullmatch(r"(@?)(.*)", re.sub(r"\\(.)", r"\1", text), re.S).groups()
+    mark, start = re.fullmatch(r"(@?)(.*)", re.sub(r"\\(.)", r"\1", text), re.S).groups()    # @my\ dog -> @, my dog
     files = sorted(glob.glob(glob.escape(os.path.expanduser(start)) + "*"))
     names = [f"/{name}" for name in COMMANDS if f"/{name}".startswith(text) and text]
     names += [mark + re.sub(r"""([\s'"\\()&;])""", r"\\\1", path) + "/" * os.path.isdir(path) for path in files]
@@ -754,11 +801,12 @@ def use_readline(history):
         import readline
         readline.set_completer(complete)
         readline.set_completer_delims(" \t\n")
-        readline.parse_and_bind("bind ^I rl_complete" if "libedit" in str(readline.__doc__) else "tab: complete")
+        libedit = "libedit" in str(readline.__doc__)    # what macOS has under that name, with other words
+        readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
         if history:
             path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "nanomni/history"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(mode=0o600)
+            path.touch(mode=0o600)                      # what people ask is nobody else's business
             readline.read_history_file(path)
             readline.set_history_length(1000)
             atexit.register(readline.write_history_file, path)
@@ -776,8 +824,6 @@ class Chat:
 
     def run(self):
         """Take lines until they end. Whatever goes wrong with one of them, the conversation goes on."""
-        if self.interactive:            # a script that started in the background has its programs ignore Ctrl-C
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         while True:
             try:
                 self.line(input("> " * self.interactive).strip())
@@ -787,8 +833,10 @@ class Chat:
                 if not self.interactive:
                     raise
                 log("\nCtrl-C stops an answer; Ctrl-D or /quit ends the chat")
+            except FAULTS as error:
+                log(f"{error!s:.500}", 31)
             except Exception as error:                  # even a mistake of ours must not cost the conversation
-                log(f"{error if isinstance(error, (ValueError, OSError, MemoryError)) else repr(error)!s:.500}", 31)
+                log(f"{error!r:.500}", 31)
 
     def line(self, text):
         """Do what a line asks: attach files, run a command, or say it."""
@@ -849,13 +897,12 @@ class Chat:
             self.stream(self.session.say(text, find=find))
 
     def add_box(self, text):
-        """A box for the next message, in pixels of the last picture."""
         session, numbers = self.session, re.sub(r"[\[\](),]", " ", text).split()
         session.boxes.append(session.box(numbers, last_picture(session.media)))
         return f"[{len(session.boxes) - 1}] is {spell(session.boxes[-1])}"
 
     def stream(self, pieces):
-        """Print an answer while it comes. Ctrl-C ends it and keeps what was said."""
+        """Print an answer while it comes, then what belongs to it. Ctrl-C ends it and keeps what was said."""
         try:
             with closing(pieces):
                 for piece in pieces:
@@ -866,33 +913,42 @@ class Chat:
             return print(" [stopped]")
         turn = self.session.last()
         files = [str(write_drawing(drawing, self.args.out or "drawn")) for drawing in turn.drawn]
-        report = {"prompt": turn.text, "text": turn.answer, "media": [medium.path for medium in turn.media],
-                  "boxes": turn.boxes, "masks": [mask_rle(box.mask) for box in turn.found if box.mask is not None],
-                  "files": files, "tokens": len(turn.ids), "seconds": round(turn.clock[3] - turn.clock[0], 3),
-                  "seed": self.session.settings["seed"], "model": str(self.args.weights)}
-        print(clean(json.dumps(report)) if self.args.json else "", flush=True)
+        print(clean(self.report(turn, files)) if self.args.json else "", flush=True)
+        self.remark(turn, files)
+
+    def report(self, turn, files):      # for programs, as JSON
+        masks = [mask_rle(box.mask) for box in turn.found if box.mask is not None]
+        return json.dumps({
+            "prompt": turn.text, "text": turn.answer, "media": [medium.path for medium in turn.media],
+            "boxes": turn.boxes, "masks": masks, "files": files, "tokens": len(turn.ids),
+            "seconds": round(turn.clock[3] - turn.clock[0], 3), "seed": self.session.settings["seed"],
+            "model": str(self.args.weights)})
+
+    def remark(self, turn, files):
+        """Say what came of an answer beside its text."""
         if turn.stray:
             log(f"asked for media, but not with a complete run of signal tokens: {' '.join(turn.stray)}")
         for drawing, name in zip(turn.drawn, files):
             log(f"{WHAT[drawing.kind]}: {name}")
             self.draw(drawing.picture)
-        if missing := [WHAT[name] for name in turn.made if name not in self.session.painters]:
-            log(f"no painter for a {' or a '.join(missing)}: put its folder into `painters` of the weights, or name --painters")
-        self.report_boxes(turn)
+        if missing := " or a ".join(WHAT[name] for name in turn.made if name not in self.session.painters):
+            log(f"no painter for a {missing}: put its folder into `painters` of the weights, or name --painters")
+        self.show_boxes(turn)
         if turn.dropped:
             log(f"the context is full: the oldest {turn.dropped} turns are forgotten")
 
-    def report_boxes(self, turn):
+    def show_boxes(self, turn):
         """List the boxes that were found and show them, here and in the folder for them."""
+        size = " of {}x{}".format(*turn.picture.size) if turn.picture else ""
+        score = f" score {turn.score:.2f}" if turn.find else ""
         for i, box in enumerate(turn.found):
-            log(f"box {i}: {spell(box)}" + (" of {}x{}".format(*turn.picture.size) if turn.picture else "")
-                + f" score {turn.score:.2f}" * turn.find)
+            log(f"box {i}: {spell(box)}{size}{score}")
         if turn.find and not turn.found:
             log(f"no box found, the best has a score of {turn.score:.2f}")
         if picture := overlay(turn):
             self.draw(picture)
-            if self.args.out:
-                log(f"written: {write_overlay(turn, picture, self.args.out)}")
+        if picture and self.args.out:
+            log(f"written: {write_overlay(turn, picture, self.args.out)}")
 
     def medium(self, text):
         """The medium that `#2` means; `last` or nothing is the last."""
@@ -902,9 +958,9 @@ class Chat:
         return media[int(match[1] or 0) - 1]
 
     def list_media(self, _):
-        rows = [(medium, f"in message {i}") for i, turn in enumerate(self.session.turns, 1) for medium in turn.media]
-        rows += [(medium, "not sent yet") for medium in self.session.pending]
-        return "\n".join(f"#{i} {m.kind} {m.path} {where}" for i, (m, where) in enumerate(rows, 1)) or "no media"
+        where = {m: f"in message {i}" for i, turn in enumerate(self.session.turns, 1) for m in turn.media}
+        rows = [f"#{i} {m.kind} {m.path} {where.get(m, 'not sent yet')}" for i, m in enumerate(self.session.media, 1)]
+        return "\n".join(rows) or "no media"
 
     def set(self, text):
         if text:
@@ -932,17 +988,18 @@ class Chat:
                 f"context {len(turn.prompt) + n} of {self.session.max_len}")
 
     def info(self, _=""):
-        model, weight = self.session.model, self.session.weight
-        return (f"{self.args.weights}: {sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters, "
-                f"{str(weight.dtype)[6:]} on {weight.device}, context {self.session.max_len}, "
-                f"reads {', '.join(['text', *model.cfg.reads])}" + ", points" * ("at" in model.cfg.writes)
-                + ", masks" * bool(model.cfg.sam) + ", finds" * ("vg" in model.cfg.writes)
-                + "".join(f", draws a {WHAT[name]}" for name in model.cfg.projections if name in self.session.painters))
+        model, cfg, weight = self.session.model, self.session.model.cfg, self.session.weight
+        able = {"points": "at" in cfg.writes, "masks": cfg.sam, "finds": "vg" in cfg.writes}
+        able |= {f"draws a {WHAT[name]}": name in self.session.painters for name in cfg.projections}
+        size = sum(p.numel() for p in model.parameters()) / 1e6
+        facts = [f"{size:,.1f} M parameters", f"{str(weight.dtype)[6:]} on {weight.device}",        # without "torch."
+                 f"context {self.session.max_len}", f"reads {', '.join(['text', *cfg.reads])}"]
+        return f"{self.args.weights}: {', '.join([*facts, *(what for what, can in able.items() if can)])}"
 
     def help(self, _):
-        rows = {f"/{name} {usage}": text for name, (_, usage, text) in COMMANDS.items()
-                if name not in KINDS or name in self.session.model.cfg.reads}
-        return "\n".join(f"{left:22} {text}" for left, text in rows.items())
+        hidden = {*KINDS} - {*self.session.model.cfg.reads}
+        rows = [(f"/{name} {usage}", text) for name, (_, usage, text) in COMMANDS.items() if name not in hidden]
+        return "\n".join(f"{left:22} {text}" for left, text in rows)
 
     def quit(self, _):
         raise EOFError
@@ -974,29 +1031,35 @@ ALIASES = {"?": "help", "exit": "quit", "bye": "quit"}
 
 # ---- Start
 
+def talk(args):
+    """Answer the one question, or the lines that come, about what the command line attaches."""
+    options = {name: vars(args)[name] for name in ("context", "parse_special", *SETTINGS)}
+    painters = "" if args.no_draw else args.painters
+    session = open_session(args.weights, args.device, args.dtype, args.quantize, painters, args.templates, **options)
+    chat = Chat(session, args)
+    for path, kind in args.media:
+        chat.add([path], kind)
+    for box in args.boxes:
+        log(chat.add_box(" ".join(box)))
+    if args.prompt is not None:
+        chat.say(args.prompt, args.find)
+        return
+    if chat.interactive:
+        signal.signal(signal.SIGINT, signal.default_int_handler)    # scripts in the background have it ignored
+        use_readline(not args.no_history)
+        log(chat.info() + "\n/help lists the commands; Ctrl-D ends")
+    chat.run()
+
+
 def main(args):
     """One question or a chat; returns the exit code."""
     for stream in filter(None, (sys.stdin, sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")            # odd bytes in names or input are no reason to end
     try:
-        options = {name: vars(args)[name] for name in ("context", "parse_special", *SETTINGS)}
-        painters = "" if args.no_draw else args.painters
-        session = open_session(args.weights, args.device, args.dtype, args.quantize, painters, args.templates, **options)
-        chat = Chat(session, args)
-        for path, kind in args.media:
-            chat.add([path], kind)
-        for box in args.boxes:
-            log(chat.add_box(" ".join(box)))
-        if args.prompt is not None:
-            chat.say(args.prompt, args.find)
-            return 0
-        if chat.interactive:
-            use_readline(not args.no_history)
-            log(chat.info() + "\n/help lists the commands; Ctrl-D ends")
-        chat.run()
+        talk(args)
     except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError, MemoryError, RuntimeError, AssertionError, SafetensorError) as error:
+        return 130                                      # as shells do: 128 + SIGINT
+    except (*FAULTS, RuntimeError, AssertionError, SafetensorError) as error:
         log(f"{error!s:.500}", 31)
         return 2
     return 0

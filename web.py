@@ -38,9 +38,10 @@ API, MB = "/gradio_api", 1 << 20
 PATHS = {"GET": re.compile(rf"/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/(assets|static|svelte)/.*"
                            rf"|{API}/(info|startup-events|theme\.css|queue/data|upload_progress|heartbeat/\w+|file=.+)"),
          "POST": re.compile(rf"{API}/(queue/join|upload|cancel|reset/?)")}
-PATHS["HEAD"] = PATHS["GET"]
+PATHS["HEAD"] = PATHS["GET"]            # all that our own page asks for; Gradio itself would answer more
 BIGGEST = {f"{API}/upload": 100 * MB}   # bytes of a request; of others 1 MB
 FOLDER = 4096 * MB                      # bytes that all uploads may take together
+FILES = 20                              # that one message may bring
 HEADERS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer", "content-security-policy":
            "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'none'; form-action 'none'"}
 
@@ -52,16 +53,12 @@ class Guard:
         self.app, self.folder = app, Path(folder).resolve()
 
     async def __call__(self, scope, receive, send):
-        if scope["type"] == "lifespan":
+        if scope["type"] == "lifespan":                 # the server's own start and end
             return await self.app(scope, receive, send)
         fault = self.fault(scope) if scope["type"] == "http" else (403, "no such protocol")
         if not fault and scope["method"] == "POST" and scope["path"] not in BIGGEST:
-            body = b""
-            while (part := await receive())["type"] == "http.request":
-                body += part.get("body", b"")
-                if not part.get("more_body"):
-                    break
-            fault, receive = self.body_fault(body), replay(body, receive)
+            body, receive = await read_body(receive)
+            fault = self.body_fault(body)
         if fault:
             return await PlainTextResponse(fault[1], fault[0])(scope, receive, send)
 
@@ -73,35 +70,42 @@ class Guard:
 
     def fault(self, scope):
         """What is wrong with a request, told from its head -> (status, why), or None."""
-        method, path, names = scope["method"], scope["path"], (b"host", b"origin", b"content-length")
+        names, method, path = (b"host", b"origin", b"content-length"), scope["method"], scope["path"]
         hosts, origins, lengths = ([v.decode("latin1") for k, v in scope["headers"] if k == name] for name in names)
+        fault = self.sender_fault(hosts, origins) or self.page_fault(method, path)
+        return fault or (self.size_fault(path, lengths) if method == "POST" else None)
+
+    def sender_fault(self, hosts, origins):
+        """Names of other sites may lead here (DNS rebinding), their pages send us requests; browsers tell both."""
         if len(hosts) != 1 or not LOCAL.fullmatch(hosts[0]) or any(one != f"http://{hosts[0]}" for one in origins):
             return 403, "not from this computer's own page"
+
+    def page_fault(self, method, path):
         if method not in PATHS:
             return 405, "no such method"
-        name = path.partition(f"{API}/file=")[2]
         if not PATHS[method].fullmatch(path) or ".." in path or "\\" in path:
             return 404, "no such page"
+        name = path.partition(f"{API}/file=")[2]                        # what the page wants to show or play
         if name and not self.is_ours(name):
             return 403, "no such file"
-        if method == "POST" and (len(lengths) != 1 or not lengths[0].isdecimal()):
+
+    def size_fault(self, path, lengths):
+        if len(lengths) != 1 or not lengths[0].isdecimal():             # sent in chunks, it might never end
             return 411, "say how long it is"
-        if method == "POST" and int(lengths[0]) > BIGGEST.get(path, MB):
+        if int(lengths[0]) > BIGGEST.get(path, MB):     # before a byte of it is read
             return 413, "too large"
         if path in BIGGEST and sum(file.stat().st_size for file in self.folder.rglob("*")) > FOLDER:
             return 507, "too many uploads; start the page again"
 
     def body_fault(self, body):
         """JSON may name no file but ours: Gradio itself would fetch addresses."""
+        pairs = []                      # (key, value) of all objects in it, however deep
         try:
-            todo = [json.loads(body or "null")]
+            json.loads(body or "null", object_pairs_hook=pairs.extend)
         except (ValueError, RecursionError):
             return 400, "not JSON"
-        while todo:
-            value = todo.pop()
-            if isinstance(value, dict) and "path" in value and not self.is_ours(value["path"]):
-                return 403, "no such file"
-            todo += value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+        if not all(self.is_ours(value) for key, value in pairs if key == "path"):
+            return 403, "no such file"
 
     def is_ours(self, name):
         """Whether a file name leads to a file in our folder, links followed."""
@@ -112,19 +116,20 @@ class Guard:
         return path.is_file() and self.folder in path.parents
 
 
-def replay(body, receive):
-    """A `receive` that gives a body that was read already, then what comes after it."""
+async def read_body(receive):
+    """-> the whole body of a request, and a `receive` that gives it again, then what comes after it."""
+    body, more = b"", True
+    while more:
+        part = await receive()          # of the body, or the news that the browser has left
+        body, more = body + part.get("body", b""), part.get("more_body")
     parts = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again():
         return parts.pop() if parts else await receive()
-    return again
+    return body, again
 
 
 # ---- Visit
-
-FILES = 20                              # that one message may bring
-
 
 @dataclass(eq=False)
 class Visit:
@@ -160,8 +165,9 @@ class Visit:
 def show(visit, note="", turns=None, text=gr.skip()):
     """-> messages, picture, note, text to edit. turns: of an answer that is coming; else all, and what is attached."""
     if turns is not None:
-        return list(visit.messages(turns)), gr.skip(), note, text
-    return list(visit.messages([*visit.session.turns, chat.Turn("", visit.session.pending)])), visit.picture(), note, text
+        return list(visit.messages(turns)), gr.skip(), note, text       # skip: that part of the page stays as it is
+    waiting = chat.Turn("", visit.session.pending)
+    return list(visit.messages([*visit.session.turns, waiting])), visit.picture(), note, text
 
 
 def guarded(act):
@@ -170,7 +176,7 @@ def guarded(act):
     def run(visit, *given):
         try:
             return show(visit, act(visit, *given) or "")
-        except (ValueError, OSError, MemoryError) as error:
+        except chat.FAULTS as error:
             return show(visit, f"{error!s:.500}")
     return run
 
@@ -189,64 +195,56 @@ def click(visit, event: gr.SelectData):
     if not visit.corner:
         visit.corner = tuple(event.index)
         return "now click the opposite corner"
-    xs, ys = map(sorted, zip(visit.corner, event.index))
+    (x1, x2), (y1, y2) = map(sorted, zip(visit.corner, event.index))    # whichever corner came first
     session, visit.corner = visit.session, ()
-    session.boxes.append(session.box((xs[0], ys[0], xs[1], ys[1]), chat.last_picture(session.media)))
+    session.boxes.append(session.box((x1, y1, x2, y2), chat.last_picture(session.media)))       # pixels of the picture
     return f"[{len(session.boxes) - 1}] is {chat.spell(session.boxes[-1])}; name it so in the message"
 
 
-@guarded
-def undo(visit):
-    return f"taken back: {visit.session.undo().text}"
+undo = guarded(lambda visit: f"taken back: {visit.session.undo().text}")
+clear = guarded(lambda visit: visit.session.clear())
 
 
-@guarded
-def clear(visit):
-    visit.session.clear()
-
-
-def change(name):
-    """What sets a setting."""
+def change(name):                       # one for each number under "settings"
     return guarded(lambda visit, value: visit.session.set(name, value))
 
 
-def stop(visit):
+def stop(visit):                        # it runs beside the answer, which looks for this
     visit.stopped = True
 
 
-def stream(visit, before, turn, pieces):
-    """Show an answer while it comes, ten times a second; whoever stops it keeps what was said."""
+def stream(visit, before, turn, ask):
+    """Show the answer that ask() yields while it comes, ten times a second; whoever stops it keeps what was said."""
     visit.stopped, due = False, 0
     try:
-        with closing(pieces):
+        with closing(ask()) as pieces:
             for piece in pieces:
                 turn.answer += piece
                 if visit.stopped:
-                    break
-                if time.monotonic() > due:
+                    break                               # closing then keeps the turn, see Session.say
+                if time.monotonic() > due:              # a page redrawn at each token would lag behind
                     yield show(visit, "", [*before, turn])
                     due = time.monotonic() + 0.1
         visit.keep(visit.session.last())
         yield show(visit, "stopped" * visit.stopped)
-    except (ValueError, OSError, MemoryError) as error:
+    except chat.FAULTS as error:
         yield show(visit, f"{error!s:.500}", text=turn.text)
 
 
 def say(visit, text, find):
     session, turn = visit.session, chat.Turn(text, visit.session.pending)
-    yield show(visit, "", [*session.turns, turn], "")
-    yield from stream(visit, session.turns, turn, session.say(text, find=find))
+    yield show(visit, "", [*session.turns, turn], "")                   # at once, before any media are encoded
+    yield from stream(visit, session.turns, turn, partial(session.say, text, find=find))
 
 
 def retry(visit):
     if turns := visit.session.turns:
-        yield from stream(visit, turns[:-1], chat.Turn(turns[-1].text, turns[-1].media), visit.session.retry())
+        yield from stream(visit, turns[:-1], chat.Turn(turns[-1].text, turns[-1].media), visit.session.retry)
 
 
 # ---- Examples
 
 def question(m, kind):
-    """The question of a kind about a drawn medium."""
     return next(text for what, text, _ in m.questions if what == kind)
 
 
@@ -271,7 +269,7 @@ def example(visit, ability):
     """Draw something new for an ability and attach it; the message waits to be sent."""
     (need, kind, message), session = ABILITIES[ability], visit.session
     m = shapes.write_medium((kind, random.randrange(10 ** 6), 0, visit.folder))
-    if message is not wish:
+    if message is not wish:             # a wish is for something that does not exist yet
         session.pending.append(session.read(str(visit.folder / m.name)))
     if need in ("box", "region"):
         session.boxes.append(session.box(shapes.box(m.things[0]), session.pending[-1]))
@@ -289,7 +287,7 @@ def build(session, folder):
         return Visit(own, folder)
     cfg = session.model.cfg
     with gr.Blocks(title="nanomni", analytics_enabled=False) as blocks:
-        visit = gr.State()
+        visit = gr.State()                              # each page that is opened has its own
         with gr.Row():
             with gr.Column(scale=3):
                 talk = gr.Chatbot(render_markdown=False, label="conversation", height=520, buttons=[])
@@ -303,7 +301,8 @@ def build(session, folder):
                                  for name, (need, *_) in ABILITIES.items() if need in (*cfg.reads, *cfg.writes)}
             with gr.Column(scale=2):
                 files = gr.File(label="pictures, sounds, clips", file_count="multiple", height=120)
-                picture = gr.Image(label="two clicks make a box", interactive=False, format="png", buttons=[], elem_id="picture")
+                picture = gr.Image(label="two clicks make a box", interactive=False, format="png", buttons=[],
+                                   elem_id="picture")
                 note = gr.Textbox(label="note", interactive=False, elem_id="note")
                 find = gr.Checkbox(label="look for a box", visible="vg" in cfg.writes)
                 with gr.Accordion("settings", open=False):
@@ -313,12 +312,12 @@ def build(session, folder):
         one = dict(concurrency_id="model", concurrency_limit=1, **private)              # the model serves one at a time
         blocks.load(new_visit, None, visit, **private)
         gr.on([text.submit, buttons["send"].click], say, [visit, text, find], view, **one)
-        buttons["stop"].click(stop, visit, None, queue=False, **private)
+        buttons["stop"].click(stop, visit, None, queue=False, **private)        # not behind the answer that it stops
         for name, act in {"retry": retry, "undo": undo, "clear": clear}.items():
             buttons[name].click(act, visit, view, **one)
         for name, button in abilities.items():
             button.click(partial(example, ability=name), visit, view, **one)
-        files.upload(attach, [visit, files], view, **one).then(lambda: None, None, files, **private)
+        files.upload(attach, [visit, files], view, **one).then(lambda: None, None, files, **private)    # empties the box
         picture.select(click, visit, view, **one)
         for name, number in numbers.items():
             number.submit(change(name), [visit, number], view, **one)

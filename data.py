@@ -14,14 +14,13 @@ import sys
 import unicodedata
 import wave
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache, partial
 from itertools import accumulate, chain, groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -47,11 +46,9 @@ CUT = Piece("", special=True)           # no token: texts on both sides of it ar
 
 
 class Tokenizer:
-    """Sentencepiece LLaMA tokenizer with added tokens {token: id}, cutting and stripping as the slow LLaMA tokenizer does.
-
-    legacy: every stretch between special tokens is encoded on its own, so it starts with the dummy prefix; False is the
-    later rule (NExT-Chat), which takes that prefix off again and thereby turns some words into <unk>. Raises ValueError.
-    """
+    """Sentencepiece LLaMA tokenizer with added tokens {token: id}, cutting as the slow one does. Raises ValueError."""
+    # legacy: every stretch between special tokens is encoded on its own, so it starts with the dummy prefix. The later
+    # rule (NExT-Chat) takes that prefix off again and thereby turns some words into <unk>.
     CONTROL = {"<unk>": 0, "<s>": 1, "</s>": 2}
 
     def __init__(self, path, added=None, legacy=True):
@@ -143,7 +140,6 @@ def strip_run(run, strip, end):
 
 class TextStream:
     """Ids in, printable text out: holds back bytes of unfinished characters and text that may begin a stop string."""
-
     def __init__(self, tok, stop=()):
         self.tok, self.stop = tok, [s for s in stop if s]
         self.ids, self.shown, self.text, self.done = [], 0, "", False
@@ -221,11 +217,8 @@ def merge(parts, rank):
 
 
 class CLIPTokenizer:
-    """CLIP's lower-case byte-pair tokenizer. ftfy's clean-up is left out.
-
-    path: bpe_simple_vocab_16e6.txt.gz, or merges.txt of a Hugging Face folder. pad: the token that fills up there,
-    "<|endoftext|>" or "!", special wherever it stands; empty = zeros, and HTML is unescaped, as OpenAI does.
-    """
+    """CLIP's lower-case byte-pair tokenizer without ftfy's clean-up, from bpe_simple_vocab_16e6.txt.gz or a merges.txt."""
+    # pad: what fills up, special wherever it stands: "<|endoftext|>" or "!" (Hugging Face). Empty: zeros (OpenAI).
     WORDS = re.compile(r"L+|N|O+")      # of kinds of characters: runs of letters, single digits, runs of anything else
 
     def __init__(self, path, pad=""):
@@ -241,7 +234,6 @@ class CLIPTokenizer:
         self.first = re.compile(names + "|'s|'t|'re|'ve|'m|'ll|'d")
 
     def words(self, text):
-        text = text if self.pad else html.unescape(html.unescape(text))
         return split_words(re.sub(r"\s+", " ", text.strip()).lower(), self.first, self.WORDS)
 
     def word_ids(self, word):
@@ -252,7 +244,7 @@ class CLIPTokenizer:
         return [self.ids[part] for part in merge(parts, self.rank)]
 
     def encode(self, text):
-        pieces = text.split(self.pad) if self.pad else [text]
+        pieces = text.split(self.pad) if self.pad else [html.unescape(html.unescape(text))]
         ids = [[i for word in self.words(piece) for i in self.word_ids(word)] for piece in pieces]
         return sum(([self.fill] + more for more in ids[1:]), ids[0])
 
@@ -277,7 +269,6 @@ class RobertaTokenizer:
         return [self.ids.get(part, self.ids["<unk>"]) for word in words for part in merge(word, self.rank)]
 
     def __call__(self, text, length=512):
-        """(length,) int64: start, text, end, padding."""
         ids = [self.ids["<s>"], *self.encode(text)[:length - 2], self.ids["</s>"]]
         return torch.tensor(ids + [self.ids["<pad>"]] * (length - len(ids)))
 
@@ -383,10 +374,7 @@ TEMPLATES = {
 
 
 def load_templates(path):
-    """Templates from a JSON file in the layout of the originals: {name: {system, roles, style, sep, sep2, messages}}.
-
-    Raises ValueError naming the file if it has another layout.
-    """
+    """The originals' JSON {templates: {name: {system, roles, style, sep, sep2, messages}}}. Raises ValueError."""
     out = {}
     try:
         for name, row in json.loads(Path(path).read_text())["templates"].items():
@@ -432,10 +420,6 @@ class MediaSpec:
     mel_bins: int = 128
     mel_frames: int = 204
     sample_rate: int = 16000
-
-    @property
-    def clip_side(self):
-        return self.clip_size or self.image_size
 
 
 def check_file(path):
@@ -534,7 +518,7 @@ def stretched_tensor(image, spec=MediaSpec()):
 
 def thermal_tensor(image, spec=MediaSpec()):
     """PIL picture -> (1, size, size) grey in 0..1, not normalised."""
-    pixels = np.array(resize_crop(image.convert("L"), spec.clip_side, crop_round=True))     # (size, size)
+    pixels = np.array(resize_crop(image.convert("L"), spec.clip_size or spec.image_size, crop_round=True))  # (size, size)
     return torch.from_numpy(pixels)[None].float() / 255
 
 
@@ -543,7 +527,8 @@ def depth_tensor(metres, focal_baseline=None, spec=MediaSpec()):
     # The recipe is not in ImageBind's code: it follows its issue threads and Omnivore's demo (specs/imagebind 6, open).
     disparity = (focal_baseline or 1.0) / torch.as_tensor(metres, dtype=torch.float32).clamp(0.01, 50)
     image = Image.fromarray((disparity.clamp(max=75) / 75).numpy())
-    return (torch.from_numpy(np.array(resize_crop(image, spec.clip_side, crop_round=True)))[None] - 0.0418) / 0.0295
+    pixels = np.array(resize_crop(image, spec.clip_size or spec.image_size, crop_round=True))               # (size, size)
+    return (torch.from_numpy(pixels)[None] - 0.0418) / 0.0295
 
 
 def imu_tensor(samples, steps=2000):
@@ -555,11 +540,7 @@ def imu_tensor(samples, steps=2000):
 
 @dataclass(frozen=True)
 class Geometry:
-    """A picture of width x height pixels in the middle of its square, which is the frame in which models think.
-
-    The frame is 0..1 a side: CLIP's picture (`MediaSpec.square`), SAM's picture and masks fill it at their own sizes.
-    Boxes are xyxy.
-    """
+    """A picture in the middle of its square: the frame 0..1 in which models think, which CLIP's and SAM's pictures fill."""
     width: int
     height: int
     square: bool = True                 # False: the frame is the picture itself (ChatterBox)
@@ -571,8 +552,7 @@ class Geometry:
 
     @property
     def offset(self):
-        """Left and top of the picture in the frame, pixels."""
-        return (self.sides[0] - self.width) // 2, (self.sides[1] - self.height) // 2
+        return (self.sides[0] - self.width) // 2, (self.sides[1] - self.height) // 2        # left, top of the picture in it
 
     def pad(self, image):
         """The white square around a PIL picture. Raises MediaError for one so thin that its square is huge."""
@@ -647,7 +627,7 @@ def clip_frames(n_frames, fps, spec):
 
 
 def spatial_crops(x, size, n):
-    """n crops of (3, F, H, W), whose shorter side is `size`, along the longer (3: both ends and the middle; 1: the middle)."""
+    """n crops of (3, F, H, W), the shorter side `size`, along the longer (3: both ends and the middle; 1: the middle)."""
     spare = [side - size for side in x.shape[-2:]]              # 0 for the shorter
     for share in (0, 0.5, 1) if n == 3 else (0.5,):
         top, left = (math.ceil(share * pixels) for pixels in spare)
@@ -656,15 +636,15 @@ def spatial_crops(x, size, n):
 
 def video_tensor(frames, n_frames, fps, spec=MediaSpec()):
     """Frames -> (clips * crops, 3, F, size, size), clip-major. frames: [numbers] -> uint8 arrays (H, W, 3)."""
-    clips = clip_frames(n_frames, fps, spec)
+    clips, size = clip_frames(n_frames, fps, spec), spec.clip_size or spec.image_size
     wanted = sorted({i for clip in clips for i in clip})
     decoded = dict(zip(wanted, frames(wanted)))                 # clips may overlap
     out = []
     for clip in clips:
         x = torch.from_numpy(np.stack([decoded[i] for i in clip])).permute(3, 0, 1, 2).float() / 255    # (3, F, H, W)
-        target = [math.floor(side / min(x.shape[-2:]) * spec.clip_side) for side in x.shape[-2:]]
+        target = [math.floor(side / min(x.shape[-2:]) * size) for side in x.shape[-2:]]
         x = normalise(F.interpolate(x, target, mode="bilinear", align_corners=False))
-        out += spatial_crops(x, spec.clip_side, spec.video_crops)
+        out += spatial_crops(x, size, spec.video_crops)
     return torch.stack(out)
 
 
@@ -732,12 +712,8 @@ def seek_frames(container, stream, fps, numbers):
         if number - last > 100:
             container.seek(time, stream=stream)                 # to the key frame before it
             decoder = container.decode(stream)
-        for frame in decoder:
-            if frame.pts is None or frame.pts + 1 >= time:
-                out.append(frame.to_ndarray(format="rgb24"))
-                break
-        else:
-            out.append(out[-1])                                 # the header promised more frames than there are
+        frame = next((frame for frame in decoder if frame.pts is None or frame.pts + 1 >= time), None)
+        out.append(frame.to_ndarray(format="rgb24") if frame else out[-1])                  # headers promise too many
         last = number
     return out
 
@@ -893,10 +869,6 @@ class Box:
                                         # find: what a question asks for, a target of the question's last token
     path = "a box"                      # what messages call it
 
-    @property
-    def writer(self):
-        return {"box": "at", "find": "vg"}[self.kind]
-
 
 @dataclass(eq=False)
 class Signal:
@@ -921,12 +893,7 @@ class Rendered(NamedTuple):
     targets: list = ()                  # (Box, place of the token that asks for it), (Signal, places of its tokens)
 
     def learns(self, length=None):
-        """Whether something is learned within a length; nothing comes before the first token to predict it from."""
-        return any(label != IGNORE for label in self.labels[1:length])
-
-    @property
-    def picture(self):
-        return next((medium for medium, _ in self.slots if medium.kind == "image"), None)
+        return any(label != IGNORE for label in self.labels[1:length])                      # nothing predicts the first
 
 
 class Batch(NamedTuple):
@@ -1011,20 +978,15 @@ def pieces_of(part, tok, system, n_token, learn):
         return [part]
     if isinstance(part, str):
         return [Piece(part, learn=learn)]
-    if isinstance(part, Box):
-        return box_pieces(part, system, learn)
     if isinstance(part, Signal):
         return [Piece(token, True, learn, medium=part) for token in system.signals[part.writer]]
-    before, place, after = system.frame
-    return [*tok.parse(before), Piece(place, True, count=n_token(part.kind), medium=part), *tok.parse(after)]
-
-
-def box_pieces(box, system, learn):
-    """Tokens that ask a writer for the box, then the one that is given and so never learned."""
+    if isinstance(part, Medium):
+        before, place, after = system.frame
+        return [*tok.parse(before), Piece(place, True, count=n_token(part.kind), medium=part), *tok.parse(after)]
     if not system.box:
         raise ValueError("this system has no tokens for boxes; leave the boxes out of the turn")
-    *signal, reader = [system.find] if box.kind == "find" else system.box
-    return [*(Piece(token, True, learn) for token in signal), Piece(reader, True, medium=box)]
+    *signal, reader = [system.find] if part.kind == "find" else system.box
+    return [*(Piece(token, True, learn) for token in signal), Piece(reader, True, medium=part)]             # the last is given
 
 
 def media_in_front(content, template):
@@ -1078,10 +1040,8 @@ def until_role_text(turns, template):
 
 
 def render(turns, tok, system, template, n_token, train=False):
-    """Conversation -> Rendered. turns alternate user, assistant; a last assistant turn of None asks for an answer.
-
-    n_token: kind -> placeholders per medium. Labels are the answers and what ends them; all IGNORE unless train.
-    """
+    """Turns of user, assistant, user ... -> Rendered; a last one of None asks for an answer. n_token: kind -> placeholders
+    per medium. Labels are the answers and what ends them; all IGNORE unless train."""
     pieces = conversation_pieces(turns, tok, system, template, n_token)
     if train and template.role_once:
         pieces = until_role_text(pieces, template)
@@ -1123,10 +1083,8 @@ def truncate(r, length, protected):
     return Rendered([r.ids[i] for i in kept], [r.labels[i] for i in kept], slots, targets)
 
 
-# ---- Collate: samples -> Batch. places: (row, first column) of each sample
-
 def stack_media(rendered, lengths, places, n_token):
-    """-> media and slots of a Batch. Raises ValueError for a medium whose tokens are cut off."""
+    """-> media and slots of a Batch, see collate. Raises ValueError for a medium whose tokens are cut off."""
     media, slots = defaultdict(list), defaultdict(list)
     for r, n, (row, at) in zip(rendered, lengths, places):
         for medium, start in r.slots:
@@ -1144,8 +1102,7 @@ def stack_media(rendered, lengths, places, n_token):
 
 def stack_targets(rendered, lengths, places, given):
     """-> targets of a Batch. given: all its boxes (R, 4)."""
-    makers = {"at": partial(box_targets, given=given), "vg": find_targets}
-    targets = {}
+    makers, targets = {"at": partial(box_targets, given=given), "vg": find_targets}, {}
     for writer, rows in asked(rendered, lengths, places).items():
         slots, parts, pictures = zip(*rows)
         targets[writer] = {"slots": torch.cat(slots, 1)} | makers.get(writer, signal_targets)(parts, pictures)
@@ -1153,44 +1110,40 @@ def stack_targets(rendered, lengths, places, given):
 
 
 def asked(rendered, lengths, places):
-    """-> {writer: [(slots (2, n) of the tokens that ask, Box or Signal, picture of the sample)]}, nothing that is cut off."""
-    found = {"at": [], "vg": []}                                # first, whatever comes first: losses are summed in this order
+    """-> {writer: [(slots (2, n) of the tokens that ask, Box or Signal, its picture)]}, nothing that is cut off."""
+    found = {"at": [], "vg": []}                                # these first: losses are summed in this order
     for r, n, (row, start) in zip(rendered, lengths, places):
+        picture = next((medium for medium, _ in r.slots if medium.kind == "image"), None)
         for part, at in r.targets:
             columns = torch.tensor(at).view(-1)                 # one token asks for a box, several for a Signal
             if columns[-1] < n:
                 slots = torch.stack([torch.full_like(columns, row), start + columns])
-                found.setdefault(part.writer, []).append((slots, part, r.picture))
+                writer = part.writer if isinstance(part, Signal) else {"box": "at", "find": "vg"}[part.kind]
+                found.setdefault(writer, []).append((slots, part, picture))
     return {writer: rows for writer, rows in found.items() if rows}
 
 
 def box_targets(boxes, pictures, given):
-    """boxes (m, 4) of the frame; where masks are known masks (m, 1, S, S) and image (m, 3, S, S), the pictures for SAM."""
-    out = {"boxes": torch.stack([box.tensor for box in boxes]), "given": given}
+    out = {"boxes": torch.stack([box.tensor for box in boxes]), "given": given}             # (m, 4), (R, 4) of the frame
     if all(box.sam_mask is not None for box in boxes):
-        out["masks"] = torch.stack([box.sam_mask for box in boxes])
-        out["image"] = torch.stack([picture.sam for picture in pictures])
+        out["masks"] = torch.stack([box.sam_mask for box in boxes])                         # (m, 1, S, S)
+        out["image"] = torch.stack([picture.sam for picture in pictures])                   # (m, 3, S, S), the picture of each
     return out
 
 
 def find_targets(boxes, pictures):
-    """boxes_cxcywh (m, 4) of the frame, image (m, 3, S, S), the pictures for the locator."""
     corners = torch.stack([box.tensor for box in boxes]).view(-1, 2, 2)                     # (m, 2, 2)
-    return {"image": torch.stack([picture.det for picture in pictures]),
+    return {"image": torch.stack([picture.det for picture in pictures]),                    # (m, 3, S, S)
             "boxes_cxcywh": torch.cat([corners.mean(1), corners[:, 1] - corners[:, 0]], 1)}
 
 
 def signal_targets(signals, pictures):
-    """embeds (m, ...) float32."""
-    return {"embeds": torch.stack([signal.embeds for signal in signals]).float()}
+    return {"embeds": torch.stack([signal.embeds for signal in signals]).float()}           # (m, ...)
 
 
 def pack_rows(lengths, width):
-    """Place samples in rows of `width` tokens (or of the longest sample's), longest first, each in the first with room.
-
-    -> places [(row, first column)] in the order of `lengths`, and how full each row is.
-    """
-    places, rows, width = [None] * len(lengths), [], max(width, *lengths)
+    """Samples to rows of `width` tokens or of the longest's -> [(row, first column)] of each, how full each row is."""
+    places, rows, width = [None] * len(lengths), [], max(width, *lengths)                   # longest first, to the first with room
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         row = next((row for row, full in enumerate(rows) if full + lengths[i] <= width), len(rows))
         if row == len(rows):
@@ -1204,8 +1157,7 @@ def collate(rendered, n_token, pad=0, max_len=2048, mask_pad=False, pack=0, mock
     """Rendered samples -> Batch: cut at max_len (never inside media), pad on the right, stack media by kind.
 
     pack: put short samples into common rows of about so many tokens, told apart by `segments`; 0 = a row for each.
-    mock: one more, whose text is not learned, see datasets.mock. Raises ValueError if a sample has nothing to learn or its
-    media do not fit.
+    mock: one more, not learned, see datasets.mock. ValueError: a sample has nothing to learn, or its media do not fit.
     """
     for r in rendered:
         if not r.learns(max_len):
@@ -1227,7 +1179,6 @@ def collate(rendered, n_token, pad=0, max_len=2048, mask_pad=False, pack=0, mock
 
 
 def to_device(batch, device):
-    """A Batch with all its tensors on a device."""
     def move(x):
         if isinstance(x, dict):
             return {k: move(v) for k, v in x.items()}
@@ -1277,7 +1228,6 @@ TAGS = re.compile("(<image>|<video>|<audio>)")
 
 
 def from_user(row):
-    """Whether a row {from, value} of a conversation is a user's."""
     return row["from"].lower() in ("human", "user")
 
 
@@ -1286,17 +1236,13 @@ def nonempty(parts):
 
 
 def names_of(record, kind):
-    """The files of a kind that a LLaVA record names: one, or a list."""
     names = record.get(kind) or record.get(f"input_{kind}") or []
     return [names] if isinstance(names, str) else list(names)
 
 
 def llava_sample(record, root):
-    """LLaVA record {id, image|video|audio: name or names, conversations: [{from, value}]} -> Sample.
-
-    `<image>` (or <video>, <audio>) in a user's text marks the place of the next medium of that kind. Raises DataError
-    if tags and media do not match one to one; a tag in an answer is plain text.
-    """
+    """LLaVA record {id, image|video|audio: name or names, conversations: [{from, value}]} -> Sample. <image> (or <video>,
+    <audio>) in a user's text marks the place of the next medium of that kind; a tag in an answer is plain text."""
     queue = {kind: names_of(record, kind) for kind in KINDS}    # files that have met no tag yet
     turns, rows = [], record["conversations"]
     if rows and not from_user(rows[0]):
@@ -1348,7 +1294,6 @@ def naming(path, i, record):
 
 class Conversations:
     """A file of LLaVA and caption records as Samples. Raises DataError naming file and record for a malformed one."""
-
     def __init__(self, path, root=None):
         self.path, self.root = Path(path), Path(root or Path(path).parent)
         self.records = read_records(path)
@@ -1424,7 +1369,6 @@ class Prepared(torch.utils.data.Dataset):
         return r
 
     def render(self, turns):
-        """Loaded turns as the model learns them."""
         return render(turns, self.tok, self.system, self.template, self.n_token, train=True)
 
     def show(self, i):
@@ -1437,13 +1381,10 @@ class Prepared(torch.utils.data.Dataset):
 
 
 def epoch_batches(sizes, batch, seed, epoch, ordered=False):
-    """Batches of sample numbers for one epoch, in an order that depends on nothing but the arguments.
-
-    ordered: batches hold the samples as they come. The rest that fills no batch is left out (unless it is all there is).
-    """
+    """Batches of sample numbers for one epoch, in an order (as they come, if `ordered`) that the arguments alone decide."""
     order = list(range(len(sizes)))
     if not ordered:
         random.Random(f"{seed}/{epoch}").shuffle(order)
-    order = order[:max(len(order) - len(order) % batch, batch)]
+    order = order[:max(len(order) - len(order) % batch, batch)]                             # whole batches, or all there is
     # Short samples first: micro-batches cut from a batch are padded little, while the batch stays a fair draw.
     return [sorted(order[i:i + batch], key=lambda j: (sizes[j], j)) for i in range(0, len(order), batch)]

@@ -209,7 +209,6 @@ def phrases(text, groups, boxes):
 
 
 def bare(text):
-    """A text without the marks of its phrases."""
     return text.replace("<ph_st>", "").replace("<ph_ed>", "")
 
 
@@ -254,14 +253,13 @@ PLACES = {"image", "expr", "objs", "question"}
 
 
 def load_prompts(path):
-    """Prompts from JSON in a layout of the originals; ours for other tasks. NExT-Chat's is {task: [prompt, ...]}, perhaps
-    under "v1"; ChatterBox's {placeholder, set: {prefix, questions, heads, tails, ...}}, see talks_of."""
+    """Prompts from JSON in a layout of the originals; ours for other tasks."""
     tables, out = json.loads(Path(path).read_text()), dict(PROMPTS)
     if not isinstance(tables, dict):
         raise DataError(f"{path}: lists of prompts by task are expected, not {type(tables).__name__}")
-    if "placeholder" in tables:
+    if "placeholder" in tables:                                 # ChatterBox: {placeholder, set: {prefix, questions, ...}}
         return out | talks_of(tables, path)
-    for task, prompts in tables.get("v1", tables).items():
+    for task, prompts in tables.get("v1", tables).items():      # NExT-Chat: {task: [prompt, ...]}
         for prompt in prompts:
             places = re.findall(r"<(\w+)>", prompt)
             if places.count("image") != 1 or not set(places) <= PLACES:
@@ -433,8 +431,8 @@ def visual7w(row, ask):
 
 
 def gqa(row, ask, version):
-    """a the answer, c reasons, bc reasons with boxes, s the steps of the question's program. Forms that need the scene
-    graphs are left out; no published model was trained on them."""
+    """a the answer, c reasons, bc reasons with boxes, s the steps of the question's program."""
+    # Forms that need the scene graphs are left out; no published model was trained on them.
     answer = answer_is(field(row, "answer"))
     if version in ("c", "bc"):
         cot = field(row, "cot", dict)
@@ -482,11 +480,7 @@ FORMATS = {
 
 
 class Rows:
-    """A data set file in one of FORMATS as Samples, pictures in the folder `images`. Raises ValueError for another format.
-
-    Prompts and other choices depend on seed and record number alone.
-    """
-
+    """A data set file in one of FORMATS as Samples, pictures in the folder `images`. Raises ValueError for another format."""
     def __init__(self, path, format, images, prompts=PROMPTS, seed=0):
         if format not in FORMATS:
             raise ValueError(f"{path}: no format {format!r}; there are: {', '.join(FORMATS)}")
@@ -500,13 +494,13 @@ class Rows:
     def sizes(self):
         """Rough length of each record."""
         if isinstance(self.records, Lines):
-            return np.diff(self.records.ends).tolist()
+            return np.diff(self.records.ends).tolist()          # without reading them
         return [len(str(record)) for record in self.records]
 
     def __getitem__(self, i):
-        row = self.records[i]
+        row, rng = self.records[i], np.random.default_rng([self.seed, i])                   # the same prompt in any order
         with naming(self.path, i, row):
-            return to_sample(row, self.format, self.images, self.prompts, np.random.default_rng([self.seed, i]))
+            return to_sample(row, self.format, self.images, self.prompts, rng)
 
 
 class Part:
@@ -520,7 +514,6 @@ class Part:
         return len(self.index)
 
     def sizes(self):
-        """Rough length of each record."""
         sizes = self.whole.sizes()
         return [sizes[i] for i in self.index]
 
@@ -569,24 +562,20 @@ def shuffled(sources, seed=42, portion=1):
 
 
 def interleave(sources, p=None, seed=None, all_exhausted=False):
-    """Items of several sources, the next one's drawn with probabilities p, until the first source is used up.
-
-    all_exhausted: until each has been, shorter ones starting again. Without p they take turns, in whole rounds.
-    """
+    """Items of several sources, the next one's drawn with probabilities p, until the first (or each) source is used up."""
     n_rounds, used_up = (max, all) if all_exhausted else (min, any)
     lengths = [len(source) for source in sources]
-    if p is None:
+    if p is None:                                               # they take turns
         return [source[i % len(source)] for i in range(n_rounds(lengths)) for source in sources]
     order, at, out = draw(len(sources), p, seed), [0] * len(sources), []
     while not used_up(i >= n for i, n in zip(at, lengths)):
         s = next(order)
-        out.append(sources[s][at[s] % lengths[s]])
+        out.append(sources[s][at[s] % lengths[s]])              # shorter ones start again
         at[s] += 1
     return out
 
 
 def draw(n, p, seed):
-    """Endless source numbers."""
     rng = np.random.default_rng(seed)
     while True:
         yield from rng.choice(n, 1000, p=p).tolist()
@@ -622,18 +611,14 @@ SOURCES = {                             # name in a mixture of NExT-Chat -> form
 
 
 class Sources(dict):
-    """{name: items} of data sets in a folder, each opened when a mixture asks for it; `sets` has them in that order.
-
-    Pictures of a set lie in the folder of its name within `media`, if there is one (a link, perhaps), else in `media`.
-    """
-
+    """{name: items} of data sets in a folder, each opened when a mixture asks for it; `sets` has them in that order."""
     def __init__(self, folder, media, prompts):
         super().__init__()
         self.folder, self.media, self.prompts, self.sets = Path(folder), Path(media), prompts, []
 
     def __missing__(self, name):
         format, file = SOURCES[name].split(":")
-        own = self.media / name
+        own = self.media / name                                 # a link, perhaps, to where its pictures lie
         self.sets.append(Rows(self.folder / file, format, own if own.is_dir() else self.media, self.prompts))
         self[name] = [(len(self.sets) - 1, i) for i in range(len(self.sets[-1]))]
         return self[name]
@@ -671,7 +656,6 @@ def process_caption(text):
 
 
 def shown(kind, name, root):
-    """The Medium of a file name."""
     return Medium(kind, str(safe_join(root / f"{kind}s", name)))
 
 
@@ -714,12 +698,8 @@ def file_of(row, kind, i):
 
 
 def dialog_turns(row, root):
-    """PandaGPT's and NExT-GPT's conversations -> turns.
-
-    A turn's medium follows from its modality or its <image> tag; where there is neither, the first question shows the
-    record's picture, unless that is called 00000000000. With image_wh, answers name boxes as in ChatterBox's sets.
-    """
-    out, pictured = [], (row.get("image_name") or row.get("image") or "").strip("0")
+    """PandaGPT's and NExT-GPT's conversations -> turns. A turn's medium follows from its modality or its <image> tag."""
+    out, pictured = [], (row.get("image_name") or row.get("image") or "").strip("0")        # 00000000000: there is none
     for i, turn in enumerate(spoken(row)):
         text, tag = untagged(turn["value"])
         usual = "image" if pictured and i == 0 else "text"
@@ -727,7 +707,7 @@ def dialog_turns(row, root):
         if kind != "text":
             name = file_of(row, kind, i)
             out.append([text, drawn(kind, name, root)] if i % 2 else [shown(kind, name, root), text])
-        elif i % 2 and "image_wh" in row:
+        elif i % 2 and "image_wh" in row:                       # answers name boxes as in ChatterBox's sets
             text, boxes = annotated(text, check_box)
             out.append([text, *(Box(box) for _, box in boxes)])
         else:
@@ -770,11 +750,8 @@ def read_embedding(path):
 
 
 class Dialogs:
-    """A file of NExT-GPT's formats as Samples. Records whose media are absent are passed over, named once on stderr.
-
-    root: see above; default: beside the file. draw: caption pairs teach to draw, not to caption. learn: whether embeddings
-    are needed.
-    """
+    """A file of NExT-GPT's formats as Samples. Records whose media are absent are passed over, named once on stderr."""
+    # root: see above; default: beside the file. draw: caption pairs teach to draw, not to caption. learn: embeddings are read.
 
     def __init__(self, path, root=None, draw=False, learn=True):
         self.path, self.root, self.draw, self.learn = Path(path), Path(root or Path(path).parent), draw, learn
@@ -798,7 +775,6 @@ class Dialogs:
         return len(self.records)
 
     def sizes(self):
-        """Rough length of each record."""
         return [len(str(record)) for record in self.records]
 
     def __getitem__(self, i):
@@ -811,17 +787,14 @@ class Dialogs:
 
 
 def in_turns(sizes, batch, seed):
-    """Batches of one epoch over several data sets in NExT-GPT's order, as sample numbers counted through all sets.
-
-    A batch is of one set. The sets take turns until the largest was seen; one that is used up starts again in another
-    order. Raises ValueError for a set that fills no batch.
-    """
+    """Batches of one epoch over several data sets in NExT-GPT's order, as sample numbers counted through all sets. A batch
+    is of one set; they take turns until the largest was seen. Raises ValueError for a set that fills no batch."""
     if min(sizes) < batch:
         raise ValueError(f"data sets of {sizes} samples: each must fill a batch of {batch}")
     rng = torch.Generator().manual_seed(seed)
 
     def batches(start, n):
-        while True:
+        while True:                                             # a set that is used up starts again in another order
             own = torch.Generator().manual_seed(torch.empty((), dtype=torch.int64).random_(generator=rng).item())
             order = (start + torch.randperm(n, generator=own)).tolist()
             yield from (order[i:i + batch] for i in range(0, n - n % batch, batch))
@@ -896,7 +869,6 @@ FRONT = "<image>\n "
 
 
 def plain(r):
-    """A round without boxes."""
     return [PLACE.sub(r"\1", r.question)], [r.answer]
 
 
@@ -936,7 +908,6 @@ def cb_chain(row, ask, late=False):
 
 
 def cb_vqa(row, ask):
-    """A talk without its boxes."""
     return talk(map(plain, rounds(row)), FRONT, ask.picture)
 
 
@@ -1041,7 +1012,6 @@ def talk_of(row, placeholder):
 
 
 def under_data(whole):
-    """The records of {"data": [...]}."""
     return whole["data"]
 
 
@@ -1068,14 +1038,11 @@ def regions(row, ask, label):
 
 
 def move(picture, boxes, width, height, rng):
-    """Half of the time each, shift a picture by up to 32 pixels of 224 and mirror it, and its boxes with it.
-
-    A shift that pushes a box out of sight is not made.
-    """
+    """Half of the time each, shift a picture by up to 32 pixels of 224 and mirror it, and its boxes with it."""
     shift = rng.integers(-32, 33, 2).tolist() if rng.random() < 0.5 else (0, 0)
     size, by = np.array([width, height] * 2), np.array(shift * 2) / 224
     new = [(np.array(box.xyxy_px) + by * size).clip(0, size) for box in boxes]
-    if all((224 * (xyxy[2:] - xyxy[:2]) >= 2 * size[:2]).all() for xyxy in new):
+    if all((224 * (xyxy[2:] - xyxy[:2]) >= 2 * size[:2]).all() for xyxy in new):            # no box is out of sight now
         picture.shift = tuple(shift)
         for box, xyxy in zip(boxes, new):
             box.xyxy_px = tuple(xyxy.tolist())
@@ -1097,7 +1064,6 @@ def question_about(questions, parts, rng):
 
 
 def by_region(row, ask, label):
-    """A round for each region."""
     rows = []
     for i, (what, box) in enumerate(regions(row, ask, label), 1):
         question = question_about(ask.prompts.questions, [ask.prompts.name.replace("{i}", str(i)), box], ask.rng)
@@ -1106,24 +1072,20 @@ def by_region(row, ask, label):
 
 
 def ref_caption(row, one):
-    """RefCOCO: the caption of the picture's entry, which is about one thing."""
     if len(field(row, "caption").split()) < 3:
         raise Unfit("a caption of less than three words")
     return row["caption"]
 
 
 def own_caption(row, one):
-    """Visual Genome."""
     return field(one, "caption").removeprefix("a ")
 
 
 def category(row, one):
-    """COCO."""
     return field(one, "name")
 
 
 def low(text):
-    """A sentence made part of another."""
     return text.lower().removesuffix(".")
 
 
@@ -1178,13 +1140,11 @@ def draws(s, rates, n, rng):
 
 
 def chatterbox_1(s, batch, seed):
-    """An epoch of the first stage."""
     return draws(s, GROUNDING, STEPS * batch, np.random.default_rng(seed))
 
 
 def chatterbox_2(s, batch, seed):
-    """An epoch of the second stage, in whole batches of one kind each, to be kept in order: a batch that asks for boxes
-    teaches no text."""
+    """An epoch of the second stage, in whole batches of one kind: one that asks for boxes teaches no text. Keep the order."""
     rng, items = np.random.default_rng(seed), []
     for step in range(1, STEPS + 1):
         for rates, every in ((GROUNDING, 1), (REFERRING, 10), (TALKING, 5)):                # every so many steps

@@ -59,7 +59,7 @@ class Tokenizer:
         self.path, self.added, self.legacy = path, dict(added or {}), legacy
         self.special = {**self.CONTROL, **self.added}
         self.names = {id: name for name, id in self.special.items()}
-        longest = sorted(self.special, key=len, reverse=True)   # first, so that [IMG1] does not hide [IMG12]
+        longest = sorted(self.special, key=len, reverse=True)   # first, so that none hides another that begins with it
         self.cut = re.compile("(" + "|".join(map(re.escape, longest)) + ")")
 
     def parse(self, text, learn=False):
@@ -75,9 +75,8 @@ class Tokenizer:
     def encode_pieces(self, pieces, bos=True):
         """-> ids, learn flags, slots [(medium, position of its first token)]."""
         ids, learn, slots = ([1], [False], []) if bos else ([], [], [])
-        start = len(ids)
         for run, special in self.runs(pieces):
-            new, flags = self.encode_run(run, first=len(ids) == start)
+            new, flags = self.encode_run(run, first=len(ids) == bos)                        # nothing yet but <s>
             ids, learn = ids + new, learn + flags
             if special.text and special.medium is not None:
                 slots.append((special.medium, len(ids)))
@@ -129,7 +128,7 @@ class Tokenizer:
 
 
 def strip_run(run, strip, end):
-    """Take white space off one end (1 left, -1 right) of joined texts, perhaps more than one of them."""
+    """Take white space off one end (1 left, -1 right) of joined texts."""
     run = run[::end]
     while run and not strip(run[0].text):
         run.pop(0)
@@ -468,12 +467,12 @@ def moved(x, shift, flip):
 
 def resize_crop(image, size, crop_round):
     """PIL bicubic resize of the short side, then a centre crop of size x size."""
-    w, h = image.size
-    short = min(w, h)
+    (w, h), short = image.size, min(image.size)
     if size * size * max(w, h) / short > MAX_PIXELS:
         raise MediaError(f"a picture of {w}x{h} is too long and thin")
     image = image.resize((int(size * w / short), int(size * h / short)), Image.BICUBIC)
-    left, top = (int(round((n - size) / 2)) if crop_round else (n - size) // 2 for n in image.size)
+    whole = round if crop_round else math.floor                 # Python rounds halves to even numbers
+    left, top = (whole((n - size) / 2) for n in image.size)
     return image.crop((left, top, left + size, top + size))
 
 
@@ -713,7 +712,7 @@ def seek_frames(container, stream, fps, numbers):
             container.seek(time, stream=stream)                 # to the key frame before it
             decoder = container.decode(stream)
         frame = next((frame for frame in decoder if frame.pts is None or frame.pts + 1 >= time), None)
-        out.append(frame.to_ndarray(format="rgb24") if frame else out[-1])                  # headers promise too many
+        out.append(frame.to_ndarray(format="rgb24") if frame else out[-1])                  # headers may promise too many
         last = number
     return out
 
@@ -998,11 +997,11 @@ def media_in_front(content, template):
 
 def conversation_pieces(turns, tok, system, template, n_token):
     """Pieces of a conversation, one list per turn, the system text first. An answer that is None is left open."""
-    out = [tok.parse(template.system)]
+    out, cut = [tok.parse(template.system)], [CUT] * template.apart
     system = replace(system, frame=template.frame or system.frame)
     opening = [[text] for pair in template.first for text in pair]
     for i, content in enumerate(opening + turns):
-        (before, after), cut = (template.bot if i % 2 else template.user), [CUT] * template.apart
+        before, after = template.bot if i % 2 else template.user
         said = [piece for part in content or () for piece in pieces_of(part, tok, system, n_token, learn=i % 2 == 1)]
         if content is None:
             out.append(tok.parse(before.rstrip(" ")))
@@ -1060,7 +1059,7 @@ def slots_and_targets(places, labels, system, train):
     for part, at in places:
         if isinstance(part, Signal):
             signals[part].append(at)                            # a place per token
-        elif part.kind == "find":
+        elif part.kind == "find":                               # what is to be found stands in no answer, so has no label
             targets += [(part, at)] if train else []
         else:
             slots.append((part, at))
@@ -1208,15 +1207,16 @@ def safe_join(root, name):
 
 def read_records(path, unpack=lambda whole: whole):
     """The list in a .json file, after `unpack` of what it holds, or the lines of a .jsonl file. Raises DataError."""
-    path, rows, where = Path(path), [], ""
+    path, rows = Path(path), []
+    lines = path.suffix == ".jsonl"
     try:
-        if path.suffix == ".jsonl":
-            for number, line in enumerate(path.open(), 1):
-                where = f"line {number}: "
+        if lines:
+            for line in path.open():
                 rows.append(json.loads(line))
         else:
             rows = unpack(json.loads(path.read_text()))
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        where = f"line {len(rows) + 1}: " if lines else ""
         raise DataError(f"{path}: {where}{error}") from None
     if not isinstance(rows, list):
         raise DataError(f"{path}: a list of records is expected, not {type(rows).__name__}")
@@ -1307,8 +1307,7 @@ class Conversations:
     def __getitem__(self, i):
         record = self.records[i]
         with naming(self.path, i, record):
-            make = llava_sample if "conversations" in record else caption_sample
-            return make(record, self.root)
+            return (llava_sample if "conversations" in record else caption_sample)(record, self.root)
 
 
 @dataclass(eq=False, repr=False)
@@ -1364,7 +1363,7 @@ class Prepared(torch.utils.data.Dataset):
             turns = [media_in_front(turn, self.template) for turn in turns]
         full = self.render(turns)
         r = truncate(full, self.max_len, self.protected)
-        if r is not full and not (len(r.ids) <= self.max_len and r.learns()):
+        if r is not full and (len(r.ids) > self.max_len or not r.learns()):
             raise DataError(f"{self.sets[s].path}: record {i}: nothing to learn within max_len = {self.max_len}")
         return r
 

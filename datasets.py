@@ -25,7 +25,7 @@ from data import (MAX_PIXELS, TAGS, Box, Conversations, DataError, MediaError, M
 
 def edge(a, b):
     """Lattice points from a to b (each int (2,)), one a step along the longer axis, as COCO's routine draws them."""
-    axis = int(abs(b - a)[1] > abs(b - a)[0])
+    axis = int(abs(b - a)[1] > abs(b - a)[0])                   # 0: x is the longer
     if a[axis] > b[axis]:
         return edge(b, a)[::-1]
     steps = np.arange(b[axis] - a[axis] + 1)
@@ -54,9 +54,9 @@ def rle_counts(text):
     for c in text.encode():
         if not 48 <= c < 112 or shift > 30:
             raise DataError(f"run lengths {text!r:.40}: not COCO's compressed form")
-        value |= (c - 48 & 31) << shift
+        value |= (c - 48 & 31) << shift                         # 48 is "0", of the 64 printable characters used
         shift += 5
-        if not c - 48 & 32:
+        if not c - 48 & 32:                                     # the sixth bit: more follows
             value -= (c - 48 & 16) << shift - 4                 # the sign
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
             value = shift = 0
@@ -567,7 +567,7 @@ def interleave(sources, p=None, seed=None, all_exhausted=False):
     lengths = [len(source) for source in sources]
     if p is None:                                               # they take turns
         return [source[i % len(source)] for i in range(n_rounds(lengths)) for source in sources]
-    order, at, out = draw(len(sources), p, seed), [0] * len(sources), []
+    order, at, out = draw(len(sources), p, seed), [0] * len(sources), []                    # at: how many of each are drawn
     while not used_up(i >= n for i, n in zip(at, lengths)):
         s = next(order)
         out.append(sources[s][at[s] % lengths[s]])              # shorter ones start again
@@ -578,7 +578,7 @@ def interleave(sources, p=None, seed=None, all_exhausted=False):
 def draw(n, p, seed):
     rng = np.random.default_rng(seed)
     while True:
-        yield from rng.choice(n, 1000, p=p).tolist()
+        yield from rng.choice(n, 1000, p=p).tolist()            # parity: a thousand at a time
 
 
 def nextchat_1(s):
@@ -616,7 +616,7 @@ class Sources(dict):
         super().__init__()
         self.folder, self.media, self.prompts, self.sets = Path(folder), Path(media), prompts, []
 
-    def __missing__(self, name):
+    def __missing__(self, name):                                # dict asks this for a key that it lacks
         format, file = SOURCES[name].split(":")
         own = self.media / name                                 # a link, perhaps, to where its pictures lie
         self.sets.append(Rows(self.folder / file, format, own if own.is_dir() else self.media, self.prompts))
@@ -702,7 +702,7 @@ def dialog_turns(row, root):
     out, pictured = [], (row.get("image_name") or row.get("image") or "").strip("0")        # 00000000000: there is none
     for i, turn in enumerate(spoken(row)):
         text, tag = untagged(turn["value"])
-        usual = "image" if pictured and i == 0 else "text"
+        usual = "image" if pictured and i == 0 else "text"      # the first question shows the record's picture
         kind = turn.get("output_modality" if i % 2 else "input_modality") or tag or usual
         if kind != "text":
             name = file_of(row, kind, i)
@@ -796,11 +796,11 @@ def in_turns(sizes, batch, seed):
     def batches(start, n):
         while True:                                             # a set that is used up starts again in another order
             own = torch.Generator().manual_seed(torch.empty((), dtype=torch.int64).random_(generator=rng).item())
-            order = (start + torch.randperm(n, generator=own)).tolist()
+            order = (start + torch.randperm(n, generator=own)).tolist()                     # as RandomSampler
             yield from (order[i:i + batch] for i in range(0, n - n % batch, batch))
     starts = np.cumsum([0, *sizes]).tolist()
     sets = [batches(start, n) for start, n in zip(starts, sizes)]
-    return [next(one) for _ in range(-(-max(sizes) // batch)) for one in sets]
+    return [next(one) for _ in range(-(-max(sizes) // batch)) for one in sets]              # until the largest is seen
 
 
 # ---- ChatterBox
@@ -832,7 +832,7 @@ def annotated(text, read):
         return text, []
     if IGNORED.search(found[1]):
         return text[:found.start()], []
-    for part in found[1].split("]")[:-1]:
+    for part in found[1].split("]")[:-1]:                       # cup:[1, 2, 3, 4
         name, _, numbers = part.partition("[")
         try:
             boxes.append((name.strip(" ,:"), read([float(x) for x in numbers.split(",")])))
@@ -1029,7 +1029,7 @@ def regions(row, ask, label):
     """[(label, Box)] in a random order, without those that are hardly to be seen."""
     width, height, found = field(row, "width", int), field(row, "height", int), []
     for one in field(row, "boxes", list):
-        x1, y1, x2, y2 = box = corners_of(one["bbox"], width, height)
+        x1, y1, x2, y2 = box = corners_of(one["bbox"], width, height)                       # COCO's are x, y, width, height
         if min(x2 - x1, y2 - y1) >= 1 and 224 * min((x2 - x1) / width, (y2 - y1) / height) >= 2:
             found.append((label(row, one), Box(box, kind="region")))
     if not found:
@@ -1040,7 +1040,7 @@ def regions(row, ask, label):
 def move(picture, boxes, width, height, rng):
     """Half of the time each, shift a picture by up to 32 pixels of 224 and mirror it, and its boxes with it."""
     shift = rng.integers(-32, 33, 2).tolist() if rng.random() < 0.5 else (0, 0)
-    size, by = np.array([width, height] * 2), np.array(shift * 2) / 224
+    size, by = np.array([width, height] * 2), np.array(shift * 2) / 224                     # (4,) pixels, (4,) shares
     new = [(np.array(box.xyxy_px) + by * size).clip(0, size) for box in boxes]
     if all((224 * (xyxy[2:] - xyxy[:2]) >= 2 * size[:2]).all() for xyxy in new):            # no box is out of sight now
         picture.shift = tuple(shift)

@@ -105,7 +105,7 @@ class Tokenizer:
         flags = [p.learn for p in run for _ in p.text.encode()]                             # one per byte
         tokens = self.sp.encode(text, out_type=str)
         ids = [self.sp.piece_to_id(token) for token in tokens]
-        # A token is learned if its last byte is. "▁" is a blank, <0x0A> one byte, and the dummy prefix none of the text's.
+        # A token is learned if its last byte is. "▁" is a blank, <0x0A> one byte, the dummy prefix no byte of the text.
         widths = [1 if self.sp.is_byte(id) else len(token.replace("▁", " ").encode()) for id, token in zip(ids, tokens)]
         learn = [flags[max(end - 2, 0)] for end in accumulate(widths)]
         if tokens and not (self.legacy or first or text[0] == " "):
@@ -154,7 +154,7 @@ class TextStream:
 
     def safe(self):
         """How much of the text can no longer change."""
-        end = len(self.text.rstrip("\ufffd"))                   # what bytes without the rest of their character decode to
+        end = len(self.text.rstrip("\ufffd"))                   # stands for bytes of an unfinished character
         held = (n for stop in self.stop for n in range(1, len(stop)) if self.text[:end].endswith(stop[:n]))
         return end - max(held, default=0)
 
@@ -183,8 +183,8 @@ def kind_of(c):
 
 
 def split_words(text, first, words):
-    """Stretches of a text where `first` matches it, else where `words` matches the kinds of its characters; no others."""
-    kinds, at = "".join(map(kind_of, text)), 0                  # Python's re has no \p{L}, with which the originals split
+    """Stretches of a text where `first` matches it, else where `words` matches its kinds of characters."""
+    kinds, at = "".join(map(kind_of, text)), 0                  # re has no \p{L}, with which the originals split
     while at < len(text):
         match = first.match(text, at) or words.match(kinds, at)
         if match:
@@ -216,7 +216,7 @@ def merge(parts, rank):
 
 
 class CLIPTokenizer:
-    """CLIP's lower-case byte-pair tokenizer without ftfy's clean-up, from bpe_simple_vocab_16e6.txt.gz or a merges.txt."""
+    """CLIP's lower-case byte-pair tokenizer, without ftfy, from bpe_simple_vocab_16e6.txt.gz or a merges.txt."""
     # pad: what fills up, special wherever it stands: "<|endoftext|>" or "!" (Hugging Face). Empty: zeros (OpenAI).
     WORDS = re.compile(r"L+|N|O+")      # of kinds of characters: runs of letters, single digits, runs of anything else
 
@@ -249,7 +249,7 @@ class CLIPTokenizer:
 
     def __call__(self, text, length=77, keep_end=True):
         """(length,) int64: start, text, end, padding."""
-        room = length - 2 if keep_end else None                 # parity: in ChatBind and NExT-GPT long texts lose their end
+        room = length - 2 if keep_end else None                 # parity: ChatBind, NExT-GPT: long texts lose their end
         ids = [self.start, *self.encode(text)[:room], self.end][:length]
         return torch.tensor(ids + [self.fill] * (length - len(ids)))
 
@@ -505,7 +505,7 @@ def stretch(pixels, size):
         return low.clip(0, n - 1), (low + 1).clip(0, n - 1), 2048 - weight, weight
     (top, bottom, a, b), (left, right, c, d) = map(neighbours, pixels.shape[:2])
     wide = pixels.astype(int)
-    wide = (wide[:, left] * c[:, None] + wide[:, right] * d[:, None]) >> 4                  # (H, size, 3), 7 bits are left
+    wide = (wide[:, left] * c[:, None] + wide[:, right] * d[:, None]) >> 4                  # (H, size, 3), 7 bits left
     tall = (wide[top] * a[:, None, None] >> 16) + (wide[bottom] * b[:, None, None] >> 16)   # 7 + 11 - 16 = 2 bits
     return (tall + 2 >> 2).astype(np.uint8)                     # rounded
 
@@ -517,16 +517,16 @@ def stretched_tensor(image, spec=MediaSpec()):
 
 def thermal_tensor(image, spec=MediaSpec()):
     """PIL picture -> (1, size, size) grey in 0..1, not normalised."""
-    pixels = np.array(resize_crop(image.convert("L"), spec.clip_size or spec.image_size, crop_round=True))  # (size, size)
+    pixels = np.array(resize_crop(image.convert("L"), spec.clip_size or spec.image_size, crop_round=True))
     return torch.from_numpy(pixels)[None].float() / 255
 
 
 def depth_tensor(metres, focal_baseline=None, spec=MediaSpec()):
-    """Depth map (H, W) in metres -> (1, size, size) normalised disparity; focal length in pixels x baseline in metres."""
+    """Depth map (H, W) in metres -> (1, size, size) normalised disparity; focal length in pixels x baseline in m."""
     # The recipe is not in ImageBind's code: it follows its issue threads and Omnivore's demo (specs/imagebind 6, open).
     disparity = (focal_baseline or 1.0) / torch.as_tensor(metres, dtype=torch.float32).clamp(0.01, 50)
     image = Image.fromarray((disparity.clamp(max=75) / 75).numpy())
-    pixels = np.array(resize_crop(image, spec.clip_size or spec.image_size, crop_round=True))               # (size, size)
+    pixels = np.array(resize_crop(image, spec.clip_size or spec.image_size, crop_round=True))
     return (torch.from_numpy(pixels)[None] - 0.0418) / 0.0295
 
 
@@ -539,7 +539,7 @@ def imu_tensor(samples, steps=2000):
 
 @dataclass(frozen=True)
 class Geometry:
-    """A picture in the middle of its square: the frame 0..1 in which models think, which CLIP's and SAM's pictures fill."""
+    """A picture in the middle of its square: the frame 0..1 of CLIP's and SAM's pictures and of normalised boxes."""
     width: int
     height: int
     square: bool = True                 # False: the frame is the picture itself (ChatterBox)
@@ -551,7 +551,7 @@ class Geometry:
 
     @property
     def offset(self):
-        return (self.sides[0] - self.width) // 2, (self.sides[1] - self.height) // 2        # left, top of the picture in it
+        return (self.sides[0] - self.width) // 2, (self.sides[1] - self.height) // 2        # left and top in it
 
     def pad(self, image):
         """The white square around a PIL picture. Raises MediaError for one so thin that its square is huge."""
@@ -626,7 +626,7 @@ def clip_frames(n_frames, fps, spec):
 
 
 def spatial_crops(x, size, n):
-    """n crops of (3, F, H, W), the shorter side `size`, along the longer (3: both ends and the middle; 1: the middle)."""
+    """n crops of (3, F, H, W), its shorter side `size`, along the longer (3: ends and middle; 1: the middle)."""
     spare = [side - size for side in x.shape[-2:]]              # 0 for the shorter
     for share in (0, 0.5, 1) if n == 3 else (0.5,):
         top, left = (math.ceil(share * pixels) for pixels in spare)
@@ -712,7 +712,7 @@ def seek_frames(container, stream, fps, numbers):
             container.seek(time, stream=stream)                 # to the key frame before it
             decoder = container.decode(stream)
         frame = next((frame for frame in decoder if frame.pts is None or frame.pts + 1 >= time), None)
-        out.append(frame.to_ndarray(format="rgb24") if frame else out[-1])                  # headers may promise too many
+        out.append(frame.to_ndarray(format="rgb24") if frame else out[-1])                  # headers promise too many
         last = number
     return out
 
@@ -761,13 +761,13 @@ def resample(x, rate, new):
         return x
     g = math.gcd(rate, new)
     o, n = rate // g, new // g                                  # o old samples last as long as n new ones
-    base = 0.99 * min(o, n)                                     # cut-off, so that what the lower rate cannot hold is gone
+    base = 0.99 * min(o, n)                                     # cut-off: what the lower rate cannot hold goes
     width = math.ceil(6 * o / base)
     index = torch.arange(-width, width + o, dtype=torch.float32)[None] / o
     t = ((torch.arange(0, -n, -1, dtype=torch.float32)[:, None] / n + index) * base).clamp(-6, 6)   # (n, 2 width + o)
     window = torch.cos(t * math.pi / 6 / 2) ** 2
     t = t * math.pi
-    kernel = torch.where(t == 0, torch.ones_like(t), t.sin() / t) * window * (base / o)     # a filter for each of n phases
+    kernel = torch.where(t == 0, torch.ones_like(t), t.sin() / t) * window * (base / o)     # (n, 2 width + o)
     y = F.conv1d(F.pad(x, (width, width + o))[:, None], kernel[:, None], stride=o)          # (channels, n, blocks)
     return y.transpose(1, 2).flatten(1)[:, :math.ceil(n * x.shape[1] / o)]                  # (channels, samples)
 
@@ -985,7 +985,7 @@ def pieces_of(part, tok, system, n_token, learn):
     if not system.box:
         raise ValueError("this system has no tokens for boxes; leave the boxes out of the turn")
     *signal, reader = [system.find] if part.kind == "find" else system.box
-    return [*(Piece(token, True, learn) for token in signal), Piece(reader, True, medium=part)]             # the last is given
+    return [*(Piece(token, True, learn) for token in signal), Piece(reader, True, medium=part)]             # given
 
 
 def media_in_front(content, template):
@@ -1059,11 +1059,11 @@ def slots_and_targets(places, labels, system, train):
     for part, at in places:
         if isinstance(part, Signal):
             signals[part].append(at)                            # a place per token
-        elif part.kind == "find":                               # what is to be found stands in no answer, so has no label
+        elif part.kind == "find":                               # is in a question, which has no labels
             targets += [(part, at)] if train else []
         else:
             slots.append((part, at))
-            asks = at - len(system.box) + 1                     # a box is read at its last token, asked for at its first
+            asks = at - len(system.box) + 1                     # it is read at its last token, asked for at its first
             if part.kind == "box" and labels[asks] != IGNORE:
                 targets.append((part, asks))
     return slots, [*targets, *signals.items()]
@@ -1123,10 +1123,10 @@ def asked(rendered, lengths, places):
 
 
 def box_targets(boxes, pictures, given):
-    out = {"boxes": torch.stack([box.tensor for box in boxes]), "given": given}             # (m, 4), (R, 4) of the frame
+    out = {"boxes": torch.stack([box.tensor for box in boxes]), "given": given}             # (m, 4), (R, 4)
     if all(box.sam_mask is not None for box in boxes):
         out["masks"] = torch.stack([box.sam_mask for box in boxes])                         # (m, 1, S, S)
-        out["image"] = torch.stack([picture.sam for picture in pictures])                   # (m, 3, S, S), the picture of each
+        out["image"] = torch.stack([picture.sam for picture in pictures])                   # (m, 3, S, S)
     return out
 
 
@@ -1142,7 +1142,7 @@ def signal_targets(signals, pictures):
 
 def pack_rows(lengths, width):
     """Samples to rows of `width` tokens or of the longest's -> [(row, first column)] of each, how full each row is."""
-    places, rows, width = [None] * len(lengths), [], max(width, *lengths)                   # longest first, to the first with room
+    places, rows, width = [None] * len(lengths), [], max(width, *lengths)                   # the longest first
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         row = next((row for row, full in enumerate(rows) if full + lengths[i] <= width), len(rows))
         if row == len(rows):
@@ -1312,7 +1312,7 @@ class Conversations:
 
 @dataclass(eq=False, repr=False)
 class Prepared(torch.utils.data.Dataset):
-    """Data sets -> Rendered samples with their media loaded. An unusable record gives way to the next and is counted."""
+    """Data sets -> Rendered samples with their media loaded. An unusable one gives way to the next and is counted."""
     sets: list
     tok: Tokenizer
     system: System
@@ -1321,7 +1321,7 @@ class Prepared(torch.utils.data.Dataset):
     spec: MediaSpec
     max_bad: int = 0                    # how many may be replaced before DataError or MediaError ends the run
     media_front: bool = False           # see media_in_front
-    where: list | None = None           # a mixture, (set, record) numbers in their order; None: every record of every set
+    where: list | None = None           # a mixture: (set, record) numbers in their order; None: all
     max_len: int = sys.maxsize          # ids of a sample; of a longer one the last go, but none of media and boxes
 
     def __post_init__(self):
@@ -1332,7 +1332,7 @@ class Prepared(torch.utils.data.Dataset):
         sizes = [one.sizes() for one in self.sets]
         self.sizes = [sizes[s][i] for s, i in self.where]       # rough length of each sample
         self.bad = {}                                           # number of an unusable record: why
-        self.is_bad = torch.zeros(len(self.where), dtype=torch.bool).share_memory_()        # what all loader workers found
+        self.is_bad = torch.zeros(len(self.where), dtype=torch.bool).share_memory_()        # by all loader workers
 
     def __len__(self):
         return len(self.where)
@@ -1380,10 +1380,10 @@ class Prepared(torch.utils.data.Dataset):
 
 
 def epoch_batches(sizes, batch, seed, epoch, ordered=False):
-    """Batches of sample numbers for one epoch, in an order (as they come, if `ordered`) that the arguments alone decide."""
+    """Batches of sample numbers for one epoch, shuffled (unless `ordered`) as the arguments alone decide."""
     order = list(range(len(sizes)))
     if not ordered:
         random.Random(f"{seed}/{epoch}").shuffle(order)
-    order = order[:max(len(order) - len(order) % batch, batch)]                             # whole batches, or all there is
+    order = order[:max(len(order) - len(order) % batch, batch)]                             # whole batches, or all
     # Short samples first: micro-batches cut from a batch are padded little, while the batch stays a fair draw.
     return [sorted(order[i:i + batch], key=lambda j: (sizes[j], j)) for i in range(0, len(order), batch)]

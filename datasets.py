@@ -17,8 +17,9 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 
-from data import (MAX_PIXELS, TAGS, Box, Conversations, DataError, MediaError, Medium, Sample, Signal, Unfit, captioned, check_box,
-                  check_file, from_user, is_box, llava_sample, naming, nonempty, parts_of, read_records, safe_join)
+from data import (MAX_PIXELS, TAGS, Box, Conversations, DataError, MediaError, Medium, Sample, Signal, Unfit, captioned,
+                  check_box, check_file, from_user, is_box, llava_sample, naming, nonempty, parts_of, read_records,
+                  safe_join)
 
 
 # ---- Masks
@@ -43,7 +44,7 @@ def polygon_mask(xy, height, width):
     (x0, y0), (x1, y1) = line[:-1].T, line[1:].T
     x = (np.where(x1 < x0, x1, x1 - 1) + 0.5) / 5 - 0.5         # back at the scale of pixels
     y = np.ceil(((np.minimum(y0, y1) + 0.5) / 5 - 0.5).clip(0, height))
-    crossing = (x0 != x1) & (x == np.floor(x)) & (x >= 0) & (x < width)                     # steps through a column's middle
+    crossing = (x0 != x1) & (x == np.floor(x)) & (x >= 0) & (x < width)                     # at a column's middle
     flips = np.bincount((x * height + y)[crossing].astype(int), minlength=height * width)[:height * width]
     return (flips.cumsum() % 2).astype(np.uint8).reshape(width, height).T                   # pixels go column by column
 
@@ -257,7 +258,7 @@ def load_prompts(path):
     tables, out = json.loads(Path(path).read_text()), dict(PROMPTS)
     if not isinstance(tables, dict):
         raise DataError(f"{path}: lists of prompts by task are expected, not {type(tables).__name__}")
-    if "placeholder" in tables:                                 # ChatterBox: {placeholder, set: {prefix, questions, ...}}
+    if "placeholder" in tables:                                 # ChatterBox: {placeholder, set: {prefix, ...}}
         return out | talks_of(tables, path)
     for task, prompts in tables.get("v1", tables).items():      # NExT-Chat: {task: [prompt, ...]}
         for prompt in prompts:
@@ -277,7 +278,7 @@ class Ask(NamedTuple):
     def __call__(self, **values):
         """Parts of a prompt drawn at random, each <name> in it replaced by the parts of that name."""
         values["image"] = [self.picture]
-        start, *chunks = re.split(r"<(\w+)>", str(self.rng.choice(self.prompts)))           # text, name, text, name, text
+        start, *chunks = re.split(r"<(\w+)>", str(self.rng.choice(self.prompts)))           # text, name, text
         filled = ([*values[name], text] for name, text in zip(chunks[::2], chunks[1::2]))
         return nonempty([start, *chain(*filled)])
 
@@ -480,7 +481,7 @@ FORMATS = {
 
 
 class Rows:
-    """A data set file in one of FORMATS as Samples, pictures in the folder `images`. Raises ValueError for another format."""
+    """A file in one of FORMATS as Samples, pictures in the folder `images`. Raises ValueError for another format."""
     def __init__(self, path, format, images, prompts=PROMPTS, seed=0):
         if format not in FORMATS:
             raise ValueError(f"{path}: no format {format!r}; there are: {', '.join(FORMATS)}")
@@ -498,7 +499,7 @@ class Rows:
         return [len(str(record)) for record in self.records]
 
     def __getitem__(self, i):
-        row, rng = self.records[i], np.random.default_rng([self.seed, i])                   # the same prompt in any order
+        row, rng = self.records[i], np.random.default_rng([self.seed, i])                   # whatever came before
         with naming(self.path, i, row):
             return to_sample(row, self.format, self.images, self.prompts, rng)
 
@@ -522,8 +523,8 @@ class Part:
 
 
 def open_set(name, media="", draw=False, prompts=PROMPTS):
-    """The data set FILE (LLaVA or caption records), nextgpt:FILE (see Dialogs) or FORMAT:FILE, a row of FORMATS that asks in
-    words of `prompts`; its media in the folder `media`, default beside the file. FILE@0.25 is a quarter of its records."""
+    """The data set FILE (LLaVA or caption records), nextgpt:FILE (see Dialogs) or FORMAT:FILE, a row of FORMATS that asks
+    in words of `prompts`; media in the folder `media`, default beside the file. FILE@0.25: a quarter of its records."""
     if re.search(r"@[\d.]+$", name):
         name, _, share = name.rpartition("@")
         return Part(open_set(name, media, draw, prompts), float(share))
@@ -562,12 +563,12 @@ def shuffled(sources, seed=42, portion=1):
 
 
 def interleave(sources, p=None, seed=None, all_exhausted=False):
-    """Items of several sources, the next one's drawn with probabilities p, until the first (or each) source is used up."""
+    """Items of several sources, the next one's drawn with probabilities p, until the first (or each) is used up."""
     n_rounds, used_up = (max, all) if all_exhausted else (min, any)
     lengths = [len(source) for source in sources]
     if p is None:                                               # they take turns
         return [source[i % len(source)] for i in range(n_rounds(lengths)) for source in sources]
-    order, at, out = draw(len(sources), p, seed), [0] * len(sources), []                    # at: how many of each are drawn
+    order, at, out = draw(len(sources), p, seed), [0] * len(sources), []                    # at: drawn of each
     while not used_up(i >= n for i, n in zip(at, lengths)):
         s = next(order)
         out.append(sources[s][at[s] % lengths[s]])              # shorter ones start again
@@ -698,7 +699,7 @@ def file_of(row, kind, i):
 
 
 def dialog_turns(row, root):
-    """PandaGPT's and NExT-GPT's conversations -> turns. A turn's medium follows from its modality or its <image> tag."""
+    """PandaGPT's and NExT-GPT's conversations -> turns. A turn's modality or its <image> tag tells its medium."""
     out, pictured = [], (row.get("image_name") or row.get("image") or "").strip("0")        # 00000000000: there is none
     for i, turn in enumerate(spoken(row)):
         text, tag = untagged(turn["value"])
@@ -751,7 +752,7 @@ def read_embedding(path):
 
 class Dialogs:
     """A file of NExT-GPT's formats as Samples. Records whose media are absent are passed over, named once on stderr."""
-    # root: see above; default: beside the file. draw: caption pairs teach to draw, not to caption. learn: embeddings are read.
+    # root: see above; default: beside the file. draw: caption pairs teach to draw, not to caption. learn: read embeddings.
 
     def __init__(self, path, root=None, draw=False, learn=True):
         self.path, self.root, self.draw, self.learn = Path(path), Path(root or Path(path).parent), draw, learn
@@ -787,8 +788,10 @@ class Dialogs:
 
 
 def in_turns(sizes, batch, seed):
-    """Batches of one epoch over several data sets in NExT-GPT's order, as sample numbers counted through all sets. A batch
-    is of one set; they take turns until the largest was seen. Raises ValueError for a set that fills no batch."""
+    """Batches of one epoch over several data sets in NExT-GPT's order, as sample numbers counted through all sets.
+
+    A batch is of one set; they take turns until the largest was seen. Raises ValueError for a set that fills no batch.
+    """
     if min(sizes) < batch:
         raise ValueError(f"data sets of {sizes} samples: each must fill a batch of {batch}")
     rng = torch.Generator().manual_seed(seed)
@@ -1029,7 +1032,7 @@ def regions(row, ask, label):
     """[(label, Box)] in a random order, without those that are hardly to be seen."""
     width, height, found = field(row, "width", int), field(row, "height", int), []
     for one in field(row, "boxes", list):
-        x1, y1, x2, y2 = box = corners_of(one["bbox"], width, height)                       # COCO's are x, y, width, height
+        x1, y1, x2, y2 = box = corners_of(one["bbox"], width, height)                       # of x, y, width, height
         if min(x2 - x1, y2 - y1) >= 1 and 224 * min((x2 - x1) / width, (y2 - y1) / height) >= 2:
             found.append((label(row, one), Box(box, kind="region")))
     if not found:
@@ -1042,7 +1045,7 @@ def move(picture, boxes, width, height, rng):
     shift = rng.integers(-32, 33, 2).tolist() if rng.random() < 0.5 else (0, 0)
     size, by = np.array([width, height] * 2), np.array(shift * 2) / 224                     # (4,) pixels, (4,) shares
     new = [(np.array(box.xyxy_px) + by * size).clip(0, size) for box in boxes]
-    if all((224 * (xyxy[2:] - xyxy[:2]) >= 2 * size[:2]).all() for xyxy in new):            # no box is out of sight now
+    if all((224 * (xyxy[2:] - xyxy[:2]) >= 2 * size[:2]).all() for xyxy in new):            # none is out of sight
         picture.shift = tuple(shift)
         for box, xyxy in zip(boxes, new):
             box.xyxy_px = tuple(xyxy.tolist())
@@ -1144,7 +1147,7 @@ def chatterbox_1(s, batch, seed):
 
 
 def chatterbox_2(s, batch, seed):
-    """An epoch of the second stage, in whole batches of one kind: one that asks for boxes teaches no text. Keep the order."""
+    """An epoch of the second stage, in batches of one kind, in order: one that asks for boxes teaches no text."""
     rng, items = np.random.default_rng(seed), []
     for step in range(1, STEPS + 1):
         for rates, every in ((GROUNDING, 1), (REFERRING, 10), (TALKING, 5)):                # every so many steps

@@ -1,6 +1,6 @@
 """From files to batches: tokenizers, prompts, media, data sets. Knows no model; sizes are passed in.
 
-In order: tokenizers, systems and templates, images, geometry, video, audio, samples (render, collate), data sets.
+In order: tokenizers, systems and templates, images, geometry, video, audio, samples, render, collate, data sets.
 Letters: B batch, T tokens, M media, S clips, F frames, H W height width; waveforms are (channels, samples) in -1..1.
 What a user typed or a file holds never becomes a special token: prompts are lists of pieces that know their source.
 """
@@ -13,12 +13,14 @@ import re
 import sys
 import unicodedata
 import wave
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import accumulate, chain, groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -40,16 +42,13 @@ class Piece(NamedTuple):
     medium: object = None               # whose features replace these tokens, or the Signal that they are
 
 
-CUT = Piece("", special=True)           # between texts that are encoded on their own
+CUT = Piece("", special=True)           # no token: texts on both sides of it are encoded on their own
 
 
 class Tokenizer:
-    """Sentencepiece LLaMA tokenizer with added tokens, cutting and stripping as the slow LLaMA tokenizer does.
-
-    path: tokenizer.model; added: {token: id}. legacy: every stretch between special tokens is encoded on its own, so it
-    starts with the dummy prefix; False is the later rule (NExT-Chat), which takes that prefix off again and thereby
-    turns some words into <unk>. Raises ValueError naming the file if it is not a sentencepiece model.
-    """
+    """Sentencepiece LLaMA tokenizer with added tokens {token: id}, cutting as the slow one does. Raises ValueError."""
+    # legacy: every stretch between special tokens is encoded on its own, so it starts with the dummy prefix. The later
+    # rule (NExT-Chat) takes that prefix off again and thereby turns some words into <unk>.
     CONTROL = {"<unk>": 0, "<s>": 1, "</s>": 2}
 
     def __init__(self, path, added=None, legacy=True):
@@ -60,7 +59,7 @@ class Tokenizer:
         self.path, self.added, self.legacy = path, dict(added or {}), legacy
         self.special = {**self.CONTROL, **self.added}
         self.names = {id: name for name, id in self.special.items()}
-        longest = sorted(self.special, key=len, reverse=True)
+        longest = sorted(self.special, key=len, reverse=True)   # first, so that none hides another that begins with it
         self.cut = re.compile("(" + "|".join(map(re.escape, longest)) + ")")
 
     def parse(self, text, learn=False):
@@ -76,75 +75,61 @@ class Tokenizer:
     def encode_pieces(self, pieces, bos=True):
         """-> ids, learn flags, slots [(medium, position of its first token)]."""
         ids, learn, slots = ([1], [False], []) if bos else ([], [], [])
-        left = ""                                               # the special token on the left of the coming text
-        for special, run in self.runs(pieces):
-            if special:
-                piece = run[0]
-                if piece.medium is not None:
-                    slots.append((piece.medium, len(ids)))
-                ids += [self.special[piece.text]] * piece.count
-                learn += [piece.learn] * piece.count
-                left = piece.text
-            else:
-                new, flags = self.encode_run(run, left, first=not ids or ids == [1] and bos)
-                ids, learn = ids + new, learn + flags
+        for run, special in self.runs(pieces):
+            new, flags = self.encode_run(run, first=len(ids) == bos)                        # nothing yet but <s>
+            ids, learn = ids + new, learn + flags
+            if special.text and special.medium is not None:
+                slots.append((special.medium, len(ids)))
+            if special.text:                                    # CUT is no token
+                ids += [self.special[special.text]] * special.count
+                learn += [special.learn] * special.count
         return ids, learn, slots
 
     def runs(self, pieces):
-        """Yields (True, [special piece]) and (False, [neighbouring text pieces]), white space at added tokens cut."""
-        pieces = [p for p in pieces if p.text or p.special]
-        if not self.legacy:
-            pieces = [p if p.special else p._replace(text=p.text.replace("▁", " ")) for p in pieces]
-        start = 0
-        for i, piece in enumerate([*pieces, Piece("", special=True)]):
-            if piece.special:
-                if run := pieces[start:i]:
-                    if start and pieces[start - 1].text in self.added:
-                        run = strip_run(run, str.lstrip, 1)
-                    if piece.text in self.added:
-                        run = strip_run(run, str.rstrip, -1)
-                    if run:
-                        yield False, run
-                if piece.text:
-                    yield True, [piece]
-                start = i + 1
+        """Yields text pieces that touch, white space at added tokens cut, and the special piece that ends them."""
+        left, run = CUT, []
+        for piece in [*pieces, CUT]:
+            if not piece.special:
+                run.append(piece if self.legacy else piece._replace(text=piece.text.replace("▁", " ")))
+                continue
+            if left.text in self.added:
+                run = strip_run(run, str.lstrip, 1)
+            if piece.text in self.added:
+                run = strip_run(run, str.rstrip, -1)
+            yield run, piece
+            left, run = piece, []
 
-    def encode_run(self, run, left, first):
-        """Ids and learn flags of joined texts. A token is learned if its last byte is."""
+    def encode_run(self, run, first):
+        """Ids and learn flags of joined texts."""
         text = "".join(p.text for p in run)
-        flags = [p.learn for p in run for _ in p.text.encode()]
+        flags = [p.learn for p in run for _ in p.text.encode()]                             # one per byte
         tokens = self.sp.encode(text, out_type=str)
-        end, ids, learn = -1, [], []                            # -1: the dummy prefix is no byte of the text
-        for i, token in enumerate(tokens):
-            id = self.sp.piece_to_id(token)
-            end += 1 if self.sp.is_byte(id) else len(token.replace("▁", " ").encode())
-            if i == 0 and not (self.legacy or first or text[0] == " "):
-                token = token.removeprefix("▁")                 # parity: slow tokenizer with legacy=False
-                if not token:
-                    continue
-                id = self.sp.piece_to_id(token)
-            ids.append(id)
-            learn.append(flags[max(end - 1, 0)])
+        ids = [self.sp.piece_to_id(token) for token in tokens]
+        # A token is learned if its last byte is. "▁" is a blank, <0x0A> one byte, the dummy prefix no byte of the text.
+        widths = [1 if self.sp.is_byte(id) else len(token.replace("▁", " ").encode()) for id, token in zip(ids, tokens)]
+        learn = [flags[max(end - 2, 0)] for end in accumulate(widths)]
+        if tokens and not (self.legacy or first or text[0] == " "):
+            bare = tokens[0].removeprefix("▁")                  # parity: slow tokenizer with legacy=False
+            if bare:
+                ids[0] = self.sp.piece_to_id(bare)
+            else:
+                del ids[0], learn[0]
         return ids, learn
 
     def decode(self, ids, skip_special=True):
         """Text of ids: ordinary runs by sentencepiece, added tokens by name, joined with single spaces; not 0, 1, 2."""
-        parts, run = [], []
-        for id in [*ids, None]:
-            if id is not None and id not in self.names:
-                run.append(id)
-                continue
-            if run:
-                parts.append(self.sp.decode(run))
-                run = []
-            if id is not None and not (skip_special and id in self.CONTROL.values()):
-                parts.append(self.names[id])
+        parts, hidden = [], self.CONTROL.values() if skip_special else ()
+        for special, run in groupby(ids, lambda id: id in self.names):
+            if special:
+                parts += [self.names[id] for id in run if id not in hidden]
+            else:
+                parts.append(self.sp.decode(list(run)))
         return " ".join(parts)
 
 
 def strip_run(run, strip, end):
     """Take white space off one end (1 left, -1 right) of joined texts."""
-    run = list(run)[::end]
+    run = run[::end]
     while run and not strip(run[0].text):
         run.pop(0)
     if run:
@@ -154,7 +139,6 @@ def strip_run(run, strip, end):
 
 class TextStream:
     """Ids in, printable text out: holds back bytes of unfinished characters and text that may begin a stop string."""
-
     def __init__(self, tok, stop=()):
         self.tok, self.stop = tok, [s for s in stop if s]
         self.ids, self.shown, self.text, self.done = [], 0, "", False
@@ -170,7 +154,7 @@ class TextStream:
 
     def safe(self):
         """How much of the text can no longer change."""
-        end = len(self.text.rstrip("\ufffd"))
+        end = len(self.text.rstrip("\ufffd"))                   # stands for bytes of an unfinished character
         held = (n for stop in self.stop for n in range(1, len(stop)) if self.text[:end].endswith(stop[:n]))
         return end - max(held, default=0)
 
@@ -184,19 +168,23 @@ class TextStream:
 
 @lru_cache
 def byte_symbols():
-    """Printable stand-in for each byte, in the order of CLIP's vocabulary."""
+    """Printable stand-in for each byte, in the order of CLIP's vocabulary (GPT-2's trick: merges are lines of text)."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in plain)}
+    others = sorted({*range(256)}.difference(plain))            # blanks and control characters
+    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def kind_of(c):
+    """L letter, N number, a blank for itself, S other white space, O the rest."""
+    if c.isspace():
+        return " " if c == " " else "S"
+    major = unicodedata.category(c)[0]
+    return major if major in "LN" else "O"
 
 
 def split_words(text, first, words):
-    """Stretches of a text: where `first` matches, else where `words` matches the kinds of characters there.
-
-    Kinds are L letter, N number, a blank for itself, S other white space, O the rest. What neither matches is left out.
-    """
-    kinds = "".join(c if c == " " else "S" if c.isspace() else {"L": "L", "N": "N"}.get(unicodedata.category(c)[0], "O")
-                    for c in text)
-    at = 0
+    """Stretches of a text where `first` matches it, else where `words` matches its kinds of characters."""
+    kinds, at = "".join(map(kind_of, text)), 0                  # re has no \p{L}, with which the originals split
     while at < len(text):
         match = first.match(text, at) or words.match(kinds, at)
         if match:
@@ -206,7 +194,8 @@ def split_words(text, first, words):
 
 def read_merges(path, n=None):
     """Pairs of symbols, best first, of a merges.txt or a .gz of one. The first line is a title."""
-    with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
+    open_text = gzip.open if str(path).endswith(".gz") else open
+    with open_text(path, "rt", encoding="utf-8") as f:
         return [tuple(line.split()) for line in f.read().split("\n")[1:n] if line]
 
 
@@ -216,25 +205,23 @@ def merge(parts, rank):
         best = min(zip(parts, parts[1:]), key=lambda pair: rank.get(pair, math.inf))
         if best not in rank:
             break
-        merged, i = [], 0
-        while i < len(parts):
-            pair = tuple(parts[i:i + 2]) == best
-            merged.append(parts[i] + parts[i + 1] if pair else parts[i])
-            i += 2 if pair else 1
+        merged = parts[:1]
+        for part in parts[1:]:
+            if (merged[-1], part) == best:
+                merged[-1] += part
+            else:
+                merged.append(part)
         parts = merged
     return parts
 
 
 class CLIPTokenizer:
-    """CLIP's lower-case byte-pair tokenizer. ftfy's clean-up is left out.
-
-    path: bpe_simple_vocab_16e6.txt.gz, or merges.txt of a Hugging Face folder. pad: the token that fills up there,
-    "<|endoftext|>" or "!", special wherever it stands; empty = zeros, and HTML is unescaped, as OpenAI does.
-    """
-    WORDS = re.compile(r"L+|N|O+")
+    """CLIP's lower-case byte-pair tokenizer, without ftfy, from bpe_simple_vocab_16e6.txt.gz or a merges.txt."""
+    # pad: what fills up, special wherever it stands: "<|endoftext|>" or "!" (Hugging Face). Empty: zeros (OpenAI).
+    WORDS = re.compile(r"L+|N|O+")      # of kinds of characters: runs of letters, single digits, runs of anything else
 
     def __init__(self, path, pad=""):
-        merges = read_merges(path, 48895)
+        merges = read_merges(path, 48895)                       # OpenAI's file has more lines than its vocabulary uses
         symbols = list(byte_symbols().values())
         vocab = symbols + [s + "</w>" for s in symbols] + ["".join(m) for m in merges]
         self.ids = {symbol: i for i, symbol in enumerate(vocab)}
@@ -246,47 +233,41 @@ class CLIPTokenizer:
         self.first = re.compile(names + "|'s|'t|'re|'ve|'m|'ll|'d")
 
     def words(self, text):
-        """Specials, English endings, runs of letters, single digits, runs of anything else."""
-        text = text if self.pad else html.unescape(html.unescape(text))
         return split_words(re.sub(r"\s+", " ", text.strip()).lower(), self.first, self.WORDS)
 
-    def bpe(self, word):
-        """The symbols of one word."""
-        parts = [byte_symbols()[b] for b in word.encode()]
-        return merge(parts[:-1] + [parts[-1] + "</w>"], self.rank)
-
     def word_ids(self, word):
-        return [self.special[word]] if word in self.special else [self.ids[part] for part in self.bpe(word)]
+        if word in self.special:
+            return [self.special[word]]
+        parts = [byte_symbols()[b] for b in word.encode()]
+        parts[-1] += "</w>"                                     # the end of a word
+        return [self.ids[part] for part in merge(parts, self.rank)]
 
     def encode(self, text):
-        pieces = text.split(self.pad) if self.pad else [text]
+        pieces = text.split(self.pad) if self.pad else [html.unescape(html.unescape(text))]
         ids = [[i for word in self.words(piece) for i in self.word_ids(word)] for piece in pieces]
         return sum(([self.fill] + more for more in ids[1:]), ids[0])
 
     def __call__(self, text, length=77, keep_end=True):
-        """(length,) int64: start, text, end, padding. parity: keep_end=False loses the end of long texts, as the copies
-        in ChatBind and NExT-GPT do."""
-        ids = self.encode(text)
-        ids = [self.start, *(ids[:length - 2] if keep_end else ids), self.end][:length]
+        """(length,) int64: start, text, end, padding."""
+        room = length - 2 if keep_end else None                 # parity: ChatBind, NExT-GPT: long texts lose their end
+        ids = [self.start, *self.encode(text)[:room], self.end][:length]
         return torch.tensor(ids + [self.fill] * (length - len(ids)))
 
 
 class RobertaTokenizer:
     """RoBERTa's byte-pair tokenizer, which CLAP's text tower reads. folder: holds vocab.json and merges.txt."""
     FIRST = re.compile("'s|'t|'re|'ve|'m|'ll|'d")
-    WORDS = re.compile(r" ?L+| ?N+| ?O+|[ S]+(?![^ S])|[ S]+")
+    WORDS = re.compile(r" ?L+| ?N+| ?O+|[ S]+(?![^ S])|[ S]+")  # a blank belongs to the word behind it
 
     def __init__(self, folder):
         self.ids = json.loads((Path(folder) / "vocab.json").read_text(encoding="utf-8"))
         self.rank = {merge: i for i, merge in enumerate(read_merges(Path(folder) / "merges.txt"))}
 
     def encode(self, text):
-        parts = (p for w in split_words(text, self.FIRST, self.WORDS)
-                 for p in merge([byte_symbols()[b] for b in w.encode()], self.rank))
-        return [self.ids.get(p, self.ids["<unk>"]) for p in parts]
+        words = ([byte_symbols()[b] for b in word.encode()] for word in split_words(text, self.FIRST, self.WORDS))
+        return [self.ids.get(part, self.ids["<unk>"]) for word in words for part in merge(word, self.rank)]
 
     def __call__(self, text, length=512):
-        """(length,) int64: start, text, end, padding."""
         ids = [self.ids["<s>"], *self.encode(text)[:length - 2], self.ids["</s>"]]
         return torch.tensor(ids + [self.ids["<pad>"]] * (length - len(ids)))
 
@@ -378,20 +359,21 @@ TEMPLATES = {
                          front="###Human: ", drift=True),
     "simple": single(SIMPLE.format(", based on LLaMA architecture"), ("Hi!", HI)),
     "simple_legacy": single(SIMPLE.format(""), ("Hi!\n\n### Response:", HI)),
+    "multimodal": single(LLAVA.format("vision", "visual"), ("Hi!", HI)),
+    "multimodal_audio": single(LLAVA.format("audio", "audio"), ("Hi!", HI)),
+    "multimodal_video": single(LLAVA.format("video", "video"), ("Hi!", HI)),
+    "llava_v1": two(LLAVA.format("vision", "visual")),
+    "llava_v1_audio": two(LLAVA.format("audio", "audio")),
+    "llava_v1_video": two(LLAVA.format("video", "video")),
     "nextgpt_train": Template("### ", ("Human: ", "\n"), ("### Assistant: ", "\n###"), "###", apart=True),
     # parity: text behind a medium begins with <s>, like the prompt; the demo puts one more blank before what it asks
     "nextgpt": Template("###", (" Human: ", "\n"), ("### Assistant: ", "\n###"), "###",
                         frame=("<Img>", "<s>", "</Img><s>"), ask=" "),
-} | {name + tail: make(LLAVA.format(seen, shown), *first)
-     for tail, seen, shown in (("", "vision", "visual"), ("_audio", "audio", "audio"), ("_video", "video", "video"))
-     for name, make, first in (("multimodal", single, (("Hi!", HI),)), ("llava_v1", two, ()))}
+}
 
 
 def load_templates(path):
-    """Templates from a JSON file in the layout of the originals: {name: {system, roles, style, sep, sep2, messages}}.
-
-    Raises ValueError naming the file if it has another layout.
-    """
+    """The originals' JSON {templates: {name: {system, roles, style, sep, sep2, messages}}}. Raises ValueError."""
     out = {}
     try:
         for name, row in json.loads(Path(path).read_text())["templates"].items():
@@ -415,7 +397,7 @@ class MediaError(ValueError):
 
 MAX_BYTES, MAX_PIXELS, MAX_SECONDS, MAX_SIDE = 100 << 20, 50_000_000, 600, 4096
 STILLS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)    # of 0..1, red first
 SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of 0..255
 
 
@@ -466,10 +448,9 @@ def open_image(path):
 
 def read_image(path):
     """RGB picture (the first frame of an animation). EXIF rotation is ignored, as the originals do."""
+    image = open_image(path)
     try:
-        return open_image(path).convert("RGB")
-    except MediaError:
-        raise
+        return image.convert("RGB")                             # only now are pixels decoded
     except Exception as error:
         raise MediaError(f"{path}: damaged picture ({error})") from None
 
@@ -478,7 +459,7 @@ def moved(x, shift, flip):
     """A picture (3, H, W) shifted right and down by pixels, black where nothing comes in, then mirrored."""
     (dx, dy), (H, W) = shift, x.shape[1:]
     if dx or dy:
-        still, x = x, normalise(torch.zeros_like(x))
+        still, x = x, normalise(torch.zeros_like(x))            # black is not zero once the mean is taken off
         x[:, max(dy, 0):H + min(dy, 0), max(dx, 0):W + min(dx, 0)] = \
             still[:, max(-dy, 0):H - max(dy, 0), max(-dx, 0):W - max(dx, 0)]
     return x.flip(-1) if flip else x
@@ -486,19 +467,24 @@ def moved(x, shift, flip):
 
 def resize_crop(image, size, crop_round):
     """PIL bicubic resize of the short side, then a centre crop of size x size."""
-    w, h = image.size
-    short = min(w, h)
+    (w, h), short = image.size, min(image.size)
     if size * size * max(w, h) / short > MAX_PIXELS:
         raise MediaError(f"a picture of {w}x{h} is too long and thin")
     image = image.resize((int(size * w / short), int(size * h / short)), Image.BICUBIC)
-    left, top = (int(round((n - size) / 2)) if crop_round else (n - size) // 2 for n in image.size)
+    whole = round if crop_round else math.floor                 # Python rounds halves to even numbers
+    left, top = (whole((n - size) / 2) for n in image.size)
     return image.crop((left, top, left + size, top + size))
 
 
 def normalise(x, mean=CLIP_MEAN, std=CLIP_STD):
-    """(3, H, W) or, with frames, (3, F, H, W): mean and deviation of each channel taken off; CLIP's are of 0..1."""
+    """(3, H, W) or, with frames, (3, F, H, W): mean and deviation of each channel taken off."""
     shape = (3,) + (1,) * (x.ndim - 1)
     return (x - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+
+
+def channels_first(pixels):
+    """uint8 (H, W, 3) -> float32 (3, H, W), still in 0..255."""
+    return torch.from_numpy(pixels).permute(2, 0, 1).float()
 
 
 def image_tensor(image, spec=MediaSpec()):
@@ -506,28 +492,27 @@ def image_tensor(image, spec=MediaSpec()):
     image = image.convert("RGB")
     if spec.square:
         image = Geometry(*image.size).pad(image)
-    pixels = np.array(resize_crop(image, spec.image_size, spec.crop_round))                 # (H, W, 3)
-    return normalise(torch.from_numpy(pixels).permute(2, 0, 1).float() / 255)
+    pixels = np.array(resize_crop(image, spec.image_size, spec.crop_round))                 # (size, size, 3)
+    return normalise(channels_first(pixels) / 255)
 
 
 def stretch(pixels, size):
     """uint8 (H, W, 3) -> (size, size, 3) as OpenCV does: two neighbours a side, no smoothing, whole-number weights."""
     def neighbours(n):
-        at = ((np.arange(size) + 0.5) * (n / size) - 0.5).astype(np.float32)
+        at = ((np.arange(size) + 0.5) * (n / size) - 0.5).astype(np.float32)                # middles of the new pixels
         low = np.floor(at).astype(int)
-        weight = np.rint((at - low) * 2048).astype(int)
+        weight = np.rint((at - low) * 2048).astype(int)         # 11 bits behind the point
         return low.clip(0, n - 1), (low + 1).clip(0, n - 1), 2048 - weight, weight
     (top, bottom, a, b), (left, right, c, d) = map(neighbours, pixels.shape[:2])
     wide = pixels.astype(int)
-    wide = (wide[:, left] * c[:, None] + wide[:, right] * d[:, None]) >> 4                  # (H, size, 3)
-    tall = (wide[top] * a[:, None, None] >> 16) + (wide[bottom] * b[:, None, None] >> 16)
-    return (tall + 2 >> 2).astype(np.uint8)
+    wide = (wide[:, left] * c[:, None] + wide[:, right] * d[:, None]) >> 4                  # (H, size, 3), 7 bits left
+    tall = (wide[top] * a[:, None, None] >> 16) + (wide[bottom] * b[:, None, None] >> 16)   # 7 + 11 - 16 = 2 bits
+    return (tall + 2 >> 2).astype(np.uint8)                     # rounded
 
 
 def stretched_tensor(image, spec=MediaSpec()):
     """PIL picture -> (3, size, size) float32, nothing cropped."""
-    pixels = stretch(np.array(image.convert("RGB")), spec.image_size)
-    return normalise(torch.from_numpy(pixels).permute(2, 0, 1).float() / 255)
+    return normalise(channels_first(stretch(np.array(image.convert("RGB")), spec.image_size)) / 255)
 
 
 def thermal_tensor(image, spec=MediaSpec()):
@@ -537,13 +522,12 @@ def thermal_tensor(image, spec=MediaSpec()):
 
 
 def depth_tensor(metres, focal_baseline=None, spec=MediaSpec()):
-    """Depth map (H, W) in metres -> (1, size, size) normalised disparity; focal length in pixels x baseline in metres.
-
-    The recipe is not in ImageBind's code: it follows its issue threads and Omnivore's demo (specs/imagebind 6, open).
-    """
+    """Depth map (H, W) in metres -> (1, size, size) normalised disparity; focal length in pixels x baseline in m."""
+    # The recipe is not in ImageBind's code: it follows its issue threads and Omnivore's demo (specs/imagebind 6, open).
     disparity = (focal_baseline or 1.0) / torch.as_tensor(metres, dtype=torch.float32).clamp(0.01, 50)
     image = Image.fromarray((disparity.clamp(max=75) / 75).numpy())
-    return (torch.from_numpy(np.array(resize_crop(image, spec.clip_size or spec.image_size, True)))[None] - 0.0418) / 0.0295
+    pixels = np.array(resize_crop(image, spec.clip_size or spec.image_size, crop_round=True))
+    return (torch.from_numpy(pixels)[None] - 0.0418) / 0.0295
 
 
 def imu_tensor(samples, steps=2000):
@@ -555,11 +539,7 @@ def imu_tensor(samples, steps=2000):
 
 @dataclass(frozen=True)
 class Geometry:
-    """A picture of width x height pixels in the middle of its square. Boxes are xyxy.
-
-    The square scaled to 0..1 is the frame in which models think: CLIP's picture (`MediaSpec.square`), SAM's picture and
-    masks and all normalised boxes fill it at their own sizes.
-    """
+    """A picture in the middle of its square: the frame 0..1 of CLIP's and SAM's pictures and of normalised boxes."""
     width: int
     height: int
     square: bool = True                 # False: the frame is the picture itself (ChatterBox)
@@ -571,8 +551,7 @@ class Geometry:
 
     @property
     def offset(self):
-        """Left and top of the picture in the frame, pixels."""
-        return (self.sides[0] - self.width) // 2, (self.sides[1] - self.height) // 2
+        return (self.sides[0] - self.width) // 2, (self.sides[1] - self.height) // 2        # left and top in it
 
     def pad(self, image):
         """The white square around a PIL picture. Raises MediaError for one so thin that its square is huge."""
@@ -613,14 +592,14 @@ def centre(x, size):
 
 def sam_tensor(image, spec):
     """PIL picture -> (3, S, S), what SAM's image encoder reads."""
-    pixels = torch.from_numpy(sam_resize(image.convert("RGB"), spec.sam_size)).permute(2, 0, 1).float()     # (3, h, w)
+    pixels = channels_first(sam_resize(image.convert("RGB"), spec.sam_size))                # (3, h, w), one of them S
     return centre(normalise(pixels, SAM_MEAN, SAM_STD), spec.sam_size)
 
 
 def det_tensor(image, spec):
     """PIL picture -> (3, S, S), stretched, what ChatterBox's locator reads."""
     pixels = np.array(image.convert("RGB").resize((spec.det_size,) * 2, Image.BILINEAR))    # (S, S, 3)
-    return normalise(torch.from_numpy(pixels).permute(2, 0, 1).float(), SAM_MEAN, SAM_STD)
+    return normalise(channels_first(pixels), SAM_MEAN, SAM_STD)
 
 
 def sam_mask(mask, size):
@@ -647,12 +626,10 @@ def clip_frames(n_frames, fps, spec):
 
 
 def spatial_crops(x, size, n):
-    """n crops of (3, F, H, W) along its longer side (3: both ends and the middle; 1: the middle)."""
-    H, W = x.shape[-2:]
-    middle = [math.ceil((s - size) / 2) for s in (H, W)]
-    for place in ([0, 1, 2] if n == 3 else [1]):
-        top = (0, middle[0], H - size)[place] if H > W else middle[0]
-        left = (0, middle[1], W - size)[place] if H <= W else middle[1]
+    """n crops of (3, F, H, W), its shorter side `size`, along the longer (3: ends and middle; 1: the middle)."""
+    spare = [side - size for side in x.shape[-2:]]              # 0 for the shorter
+    for share in (0, 0.5, 1) if n == 3 else (0.5,):
+        top, left = (math.ceil(share * pixels) for pixels in spare)
         yield x[..., top:top + size, left:left + size]
 
 
@@ -660,12 +637,11 @@ def video_tensor(frames, n_frames, fps, spec=MediaSpec()):
     """Frames -> (clips * crops, 3, F, size, size), clip-major. frames: [numbers] -> uint8 arrays (H, W, 3)."""
     clips, size = clip_frames(n_frames, fps, spec), spec.clip_size or spec.image_size
     wanted = sorted({i for clip in clips for i in clip})
-    decoded = dict(zip(wanted, frames(wanted)))
+    decoded = dict(zip(wanted, frames(wanted)))                 # clips may overlap
     out = []
     for clip in clips:
         x = torch.from_numpy(np.stack([decoded[i] for i in clip])).permute(3, 0, 1, 2).float() / 255    # (3, F, H, W)
-        H, W = x.shape[-2:]
-        target = (math.floor(H / W * size), size) if W < H else (size, math.floor(W / H * size))
+        target = [math.floor(side / min(x.shape[-2:]) * size) for side in x.shape[-2:]]
         x = normalise(F.interpolate(x, target, mode="bilinear", align_corners=False))
         out += spatial_crops(x, size, spec.video_crops)
     return torch.stack(out)
@@ -706,7 +682,9 @@ def guarded(read):
         try:
             return read(path, *args)
         except MediaError as error:
-            raise error if str(path) in str(error) else MediaError(f"{path}: {error}") from None
+            if str(path) in str(error):
+                raise
+            raise MediaError(f"{path}: {error}") from None
         except Exception as error:
             raise MediaError(f"{path}: cannot be decoded ({type(error).__name__}: {error})") from None
     return wrapped
@@ -714,7 +692,7 @@ def guarded(read):
 
 @guarded
 def read_video(path, spec=MediaSpec()):
-    """Clip of any format -> video_tensor of it. Frames are picked by seeking, never all decoded."""
+    """Clip of any format -> video_tensor of it."""
     if sniff(path) == "image":
         return video_tensor(*read_animation(path), spec)
     container, stream = open_media(path, "video")
@@ -722,24 +700,21 @@ def read_video(path, spec=MediaSpec()):
         raise MediaError(f"{path}: {stream.width}x{stream.height}, more than {MAX_SIDE} on a side")
     fps = float(stream.average_rate)
     n = stream.frames or int(fps * container.duration / 1e6)
-    start = stream.start_time or 0
+    return video_tensor(partial(seek_frames, container, stream, fps), n, fps, spec)
 
-    def frames(numbers):
-        out, last, decoder = [], None, None
-        for number in numbers:
-            time = start + int(number / fps / stream.time_base)
-            if decoder is None or number - last > 100:
-                container.seek(time, stream=stream)
-                decoder = container.decode(stream)
-            for frame in decoder:
-                if frame.pts is None or frame.pts + 1 >= time:
-                    out.append(frame.to_ndarray(format="rgb24"))
-                    break
-            else:
-                out.append(out[-1])                             # the header promised more frames than there are
-            last = number
-        return out
-    return video_tensor(frames, n, fps, spec)
+
+def seek_frames(container, stream, fps, numbers):
+    """The frames of rising numbers as uint8 (H, W, 3), far ones found by seeking."""
+    out, last = [], -math.inf
+    for number in numbers:
+        time = (stream.start_time or 0) + int(number / fps / stream.time_base)
+        if number - last > 100:
+            container.seek(time, stream=stream)                 # to the key frame before it
+            decoder = container.decode(stream)
+        frame = next((frame for frame in decoder if frame.pts is None or frame.pts + 1 >= time), None)
+        out.append(frame.to_ndarray(format="rgb24") if frame else out[-1])                  # headers promise too many
+        last = number
+    return out
 
 
 # ---- Audio
@@ -749,31 +724,34 @@ def read_audio(path):
     """-> waveform (channels, samples) float32 in -1..1, sample rate. Wav by the standard library, the rest by PyAV."""
     with open(check_file(path), "rb") as f:
         riff = f.read(4) == b"RIFF"
-    if riff:
-        try:
-            with wave.open(str(path)) as f:
-                width, channels, rate = f.getsampwidth(), f.getnchannels(), f.getframerate()
-                return pcm(f.readframes(min(f.getnframes(), MAX_SECONDS * rate)), width, channels), rate
-        except wave.Error:
-            pass                                                # compressed or float wav
+    try:
+        return read_wav(path) if riff else decode_audio(path)
+    except wave.Error:                                          # compressed or float wav
+        return decode_audio(path)
+
+
+def read_wav(path):
+    with wave.open(str(path)) as f:
+        width, channels, rate = f.getsampwidth(), f.getnchannels(), f.getframerate()
+        return pcm(f.readframes(min(f.getnframes(), MAX_SECONDS * rate)), width, channels), rate
+
+
+def decode_audio(path):
     container, stream = open_media(path, "audio")
-    blocks = [frame.to_ndarray() for frame in container.decode(stream)]
-    planar = stream.format.is_planar
-    samples = np.concatenate(blocks, 1) if planar else np.concatenate(blocks, 1).reshape(-1, stream.channels).T
+    samples = np.concatenate([frame.to_ndarray() for frame in container.decode(stream)], 1)
+    if not stream.format.is_planar:
+        samples = samples.reshape(-1, stream.channels).T        # channels take turns -> (channels, samples)
     if samples.dtype.kind in "iu":
         samples = samples / float(np.iinfo(samples.dtype).max + 1)
     return torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32)), stream.rate
 
 
 def pcm(data, width, channels):
-    """Little-endian PCM of 1 to 4 bytes -> (channels, samples)."""
+    """Little-endian PCM of 1 to 4 bytes -> (channels, samples) in -1..1."""
+    x = np.frombuffer(data, np.uint8).reshape(-1, width)
     if width == 1:
-        x = (np.frombuffer(data, np.uint8).astype(np.float32) - 128) / 128
-    elif width == 3:
-        b = np.frombuffer(data, np.uint8).reshape(-1, 3)
-        x = (np.pad(b, ((0, 0), (1, 0))).view("<i4")[:, 0] >> 8).astype(np.float32) / (1 << 23)
-    else:
-        x = np.frombuffer(data, f"<i{width}").astype(np.float32) / (1 << (8 * width - 1))
+        x = x ^ 128                                             # only single bytes have no sign
+    x = np.pad(x, ((0, 0), (4 - width, 0))).view("<i4").astype(np.float32) / (1 << 31)      # the upper bytes of four
     return torch.from_numpy(np.ascontiguousarray(x.reshape(-1, channels).T))
 
 
@@ -782,22 +760,22 @@ def resample(x, rate, new):
     if rate == new:
         return x
     g = math.gcd(rate, new)
-    o, n = rate // g, new // g
-    base = 0.99 * min(o, n)
+    o, n = rate // g, new // g                                  # o old samples last as long as n new ones
+    base = 0.99 * min(o, n)                                     # cut-off: what the lower rate cannot hold goes
     width = math.ceil(6 * o / base)
     index = torch.arange(-width, width + o, dtype=torch.float32)[None] / o
     t = ((torch.arange(0, -n, -1, dtype=torch.float32)[:, None] / n + index) * base).clamp(-6, 6)   # (n, 2 width + o)
     window = torch.cos(t * math.pi / 6 / 2) ** 2
     t = t * math.pi
-    kernel = torch.where(t == 0, torch.ones_like(t), t.sin() / t) * window * (base / o)
+    kernel = torch.where(t == 0, torch.ones_like(t), t.sin() / t) * window * (base / o)     # (n, 2 width + o)
     y = F.conv1d(F.pad(x, (width, width + o))[:, None], kernel[:, None], stride=o)          # (channels, n, blocks)
-    return y.transpose(1, 2).flatten(1)[:, :math.ceil(n * x.shape[1] / o)]
+    return y.transpose(1, 2).flatten(1)[:, :math.ceil(n * x.shape[1] / o)]                  # (channels, samples)
 
 
 @lru_cache
 def mel_banks(bins, rate, n_fft=512, low=20.0):
     """Kaldi's triangular filters (bins, n_fft / 2), the Nyquist bin left out."""
-    def mel(f):
+    def mel(f):                                                 # Hz -> mel, a scale in which equal steps sound equal
         return 1127.0 * math.log(1.0 + f / 700.0)
     step = (mel(rate / 2) - mel(low)) / (bins + 1)
     b = torch.arange(bins)[:, None]
@@ -814,7 +792,7 @@ def fbank(x, bins, rate):
     frames = x.unfold(0, size, shift)                                                       # (frames, size)
     frames = frames - frames.mean(1, keepdim=True)
     frames = frames - 0.97 * torch.cat([frames[:, :1], frames[:, :-1]], dim=1)              # pre-emphasis
-    frames = F.pad(frames * torch.hann_window(size, periodic=False), (0, 512 - size))
+    frames = F.pad(frames * torch.hann_window(size, periodic=False), (0, 512 - size))       # (frames, 512)
     power = torch.fft.rfft(frames).abs().pow(2)[:, :256]                                    # (frames, 256)
     return (power @ mel_banks(bins, rate).T).clamp(min=torch.finfo(torch.float32).eps).log()
 
@@ -832,17 +810,18 @@ def audio_tensor(x, rate, spec=MediaSpec()):
     return torch.stack(out)[:, None]
 
 
+FIRST_BYTES = {                         # kind: how its files begin; the first row that fits counts
+    "image": re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|BM|.{8}WEBP", re.S),
+    "audio": re.compile(rb"ID3|fLaC|OggS|\xff[\xfb\xf3\xf1]|.{4}ftypM4A |.{8}WAVE", re.S),
+    "video": re.compile(rb"\x1aE\xdf\xa3|.{4}ftyp|.{8}AVI ", re.S),
+}
+
+
 def sniff(path):
     """'image', 'audio', 'video' or '' by the first bytes, never by the name. An animation counts as an image."""
     with open(check_file(path), "rb") as f:
         head = f.read(16)
-    if head.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM")) or head[8:12] == b"WEBP":
-        return "image"
-    if head[8:12] == b"WAVE" or head.startswith((b"ID3", b"fLaC", b"OggS", b"\xff\xfb", b"\xff\xf3", b"\xff\xf1")):
-        return "audio"
-    if head[4:12] == b"ftypM4A ":
-        return "audio"
-    return "video" if head[4:8] == b"ftyp" or head.startswith(b"\x1aE\xdf\xa3") or head[8:12] == b"AVI " else ""
+    return next((kind for kind, start in FIRST_BYTES.items() if start.match(head)), "")
 
 
 STILL_TENSORS = {"image": image_tensor, "stretched": stretched_tensor, "thermal": thermal_tensor, "sam": sam_tensor,
@@ -879,7 +858,7 @@ class Medium:
 
 @dataclass(eq=False)
 class Box:
-    """A box in a turn. In an answer it is what the model shall say as well, with its mask where that is known."""
+    """A box in a turn. In an answer it is what the model shall say, too, with its mask where that is known."""
     xyxy_px: tuple                      # pixels of the picture
     mask: np.ndarray | None = None      # (H, W) uint8
     tensor: torch.Tensor | None = None  # (4,) of the frame
@@ -912,6 +891,9 @@ class Rendered(NamedTuple):
     slots: list                         # (Medium or Box, position of its first placeholder)
     targets: list = ()                  # (Box, place of the token that asks for it), (Signal, places of its tokens)
 
+    def learns(self, length=None):
+        return any(label != IGNORE for label in self.labels[1:length])                      # nothing predicts the first
+
 
 class Batch(NamedTuple):
     ids: torch.Tensor                   # (B, T)
@@ -935,8 +917,7 @@ def load_medium(medium, spec):
 
 def load_media(turns, spec):
     """Fill in the tensors of the media and boxes of a conversation. Raises MediaError, or DataError for boxes."""
-    parts = [part for turn in turns for part in turn or () if not isinstance(part, str)]
-    media, boxes = ([part for part in parts if isinstance(part, kind)] for kind in (Medium, Box))
+    media, boxes = parts_of(turns, Medium), parts_of(turns, Box)
     for medium in media:
         load_medium(medium, spec)
     if boxes:
@@ -944,6 +925,11 @@ def load_media(turns, spec):
         if len(pictures) != 1:
             raise DataError(f"boxes need one picture to lie in, there are {len(pictures)}")
         place_boxes(boxes, Geometry(*pictures[0].size, spec.square), spec)
+
+
+def parts_of(turns, kind):
+    """The parts of some class in a conversation, whose last turn may be None."""
+    return [part for turn in turns for part in turn or () if isinstance(part, kind)]
 
 
 def place_boxes(boxes, geometry, spec):
@@ -957,10 +943,15 @@ def place_boxes(boxes, geometry, spec):
             box.sam_mask = sam_mask(box.mask, spec.sam_size)
 
 
+def is_box(box):
+    """Whether a value from a file is four numbers, none of them NaN, infinite or huge."""
+    four = isinstance(box, (list, tuple)) and len(box) == 4
+    return four and all(type(x) in (int, float) and abs(x) < 1e9 for x in box)              # NaN is not below 1e9
+
+
 def check_box(box, width=math.inf, height=math.inf):
     """The four pixel coordinates of a box from a file, as floats. A pixel outside is let pass. Raises DataError."""
-    if not (isinstance(box, (list, tuple)) and len(box) == 4
-            and all(type(x) in (int, float) and abs(x) < 1e9 for x in box)):                # nor is NaN below 1e9
+    if not is_box(box):
         raise DataError(f"box {box!r:.80}: four finite numbers x1, y1, x2, y2 are expected")
     x1, y1, x2, y2 = map(float, box)
     if x2 < x1 or y2 < y1:
@@ -978,25 +969,23 @@ def box_references(text):
     return [[int(n) for n in part.split(",")] if i % 2 else part for i, part in enumerate(BOX_REFERENCE.split(text))]
 
 
-def pieces_of(content, tok, system, n_token, learn=False):
-    """Pieces of a turn: strings stay text, media become framed placeholders, boxes and Signals the system's tokens."""
-    before, place, after = system.frame
-    out = []
-    for part in content:
-        if isinstance(part, (str, Piece)):
-            out.append(part if isinstance(part, Piece) else Piece(part, learn=learn))
-        elif isinstance(part, Box):
-            if not system.box:
-                raise ValueError("this system has no tokens for boxes; leave the boxes out of the turn")
-            *signal, reader = [system.find] if part.kind == "find" else system.box
-            out += [Piece(token, True, learn) for token in signal]
-            out.append(Piece(reader, True, medium=part))        # given, so never learned
-        elif isinstance(part, Signal):
-            out += [Piece(token, True, learn, medium=part) for token in system.signals[part.writer]]
-        else:
-            placeholder = Piece(place, True, count=n_token(part.kind), medium=part)
-            out += [*tok.parse(before), placeholder, *tok.parse(after)]
-    return out
+# ---- Render: turns -> token ids, labels, slots, targets
+
+def pieces_of(part, tok, system, n_token, learn):
+    """Pieces of a part of a turn: strings stay text, media become framed placeholders, boxes and Signals tokens."""
+    if isinstance(part, Piece):
+        return [part]
+    if isinstance(part, str):
+        return [Piece(part, learn=learn)]
+    if isinstance(part, Signal):
+        return [Piece(token, True, learn, medium=part) for token in system.signals[part.writer]]
+    if isinstance(part, Medium):
+        before, place, after = system.frame
+        return [*tok.parse(before), Piece(place, True, count=n_token(part.kind), medium=part), *tok.parse(after)]
+    if not system.box:
+        raise ValueError("this system has no tokens for boxes; leave the boxes out of the turn")
+    *signal, reader = [system.find] if part.kind == "find" else system.box
+    return [*(Piece(token, True, learn) for token in signal), Piece(reader, True, medium=part)]             # given
 
 
 def media_in_front(content, template):
@@ -1013,15 +1002,16 @@ def conversation_pieces(turns, tok, system, template, n_token):
     opening = [[text] for pair in template.first for text in pair]
     for i, content in enumerate(opening + turns):
         before, after = template.bot if i % 2 else template.user
+        said = [piece for part in content or () for piece in pieces_of(part, tok, system, n_token, learn=i % 2 == 1)]
         if content is None:
             out.append(tok.parse(before.rstrip(" ")))
-        elif i % 2 == 0:
-            first_text = cut if i == 0 and content and isinstance(content[0], str) else []
-            out.append(tok.parse(before) + first_text + pieces_of(content, tok, system, n_token) + tok.parse(after))
+        elif i % 2:
+            role = before if template.apart else before.rstrip(" ")                         # its blank is learned
+            blank = Piece(before[len(role):], learn=True)
+            out.append([*tok.parse(role), *cut, blank, *said, *tok.parse(after, learn=True), *cut])
         else:
-            role = before if template.apart else before.rstrip(" ")
-            answer = [Piece(before[len(role):], learn=True), *pieces_of(content, tok, system, n_token, learn=True)]
-            out.append(tok.parse(role) + cut + answer + tok.parse(after, learn=True) + cut)
+            opens = i == 0 and isinstance(next(iter(content), None), str)                   # the talk begins with text
+            out.append([*tok.parse(before), *cut * opens, *said, *tok.parse(after)])
     return out
 
 
@@ -1049,45 +1039,34 @@ def until_role_text(turns, template):
 
 
 def render(turns, tok, system, template, n_token, train=False):
-    """Conversation -> Rendered. turns alternate user, assistant; a last assistant turn of None asks for an answer.
-
-    n_token: kind -> placeholders per medium. Labels are the answers and what ends them; all IGNORE unless train.
-    """
+    """Turns of user, assistant, user ... -> Rendered; a last one of None asks for an answer. n_token: kind -> placeholders
+    per medium. Labels are the answers and what ends them; all IGNORE unless train."""
     pieces = conversation_pieces(turns, tok, system, template, n_token)
     if train and template.role_once:
         pieces = until_role_text(pieces, template)
     end = tok.parse(template.end if train else "", learn=True)
-    ids, learn, slots = tok.encode_pieces([p for turn in pieces for p in turn] + end)
+    ids, learn, places = tok.encode_pieces(chain(*pieces, end))
     if train and template.drift:
         labels = drift_labels(ids, pieces, tok)
     else:
         labels = [id if flag and train else IGNORE for id, flag in zip(ids, learn)]
-    boxes = [(box, at) for box, at in slots if isinstance(box, Box)]
-    said = [(box, at - len(system.box) + 1) for box, at in boxes if box.kind == "box"]
-    targets = [(box, at) for box, at in said if labels[at] != IGNORE]
-    targets += [(box, at) for box, at in boxes if box.kind == "find" and train]
-    signals = {}                                                # a Signal has a slot per token
-    for part, at in slots:
+    return Rendered(ids, labels, *slots_and_targets(places, labels, system, train))
+
+
+def slots_and_targets(places, labels, system, train):
+    """[(part, place of a token that stands for it)] -> what readers fill, what writers are to give: see Rendered."""
+    slots, targets, signals = [], [], defaultdict(list)
+    for part, at in places:
         if isinstance(part, Signal):
-            signals.setdefault(part, []).append(at)
-    slots = [(x, at) for x, at in slots if x not in signals and x.kind != "find"]
-    return Rendered(ids, labels, slots, targets + list(signals.items()))
-
-
-def signal_targets(rendered, places, lengths):
-    """The Signals within the lengths of their samples -> {writer: slots (2, m * n), embeds (m, ...) float32}.
-
-    One that is cut off is left out, its tokens stay; the original's run ends there.
-    """
-    found = {}
-    for r, (row, start), n in zip(rendered, places, lengths):
-        for signal, at in r.targets:
-            if isinstance(signal, Signal) and at[-1] < n:
-                slots = [[row] * len(at), [start + i for i in at]]
-                found.setdefault(signal.writer, []).append((slots, signal.embeds))
-    return {writer: {"slots": torch.cat([torch.tensor(slots) for slots, _ in signals], 1),
-                     "embeds": torch.stack([embeds for _, embeds in signals]).float()}
-            for writer, signals in found.items()}
+            signals[part].append(at)                            # a place per token
+        elif part.kind == "find":                               # is in a question, which has no labels
+            targets += [(part, at)] if train else []
+        else:
+            slots.append((part, at))
+            asks = at - len(system.box) + 1                     # it is read at its last token, asked for at its first
+            if part.kind == "box" and labels[asks] != IGNORE:
+                targets.append((part, asks))
+    return slots, [*targets, *signals.items()]
 
 
 def truncate(r, length, protected):
@@ -1095,60 +1074,79 @@ def truncate(r, length, protected):
     excess = len(r.ids) - length
     if excess <= 0:
         return r
-    gone = set([i for i, id in enumerate(r.ids) if id not in protected][-excess:])
-    kept = [i for i in range(len(r.ids)) if i not in gone]
+    loose = [i for i, id in enumerate(r.ids) if id not in protected]
+    kept = sorted({*range(len(r.ids))}.difference(loose[-excess:]))
     place = {old: new for new, old in enumerate(kept)}
-    ids, labels = ([row[i] for i in kept] for row in (r.ids, r.labels))
-    targets = [(x, [place[i] for i in at] if isinstance(x, Signal) else place[at]) for x, at in r.targets]
-    return Rendered(ids, labels, [(x, place[at]) for x, at in r.slots], targets)
+    slots = [(part, place[at]) for part, at in r.slots]
+    targets = [(part, [place[i] for i in at] if isinstance(part, Signal) else place[at]) for part, at in r.targets]
+    return Rendered([r.ids[i] for i in kept], [r.labels[i] for i in kept], slots, targets)
 
 
-def asked(rendered, places, kind):
-    """Boxes of a kind to be said or found -> slots (2, m) of the tokens that ask, the boxes, each one's picture."""
-    found = [(row, start + at, box, next(m for m, _ in r.slots if m.kind == "image"))
-             for r, (row, start) in zip(rendered, places) for box, at in r.targets if getattr(box, "kind", "") == kind]
-    rows, columns, boxes, pictures = zip(*found) if found else [()] * 4
-    return torch.tensor([rows, columns]), boxes, pictures
+def stack_media(rendered, lengths, places, n_token):
+    """-> media and slots of a Batch, see collate. Raises ValueError for a medium whose tokens are cut off."""
+    media, slots = defaultdict(list), defaultdict(list)
+    for r, n, (row, at) in zip(rendered, lengths, places):
+        for medium, start in r.slots:
+            columns = torch.arange(start, start + n_token(medium.kind))
+            if columns[-1] >= n:
+                raise ValueError(f"{medium.path}: its tokens end at {columns[-1] + 1}, beyond max_len = {n}")
+            media[medium.kind].append(medium.tensor)
+            slots[medium.kind].append(torch.stack([torch.full_like(columns, row), at + columns]))
+    media, slots = {k: torch.stack(v) for k, v in media.items()}, {k: torch.cat(v, 1) for k, v in slots.items()}
+    if "region" in media:                                       # read from the picture in the same row
+        same_row = slots["region"][0][:, None] == slots["image"][0, ::n_token("image")]     # (R, M)
+        media["region"] = {"boxes": media["region"], "image": media["image"], "image_of": same_row.int().argmax(1)}
+    return media, slots
 
 
-def box_targets(rendered, places, given):
-    """-> {} or {"at": what is to be said there}: slots (2, m), boxes (m, 4) of the frame, all boxes given (R, 4), and where
-    masks are known masks (m, 1, S, S) and image (m, 3, S, S), the picture of each for SAM."""
-    slots, boxes, pictures = asked(rendered, places, "box")
-    if not boxes:
-        return {}
-    out = {"slots": slots, "boxes": torch.stack([box.tensor for box in boxes]), "given": given}
+def stack_targets(rendered, lengths, places, given):
+    """-> targets of a Batch. given: all its boxes (R, 4)."""
+    makers, targets = {"at": partial(box_targets, given=given), "vg": find_targets}, {}
+    for writer, rows in asked(rendered, lengths, places).items():
+        slots, parts, pictures = zip(*rows)
+        targets[writer] = {"slots": torch.cat(slots, 1)} | makers.get(writer, signal_targets)(parts, pictures)
+    return targets
+
+
+def asked(rendered, lengths, places):
+    """-> {writer: [(slots (2, n) of the tokens that ask, Box or Signal, its picture)]}, nothing that is cut off."""
+    found = {"at": [], "vg": []}                                # these first: losses are summed in this order
+    for r, n, (row, start) in zip(rendered, lengths, places):
+        picture = next((medium for medium, _ in r.slots if medium.kind == "image"), None)
+        for part, at in r.targets:
+            columns = torch.tensor(at).view(-1)                 # one token asks for a box, several for a Signal
+            if columns[-1] < n:
+                slots = torch.stack([torch.full_like(columns, row), start + columns])
+                writer = part.writer if isinstance(part, Signal) else {"box": "at", "find": "vg"}[part.kind]
+                found.setdefault(writer, []).append((slots, part, picture))
+    return {writer: rows for writer, rows in found.items() if rows}
+
+
+def box_targets(boxes, pictures, given):
+    out = {"boxes": torch.stack([box.tensor for box in boxes]), "given": given}             # (m, 4), (R, 4)
     if all(box.sam_mask is not None for box in boxes):
-        out["masks"] = torch.stack([box.sam_mask for box in boxes])
-        out["image"] = torch.stack([picture.sam for picture in pictures])
-    return {"at": out}
+        out["masks"] = torch.stack([box.sam_mask for box in boxes])                         # (m, 1, S, S)
+        out["image"] = torch.stack([picture.sam for picture in pictures])                   # (m, 3, S, S)
+    return out
 
 
-def find_targets(rendered, places):
-    """-> {} or {"vg": what is to be found}: slots (2, m) of the tokens that ask, boxes_cxcywh (m, 4) of the frame, image
-    (m, 3, S, S), the picture of each for the locator."""
-    slots, boxes, pictures = asked(rendered, places, "find")
-    if not boxes:
-        return {}
+def find_targets(boxes, pictures):
     corners = torch.stack([box.tensor for box in boxes]).view(-1, 2, 2)                     # (m, 2, 2)
-    return {"vg": {"slots": slots, "image": torch.stack([picture.det for picture in pictures]),
-                   "boxes_cxcywh": torch.cat([corners.mean(1), corners[:, 1] - corners[:, 0]], 1)}}
+    return {"image": torch.stack([picture.det for picture in pictures]),                    # (m, 3, S, S)
+            "boxes_cxcywh": torch.cat([corners.mean(1), corners[:, 1] - corners[:, 0]], 1)}
 
 
-def with_pictures(boxes, rows, pictures, picture_rows):
-    """Boxes (R, 4) of a batch's rows (R,) and pictures (M, 3, H, W) of rows (M,) -> what a reader of regions wants."""
-    return {"boxes": boxes, "image": pictures, "image_of": (rows[:, None] == picture_rows).int().argmax(1)}
+def signal_targets(signals, pictures):
+    return {"embeds": torch.stack([signal.embeds for signal in signals]).float()}           # (m, ...)
 
 
 def pack_rows(lengths, width):
-    """Place samples in rows of `width` tokens (or of the longest sample's), longest first, each in the first with room.
-
-    -> places [(row, first column)] in the order of `lengths`, and how full each row is.
-    """
-    places, rows, width = [None] * len(lengths), [], max(width, *lengths)
+    """Samples to rows of `width` tokens or of the longest's -> [(row, first column)] of each, how full each row is."""
+    places, rows, width = [None] * len(lengths), [], max(width, *lengths)                   # the longest first
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         row = next((row for row, full in enumerate(rows) if full + lengths[i] <= width), len(rows))
-        rows += [0] * (row == len(rows))
+        if row == len(rows):
+            rows.append(0)
         places[i] = row, rows[row]
         rows[row] += lengths[i]
     return places, rows
@@ -1158,38 +1156,28 @@ def collate(rendered, n_token, pad=0, max_len=2048, mask_pad=False, pack=0, mock
     """Rendered samples -> Batch: cut at max_len (never inside media), pad on the right, stack media by kind.
 
     pack: put short samples into common rows of about so many tokens, told apart by `segments`; 0 = a row for each.
-    mock: one more, whose text is not learned, see datasets.mock. Raises ValueError if a sample has nothing to learn or its
-    media do not fit.
+    mock: one more, not learned, see datasets.mock. ValueError: a sample has nothing to learn, or its media do not fit.
     """
-    rendered = rendered + [mock._replace(labels=[IGNORE] * len(mock.ids))] if mock else rendered
+    for r in rendered:
+        if not r.learns(max_len):
+            raise ValueError(f"a sample of {len(r.ids)} tokens has no answer within max_len = {max_len}")
+    if mock:
+        rendered = [*rendered, mock._replace(labels=[IGNORE] * len(mock.ids))]
     lengths = [min(len(r.ids), max_len) for r in rendered]
     places, rows = pack_rows(lengths, pack) if pack else ([(i, 0) for i in range(len(lengths))], lengths)
     width = max(rows) + (-max(rows) % 64 if pack else 0)        # few sizes: kernels are made for each on some machines
-    ids, labels = (torch.full((len(rows), width), value) for value in (pad, IGNORE))
-    segments, media, slots = torch.zeros_like(ids, dtype=torch.int32), {}, {}
+    ids, labels = (torch.full((len(rows), width), value) for value in (pad, IGNORE))        # (B, T) each
+    segments = torch.zeros_like(ids, dtype=torch.int32)
     for r, n, (row, at) in zip(rendered, lengths, places):
         here = row, slice(at, at + n)
         ids[here], labels[here], segments[here] = torch.tensor(r.ids[:n]), torch.tensor(r.labels[:n]), segments[row].max() + 1
         labels[row, at] = IGNORE                                # nothing comes before it to predict it from
-        if (labels[here] == IGNORE).all() and not (mock and r is rendered[-1]):
-            raise ValueError(f"a sample of {len(r.ids)} tokens has no answer within max_len = {max_len}")
-        for medium, start in r.slots:
-            columns = torch.arange(start, start + n_token(medium.kind))
-            if columns[-1] >= n:
-                raise ValueError(f"{medium.path}: its tokens end at {columns[-1] + 1}, beyond max_len = {max_len}")
-            media.setdefault(medium.kind, []).append(medium.tensor)
-            slots.setdefault(medium.kind, []).append(torch.stack([torch.full_like(columns, row), at + columns]))
-    media, slots = {k: torch.stack(v) for k, v in media.items()}, {k: torch.cat(v, 1) for k, v in slots.items()}
-    targets = box_targets(rendered, places, media.get("box")) | find_targets(rendered, places)
-    targets |= signal_targets(rendered, places, lengths)
-    if "region" in media:
-        picture_rows = slots["image"][0, ::n_token("image")]
-        media["region"] = with_pictures(media["region"], slots["region"][0], media["image"], picture_rows)
+    media, slots = stack_media(rendered, lengths, places, n_token)
+    targets = stack_targets(rendered, lengths, places, media.get("box"))
     return Batch(ids, labels, media, slots, targets, ids != pad if mask_pad else None, segments if pack else None)
 
 
 def to_device(batch, device):
-    """A Batch with all its tensors on a device."""
     def move(x):
         if isinstance(x, dict):
             return {k: move(v) for k, v in x.items()}
@@ -1197,7 +1185,7 @@ def to_device(batch, device):
     return Batch(*map(move, batch))
 
 
-# ---- Data sets
+# ---- Data sets: files -> Samples -> Rendered, in batches
 
 class DataError(ValueError):
     """A record that cannot be used. The message names the file and the record."""
@@ -1218,17 +1206,17 @@ def safe_join(root, name):
 
 
 def read_records(path, unpack=lambda whole: whole):
-    """The list in a .json file, after `unpack` of what it holds, or the lines of a .jsonl file. Raises DataError naming file
-    and line."""
+    """The list in a .json file, after `unpack` of what it holds, or the lines of a .jsonl file. Raises DataError."""
     path, rows = Path(path), []
+    lines = path.suffix == ".jsonl"
     try:
-        if path.suffix != ".jsonl":
-            rows = unpack(json.loads(path.read_text()))
-        else:
-            for number, line in enumerate(path.open(), 1):
+        if lines:
+            for line in path.open():
                 rows.append(json.loads(line))
+        else:
+            rows = unpack(json.loads(path.read_text()))
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        where = f"line {len(rows) + 1}: " if path.suffix == ".jsonl" else ""
+        where = f"line {len(rows) + 1}: " if lines else ""
         raise DataError(f"{path}: {where}{error}") from None
     if not isinstance(rows, list):
         raise DataError(f"{path}: a list of records is expected, not {type(rows).__name__}")
@@ -1236,44 +1224,60 @@ def read_records(path, unpack=lambda whole: whole):
 
 
 KINDS = ("image", "video", "audio")
-TAGS = re.compile("(" + "|".join(f"<{kind}>" for kind in KINDS) + ")")
+TAGS = re.compile("(<image>|<video>|<audio>)")
+
+
+def from_user(row):
+    return row["from"].lower() in ("human", "user")
+
+
+def nonempty(parts):
+    return [part for part in parts if part != ""]
+
+
+def names_of(record, kind):
+    names = record.get(kind) or record.get(f"input_{kind}") or []
+    return [names] if isinstance(names, str) else list(names)
 
 
 def llava_sample(record, root):
-    """LLaVA record {id, image|video|audio: name or names, conversations: [{from, value}]} -> Sample.
-
-    `<image>` (or <video>, <audio>) in a user's text marks the place of the next medium of that kind. Raises DataError
-    if tags and media do not match one to one; a tag in an answer is plain text.
-    """
-    names = {kind: record.get(kind) or record.get(f"input_{kind}") or [] for kind in KINDS}
-    queue = {kind: [v] if isinstance(v, str) else list(v) for kind, v in names.items()}
+    """LLaVA record {id, image|video|audio: name or names, conversations: [{from, value}]} -> Sample. <image> (or <video>,
+    <audio>) in a user's text marks the place of the next medium of that kind; a tag in an answer is plain text."""
+    queue = {kind: names_of(record, kind) for kind in KINDS}    # files that have met no tag yet
     turns, rows = [], record["conversations"]
-    if rows and rows[0]["from"].lower() not in ("human", "user"):
+    if rows and not from_user(rows[0]):
         rows = rows[1:]                                         # parity: a leading answer is dropped
     for i, row in enumerate(rows):
-        if (row["from"].lower() in ("human", "user")) != (i % 2 == 0):
+        if from_user(row) != (i % 2 == 0):
             raise DataError(f"turn {i + 1}: user and assistant must alternate")
-        content = TAGS.split(row["value"]) if i % 2 == 0 else [row["value"]]
+        content = [row["value"]] if i % 2 else TAGS.split(row["value"])                     # text, tag, text, tag, text
         for j in range(1, len(content), 2):
             kind = content[j][1:-1]
             if not queue[kind]:
                 raise DataError(f"turn {i + 1}: more {content[j]} tags than media")
             content[j] = Medium(kind, str(safe_join(root, queue[kind].pop(0))))
-        turns.append([part for part in content if part != ""])
-    if left := [kind for kind in KINDS if queue[kind]]:
-        raise DataError(f"more {left[0]} files than <{left[0]}> tags")
+        turns.append(nonempty(content))
+    for kind in KINDS:
+        if queue[kind]:
+            raise DataError(f"more {kind} files than <{kind}> tags")
     if len(turns) < 2:
         raise DataError("no question with an answer")
-    return Sample(turns[:len(turns) // 2 * 2], str(record.get("id", "")), record)
+    return Sample(turns[:len(turns) // 2 * 2], str(record.get("id", "")), record)           # an open question goes
 
 
-def caption_sample(record, root, ask="generate a caption"):
-    """Caption record {image_name|video_name|audio_name, caption} -> Sample that asks for the caption."""
-    kind = next((kind for kind in KINDS if f"{kind}_name" in record), None)
-    if kind is None:
-        raise DataError("neither image_name, video_name nor audio_name")
-    medium = Medium(kind, str(safe_join(root, record[f"{kind}_name"])))
-    return Sample([[f"{ask}\n", medium], [record["caption"]]], str(record.get("id", "")), record)
+def captioned(record):
+    """Kind and name of the medium of a caption record {image_name|video_name|audio_name, caption}. Raises DataError."""
+    for kind in KINDS:
+        if f"{kind}_name" in record:
+            return kind, record[f"{kind}_name"]
+    raise DataError("neither image_name, video_name nor audio_name")
+
+
+def caption_sample(record, root):
+    """Caption record -> Sample that asks for the caption."""
+    kind, name = captioned(record)
+    medium = Medium(kind, str(safe_join(root, name)))
+    return Sample([["generate a caption\n", medium], [record["caption"]]], str(record.get("id", "")), record)
 
 
 @contextmanager
@@ -1289,11 +1293,7 @@ def naming(path, i, record):
 
 
 class Conversations:
-    """A data set file as Samples. Records of the LLaVA and of the caption format may stand in one file.
-
-    Raises DataError naming file and record for one that is malformed.
-    """
-
+    """A file of LLaVA and caption records as Samples. Raises DataError naming file and record for a malformed one."""
     def __init__(self, path, root=None):
         self.path, self.root = Path(path), Path(root or Path(path).parent)
         self.records = read_records(path)
@@ -1310,25 +1310,29 @@ class Conversations:
             return (llava_sample if "conversations" in record else caption_sample)(record, self.root)
 
 
+@dataclass(eq=False, repr=False)
 class Prepared(torch.utils.data.Dataset):
-    """Data sets -> Rendered samples with their media loaded. An unusable record gives way to the next and is counted.
+    """Data sets -> Rendered samples with their media loaded. An unusable one gives way to the next and is counted."""
+    sets: list
+    tok: Tokenizer
+    system: System
+    template: Template
+    n_token: Callable                   # kind -> placeholders of a medium
+    spec: MediaSpec
+    max_bad: int = 0                    # how many may be replaced before DataError or MediaError ends the run
+    media_front: bool = False           # see media_in_front
+    where: list | None = None           # a mixture: (set, record) numbers in their order; None: all
+    max_len: int = sys.maxsize          # ids of a sample; of a longer one the last go, but none of media and boxes
 
-    max_bad: how many may be replaced before DataError or MediaError ends the run. media_front: see media_in_front.
-    max_len: ids of a sample; of a longer one the last go, but none of media and boxes.
-    where: a mixture, the (set, record) numbers in their order; default: every record of every set.
-    """
-
-    def __init__(self, sets, tok, system, template, n_token, spec, max_bad=0, media_front=False, where=None,
-                 max_len=sys.maxsize):
-        self.sets, self.tok, self.system, self.template, self.max_len = sets, tok, system, template, max_len
-        self.n_token, self.spec, self.max_bad, self.media_front = n_token, spec, max_bad, media_front
-        self.protected = {tok.special[name] for name in (*tok.added, system.frame[1]) if name in tok.special}
-        everything = [(s, i) for s in range(len(sets)) for i in range(len(sets[s]))]
-        self.where = everything if where is None else where
-        sizes = [one.sizes() for one in sets]
+    def __post_init__(self):
+        names = (*self.tok.added, self.system.frame[1])
+        self.protected = {self.tok.special[name] for name in names if name in self.tok.special}
+        if self.where is None:
+            self.where = [(s, i) for s, one in enumerate(self.sets) for i in range(len(one))]
+        sizes = [one.sizes() for one in self.sets]
         self.sizes = [sizes[s][i] for s, i in self.where]       # rough length of each sample
         self.bad = {}                                           # number of an unusable record: why
-        self.is_bad = torch.zeros(len(self.where), dtype=torch.bool).share_memory_()        # what all loader workers found
+        self.is_bad = torch.zeros(len(self.where), dtype=torch.bool).share_memory_()        # by all loader workers
 
     def __len__(self):
         return len(self.where)
@@ -1359,32 +1363,27 @@ class Prepared(torch.utils.data.Dataset):
             turns = [media_in_front(turn, self.template) for turn in turns]
         full = self.render(turns)
         r = truncate(full, self.max_len, self.protected)
-        if r is not full and (len(r.ids) > self.max_len or set(r.labels[1:]) == {IGNORE}):
+        if r is not full and (len(r.ids) > self.max_len or not r.learns()):
             raise DataError(f"{self.sets[s].path}: record {i}: nothing to learn within max_len = {self.max_len}")
         return r
 
     def render(self, turns):
-        """Loaded turns as the model learns them."""
         return render(turns, self.tok, self.system, self.template, self.n_token, train=True)
 
     def show(self, i):
         """A sample as the model sees it, what it learns in brackets."""
-        tok, out = self.tok, self[i]
-        runs = [(label != IGNORE, tok.names.get(id) or tok.sp.id_to_piece(id)) for id, label in zip(out.ids, out.labels)]
-        text = "".join(("[" if on and not before else "]" if before and not on else "") + piece
-                       for (on, piece), (before, _) in zip(runs, [(False, "")] + runs))
-        return text.replace("▁", " ") + "]" * runs[-1][0]
+        out, parts = self[i], []
+        for learned, run in groupby(zip(out.ids, out.labels), lambda pair: pair[1] != IGNORE):
+            text = "".join(self.tok.names.get(id) or self.tok.sp.id_to_piece(id) for id, _ in run)
+            parts.append(f"[{text}]" if learned else text)
+        return "".join(parts).replace("▁", " ")
 
 
 def epoch_batches(sizes, batch, seed, epoch, ordered=False):
-    """Batches of sample numbers for one epoch, in an order that depends on nothing but the arguments.
-
-    ordered: batches hold the samples as they come.
-    Within a batch the short samples come first, so that micro-batches cut from it are padded little while the batch
-    stays a fair draw. The rest that fills no batch is left out (unless it is all there is).
-    """
+    """Batches of sample numbers for one epoch, shuffled (unless `ordered`) as the arguments alone decide."""
     order = list(range(len(sizes)))
     if not ordered:
         random.Random(f"{seed}/{epoch}").shuffle(order)
-    order = order[:max(len(order) - len(order) % batch, batch)]
+    order = order[:max(len(order) - len(order) % batch, batch)]                             # whole batches, or all
+    # Short samples first: micro-batches cut from a batch are padded little, while the batch stays a fair draw.
     return [sorted(order[i:i + batch], key=lambda j: (sizes[j], j)) for i in range(0, len(order), batch)]

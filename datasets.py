@@ -1,31 +1,32 @@
 """Data set files of the published systems -> Samples.
 
-In order: masks (COCO polygons and run lengths), records, parts of turns, prompts, NExT-Chat's formats, mixtures; NExT-GPT
-(caption pairs, conversations that show or ask for media, the order of its batches); ChatterBox. Nothing in a file is
-trusted: text stays text, numbers are checked, what is wrong is a DataError naming file and record. Boxes are xyxy
-pixels of the picture. Formats: Shikra (arXiv 2306.15195), NExT-Chat (arXiv 2311.04498), NExT-GPT (arXiv 2309.05519) and
-ChatterBox (arXiv 2401.13307).
+In order: masks (COCO polygons and run lengths), records, parts of turns, prompts, NExT-Chat's formats, mixtures;
+NExT-GPT; ChatterBox. Nothing in a file is trusted: text stays text, numbers are checked, what is wrong is a DataError
+naming file and record; functions here raise one, or a KeyError, for a bad record. Boxes are xyxy pixels of the picture.
+Formats: Shikra (arXiv 2306.15195), NExT-Chat (2311.04498), NExT-GPT (2309.05519), ChatterBox (2401.13307).
 """
 import json
 import math
 import re
 import sys
 from functools import partial
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 
-from data import (KINDS, MAX_PIXELS, TAGS, Box, Conversations, DataError, MediaError, Medium, Sample, Signal, Unfit, check_box,
-                  check_file, llava_sample, naming, read_records, safe_join)
+from data import (MAX_PIXELS, TAGS, Box, Conversations, DataError, MediaError, Medium, Sample, Signal, Unfit, captioned,
+                  check_box, check_file, from_user, is_box, llava_sample, naming, nonempty, parts_of, read_records,
+                  safe_join)
 
 
 # ---- Masks
 
 def edge(a, b):
     """Lattice points from a to b (each int (2,)), one a step along the longer axis, as COCO's routine draws them."""
-    axis = int(abs(b - a)[1] > abs(b - a)[0])
+    axis = int(abs(b - a)[1] > abs(b - a)[0])                   # 0: x is the longer
     if a[axis] > b[axis]:
         return edge(b, a)[::-1]
     steps = np.arange(b[axis] - a[axis] + 1)
@@ -39,11 +40,11 @@ def edge(a, b):
 def polygon_mask(xy, height, width):
     """Corners (n, 2) in pixels -> uint8 (H, W). The outline is drawn five times as large; columns flip where it is."""
     corners = (5 * xy + 0.5).astype(int)
-    line = np.concatenate([edge(a, b) for a, b in zip(corners, np.roll(corners, -1, axis=0))])
+    line = np.concatenate([edge(a, b) for a, b in zip(corners, np.roll(corners, -1, axis=0))])              # (points, 2)
     (x0, y0), (x1, y1) = line[:-1].T, line[1:].T
-    x = (np.where(x1 < x0, x1, x1 - 1) + 0.5) / 5 - 0.5
+    x = (np.where(x1 < x0, x1, x1 - 1) + 0.5) / 5 - 0.5         # back at the scale of pixels
     y = np.ceil(((np.minimum(y0, y1) + 0.5) / 5 - 0.5).clip(0, height))
-    crossing = (x0 != x1) & (x == np.floor(x)) & (x >= 0) & (x < width)
+    crossing = (x0 != x1) & (x == np.floor(x)) & (x >= 0) & (x < width)                     # at a column's middle
     flips = np.bincount((x * height + y)[crossing].astype(int), minlength=height * width)[:height * width]
     return (flips.cumsum() % 2).astype(np.uint8).reshape(width, height).T                   # pixels go column by column
 
@@ -54,9 +55,9 @@ def rle_counts(text):
     for c in text.encode():
         if not 48 <= c < 112 or shift > 30:
             raise DataError(f"run lengths {text!r:.40}: not COCO's compressed form")
-        value |= (c - 48 & 31) << shift
+        value |= (c - 48 & 31) << shift                         # 48 is "0", of the 64 printable characters used
         shift += 5
-        if not c - 48 & 32:
+        if not c - 48 & 32:                                     # the sixth bit: more follows
             value -= (c - 48 & 16) << shift - 4                 # the sign
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
             value = shift = 0
@@ -78,14 +79,16 @@ def rle_text(counts):
 
 
 def rle_mask(rle):
-    """COCO run lengths {size: [H, W], counts: text or list} -> uint8 (H, W). Raises DataError."""
+    """COCO run lengths {size: [H, W], counts: text or list} -> uint8 (H, W)."""
     size, counts = rle["size"], rle["counts"]
-    if not is_list(size, int) or len(size) != 2 or min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
+    if not (is_list(size, int) and len(size) == 2 and is_size(*size)):
         raise DataError(f"run lengths of size {size!r:.40}")
+    height, width = size
     counts = rle_counts(counts) if isinstance(counts, str) else counts
-    if not is_list(counts, int) or min(counts, default=0) < 0 or sum(counts) != size[0] * size[1]:
-        raise DataError(f"run lengths that do not fill {size[0]}x{size[1]}")
-    return np.repeat(np.arange(len(counts)) % 2, counts).astype(np.uint8).reshape(size[1], size[0]).T
+    if not is_list(counts, int) or min(counts, default=0) < 0 or sum(counts) != height * width:
+        raise DataError(f"run lengths that do not fill {height}x{width}")
+    runs = np.repeat(np.arange(len(counts)) % 2, counts)        # zeros come first, then ones and zeros take turns
+    return runs.astype(np.uint8).reshape(width, height).T       # column by column
 
 
 def mask_rle(mask):
@@ -96,24 +99,26 @@ def mask_rle(mask):
     return {"size": list(mask.shape), "counts": rle_text([0, *counts] if flat[0] else counts)}
 
 
-def segmentation_mask(parts, height, width):
-    """A list of polygons [x1, y1, x2, ...] or of run lengths -> their sum, uint8 (H, W). Raises DataError.
+def is_size(height, width):
+    """Whether two values from a file are the size of a bearable picture."""
+    return type(height) is type(width) is int and min(height, width) > 0 and height * width <= MAX_PIXELS
 
-    parity: where polygons overlap the sum is above 1.
-    """
-    if not all(type(n) is int and n > 0 for n in (height, width)) or height * width > MAX_PIXELS:
+
+def segmentation_mask(parts, height, width):
+    """A list of polygons [x1, y1, x2, ...] or of run lengths -> their sum, uint8 (H, W)."""
+    if not is_size(height, width):
         raise DataError(f"a picture of {width!r:.20}x{height!r:.20}")
     total = np.zeros((height, width), np.uint8)
     for part in parts:
         mask = rle_mask(part) if isinstance(part, dict) else polygon_mask(corners(part, height, width), height, width)
         if mask.shape != total.shape:
             raise DataError(f"a mask of {mask.shape} for a picture of {total.shape}")
-        total += mask
+        total += mask                                           # parity: above 1 where polygons overlap
     return total
 
 
 def corners(numbers, height, width):
-    """A polygon of a file as (n, 2), not further outside than the picture is large. Raises DataError."""
+    """A polygon of a file as (n, 2), not further outside than the picture is large."""
     if not is_list(numbers, (int, float)) or len(numbers) % 2 or not 6 <= len(numbers) <= 20000:
         raise DataError(f"polygon {numbers!r:.60}: three or more pairs of numbers are expected")
     xy = np.array(numbers, float).reshape(-1, 2)
@@ -125,7 +130,7 @@ def corners(numbers, height, width):
 # ---- Records
 
 class Lines:
-    """The records of a .jsonl file, read when asked for: only the places of the lines are held. Raises DataError."""
+    """The records of a .jsonl file, read when asked for: only the places of the lines are held."""
     LONGEST = 1 << 20                   # bytes of a record
 
     def __init__(self, path):
@@ -152,7 +157,7 @@ class Lines:
 
 
 def field(row, key, kind=str):
-    """row[key], which must be of a kind. Raises DataError or KeyError."""
+    """row[key], which must be of a kind."""
     value = row[key]
     if not isinstance(value, kind):
         raise DataError(f"{key} is {value!r:.40}, not of type {getattr(kind, '__name__', 'str or int')}")
@@ -160,7 +165,7 @@ def field(row, key, kind=str):
 
 
 def texts(row, key):
-    """row[key], one or more texts. Raises DataError or KeyError."""
+    """row[key], one or more texts."""
     if not row[key] or not is_list(row[key], str):
         raise DataError(f"{key} is {row[key]!r:.40}, not one or more texts")
     return row[key]
@@ -177,12 +182,12 @@ MAX_BOXES = 100                         # in a record
 
 
 def box_of(row, mask=None):
-    """The box of a record, inside its picture where the record says how large that is. Raises DataError."""
+    """The box of a record, inside its picture where the record says how large that is."""
     return Box(check_box(row["bbox"], row.get("width", np.inf), row.get("height", np.inf)), mask)
 
 
 def boxes_of(row, key="boxes"):
-    """The boxes of a record as tuples. Raises DataError for one that is malformed or for more than MAX_BOXES."""
+    """The boxes of a record as tuples."""
     rows = field(row, key, list)
     if len(rows) > MAX_BOXES:
         raise DataError(f"{len(rows)} {key}, more than {MAX_BOXES}")
@@ -190,22 +195,21 @@ def boxes_of(row, key="boxes"):
 
 
 def pick(boxes, numbers):
-    """Fresh Boxes of a list of box numbers. Raises DataError."""
+    """Fresh Boxes of a list of box numbers."""
     if not is_list(numbers, int) or not all(0 <= n < len(boxes) for n in numbers):
         raise DataError(f"box numbers {numbers!r:.40}, there are {len(boxes)} boxes")
     return [Box(boxes[n]) for n in numbers]
 
 
 def phrases(text, groups, boxes):
-    """"<ph_st>a dog<ph_ed> runs", [[0]] -> ["a dog", Box, " runs"]. Raises DataError if a phrase has no group."""
-    chunks = text.replace("<ph_st>", "").split("<ph_ed>")
-    if len(chunks) - 1 != len(groups):
-        raise DataError(f"{len(chunks) - 1} phrases with boxes, {len(groups)} lists of box numbers")
-    return chunks[:1] + [part for chunk, group in zip(chunks[1:], groups) for part in [*pick(boxes, group), chunk]]
+    """"<ph_st>a dog<ph_ed> runs", [[0]] -> ["a dog", Box, " runs"]."""
+    first, *chunks = text.replace("<ph_st>", "").split("<ph_ed>")
+    if len(chunks) != len(groups):
+        raise DataError(f"{len(chunks)} phrases with boxes, {len(groups)} lists of box numbers")
+    return [first, *chain(*([*pick(boxes, group), chunk] for group, chunk in zip(groups, chunks)))]
 
 
 def bare(text):
-    """A text without the marks of its phrases."""
     return text.replace("<ph_st>", "").replace("<ph_ed>", "")
 
 
@@ -213,12 +217,13 @@ def words(tokens, boxes):
     """VCR's lists of words and of lists of box numbers -> parts with blanks between them."""
     if not isinstance(tokens, list):
         raise DataError(f"words {tokens!r:.40}: a list is expected")
-    parts = [[token] if isinstance(token, str) else pick(boxes, token) for token in tokens]
-    return [part for i, group in enumerate(parts) for part in [*[" "] * (i > 0), *group]]
+    parts = []
+    for token in tokens:
+        parts += [" ", token] if isinstance(token, str) else [" ", *pick(boxes, token)]
+    return parts[1:]
 
 
 def answer_is(text):
-    """The answer of a short question."""
     return [f"The answer is {text}."]
 
 
@@ -249,17 +254,13 @@ PLACES = {"image", "expr", "objs", "question"}
 
 
 def load_prompts(path):
-    """Prompts from JSON in a layout of the originals; ours for other tasks. NExT-Chat's is {task: [prompt, ...]}, perhaps
-    under "v1"; ChatterBox's {placeholder, set: {prefix, questions, heads, tails, ...}}, see talks_of.
-
-    Raises DataError naming file and prompt if it has not exactly one <image>, or a place that nothing fills.
-    """
+    """Prompts from JSON in a layout of the originals; ours for other tasks."""
     tables, out = json.loads(Path(path).read_text()), dict(PROMPTS)
     if not isinstance(tables, dict):
         raise DataError(f"{path}: lists of prompts by task are expected, not {type(tables).__name__}")
-    if "placeholder" in tables:
+    if "placeholder" in tables:                                 # ChatterBox: {placeholder, set: {prefix, ...}}
         return out | talks_of(tables, path)
-    for task, prompts in tables.get("v1", tables).items():
+    for task, prompts in tables.get("v1", tables).items():      # NExT-Chat: {task: [prompt, ...]}
         for prompt in prompts:
             places = re.findall(r"<(\w+)>", prompt)
             if places.count("image") != 1 or not set(places) <= PLACES:
@@ -277,8 +278,9 @@ class Ask(NamedTuple):
     def __call__(self, **values):
         """Parts of a prompt drawn at random, each <name> in it replaced by the parts of that name."""
         values["image"] = [self.picture]
-        chunks = re.split(r"<(\w+)>", str(self.rng.choice(self.prompts)))
-        return [part for i, chunk in enumerate(chunks) for part in (values[chunk] if i % 2 else [chunk]) if part != ""]
+        start, *chunks = re.split(r"<(\w+)>", str(self.rng.choice(self.prompts)))           # text, name, text
+        filled = ([*values[name], text] for name, text in zip(chunks[::2], chunks[1::2]))
+        return nonempty([start, *chain(*filled)])
 
 
 # ---- Formats: (record, ask) -> turns
@@ -380,31 +382,33 @@ def vcr(row, ask, version):
     a, r = (label_of(row, f"{kind}_label") for kind in ("answer", "rationale"))
     parts = {
         "question": ["QUESTION: ", *words(field(row, "question", list), boxes)],
-        "options": ["OPTIONS: ", *lettered(answers), VCR_CHOOSE.format(" ")],
-        "choices": ["RATIONALE OPTIONS: ", *lettered(rationales),
-                    VCR_CHOOSE.format(" that explains the above answer ")],
+        "options": ["OPTIONS:", *lettered(answers), VCR_CHOOSE.format(" ")],
+        "choices": ["RATIONALE OPTIONS:", *lettered(rationales), VCR_CHOOSE.format(" that explains the above answer ")],
         "given": ["ANSWER: ", *answers[a]],
         "why": ["You should explain the reason for the above answer."],
         "answer": answers[a], "rationale": rationales[r],
         "letter": answer_is(f"({LETTERS[a]})"), "reason": answer_is(f"({LETTERS[r]})"),
     }
-    turns = []
-    for names in VCR[version]:
-        turn = []
-        for name in names.split():
-            turn += [" \n" if name in ("options", "choices", "given") else " "] * bool(turn) + parts[name]
-        turns.append(turn)
-    return [ask(question=turns[0]), *turns[1:]]
+    first, *others = (vcr_turn(names.split(), parts) for names in VCR[version])
+    return [ask(question=first), *others]
+
+
+def vcr_turn(names, parts):
+    turn = []
+    for name in names:
+        if turn:
+            turn.append(" \n" if name in ("options", "choices", "given") else " ")
+        turn += parts[name]
+    return turn
 
 
 def lettered(choices):
-    """"(A) ... (B) ..." of lists of parts."""
-    return [part for i, (letter, choice) in enumerate(zip(LETTERS, choices))
-            for part in [" " * (i > 0) + f"({letter}) ", *choice]]
+    """" (A) ... (B) ..." of lists of parts."""
+    return [part for letter, choice in zip(LETTERS, choices) for part in (f" ({letter}) ", *choice)]
 
 
 def label_of(row, key):
-    """Which of four choices is right. Raises DataError."""
+    """Which of four choices is right."""
     if row[key] not in range(4) or type(row[key]) is not int:
         raise DataError(f"{key} {row[key]!r:.20}: 0, 1, 2 or 3 is expected")
     return row[key]
@@ -417,19 +421,19 @@ def point_qa(row, ask, key="question"):
 
 def visual7w(row, ask):
     """Which of some boxes? They are listed in a random order."""
-    boxes, order = boxes_of(row, "candidates"), list(range(len(row["candidates"])))
-    answer = check_box(row["answer"])
+    boxes, answer = boxes_of(row, "candidates"), check_box(row["answer"])
     if answer not in boxes:
         raise DataError(f"answer {answer} is none of the candidates")
+    order = list(range(len(boxes)))
     ask.rng.shuffle(order)
-    listed = [part for n in order for part in [Box(boxes[n]), " "]]
+    listed = [part for n in order for part in (Box(boxes[n]), " ")]
     return [ask(question=[field(row, "question"), " Candidates: ", *listed, "answer in box format."]),
             ["The answer is ", Box(answer), " ."]]
 
 
 def gqa(row, ask, version):
-    """a the answer, c reasons, bc reasons with boxes, s the steps of the question's program. Forms that need the scene
-    graphs are left out; no published model was trained on them."""
+    """a the answer, c reasons, bc reasons with boxes, s the steps of the question's program."""
+    # Forms that need the scene graphs are left out; no published model was trained on them.
     answer = answer_is(field(row, "answer"))
     if version in ("c", "bc"):
         cot = field(row, "cot", dict)
@@ -477,12 +481,7 @@ FORMATS = {
 
 
 class Rows:
-    """A data set file in one of FORMATS as Samples, pictures in the folder `images`.
-
-    Prompts and other choices depend on seed and record number alone. Raises ValueError for an unknown format, DataError
-    naming file and record for a record that is malformed.
-    """
-
+    """A file in one of FORMATS as Samples, pictures in the folder `images`. Raises ValueError for another format."""
     def __init__(self, path, format, images, prompts=PROMPTS, seed=0):
         if format not in FORMATS:
             raise ValueError(f"{path}: no format {format!r}; there are: {', '.join(FORMATS)}")
@@ -496,13 +495,13 @@ class Rows:
     def sizes(self):
         """Rough length of each record."""
         if isinstance(self.records, Lines):
-            return np.diff(self.records.ends).tolist()
+            return np.diff(self.records.ends).tolist()          # without reading them
         return [len(str(record)) for record in self.records]
 
     def __getitem__(self, i):
-        row = self.records[i]
+        row, rng = self.records[i], np.random.default_rng([self.seed, i])                   # whatever came before
         with naming(self.path, i, row):
-            return to_sample(row, self.format, self.images, self.prompts, np.random.default_rng([self.seed, i]))
+            return to_sample(row, self.format, self.images, self.prompts, rng)
 
 
 class Part:
@@ -516,7 +515,6 @@ class Part:
         return len(self.index)
 
     def sizes(self):
-        """Rough length of each record."""
         sizes = self.whole.sizes()
         return [sizes[i] for i in self.index]
 
@@ -525,8 +523,8 @@ class Part:
 
 
 def open_set(name, media="", draw=False, prompts=PROMPTS):
-    """The data set FILE (LLaVA or caption records), nextgpt:FILE (see Dialogs) or FORMAT:FILE, a row of FORMATS that asks in
-    words of `prompts`; its media in the folder `media`, default beside the file. FILE@0.25 is a quarter of its records."""
+    """The data set FILE (LLaVA or caption records), nextgpt:FILE (see Dialogs) or FORMAT:FILE, a row of FORMATS that asks
+    in words of `prompts`; media in the folder `media`, default beside the file. FILE@0.25: a quarter of its records."""
     if re.search(r"@[\d.]+$", name):
         name, _, share = name.rpartition("@")
         return Part(open_set(name, media, draw, prompts), float(share))
@@ -537,12 +535,12 @@ def open_set(name, media="", draw=False, prompts=PROMPTS):
 
 
 def to_sample(row, format, images, prompts, rng):
-    """A record -> Sample. Raises DataError (and what the standard types raise for a record that is no dict)."""
+    """A record -> Sample. Raises what the standard types raise, too, for a record that is no dict."""
     name = str(field(row, format.picture, (str, int)))
     picture = Medium("image", str(safe_join(images, format.name.replace("*", name))), stretch=format.stretch)
     turns = format.turns(row, Ask(prompts, picture, rng))
     if format.moves:
-        move(picture, [part for turn in turns for part in turn if isinstance(part, Box)], row["width"], row["height"], rng)
+        move(picture, parts_of(turns, Box), row["width"], row["height"], rng)
     return Sample(turns, str(row.get("id", row.get("question_id", ""))), row)
 
 
@@ -565,26 +563,23 @@ def shuffled(sources, seed=42, portion=1):
 
 
 def interleave(sources, p=None, seed=None, all_exhausted=False):
-    """Items of several sources, the next one's drawn with probabilities p, until the first source is used up.
-
-    all_exhausted: until each has been, shorter ones starting again. Without p they take turns, in whole rounds.
-    """
+    """Items of several sources, the next one's drawn with probabilities p, until the first (or each) is used up."""
+    n_rounds, used_up = (max, all) if all_exhausted else (min, any)
     lengths = [len(source) for source in sources]
-    if p is None:
-        return [source[i % len(source)] for i in range((max if all_exhausted else min)(lengths)) for source in sources]
-    draws, at, out = draw(len(sources), p, seed), [0] * len(sources), []
-    while not (all if all_exhausted else any)(i >= n for i, n in zip(at, lengths)):
-        s = next(draws)
-        out.append(sources[s][at[s] % lengths[s]])
+    if p is None:                                               # they take turns
+        return [source[i % len(source)] for i in range(n_rounds(lengths)) for source in sources]
+    order, at, out = draw(len(sources), p, seed), [0] * len(sources), []                    # at: drawn of each
+    while not used_up(i >= n for i, n in zip(at, lengths)):
+        s = next(order)
+        out.append(sources[s][at[s] % lengths[s]])              # shorter ones start again
         at[s] += 1
     return out
 
 
 def draw(n, p, seed):
-    """Endless source numbers."""
     rng = np.random.default_rng(seed)
     while True:
-        yield from rng.choice(n, 1000, p=p).tolist()
+        yield from rng.choice(n, 1000, p=p).tolist()            # parity: a thousand at a time
 
 
 def nextchat_1(s):
@@ -617,18 +612,14 @@ SOURCES = {                             # name in a mixture of NExT-Chat -> form
 
 
 class Sources(dict):
-    """{name: items} of data sets in a folder, each opened when a mixture asks for it; `sets` has them in that order.
-
-    Pictures of a set lie in the folder of its name within `media`, if there is one (a link, perhaps), else in `media`.
-    """
-
+    """{name: items} of data sets in a folder, each opened when a mixture asks for it; `sets` has them in that order."""
     def __init__(self, folder, media, prompts):
         super().__init__()
         self.folder, self.media, self.prompts, self.sets = Path(folder), Path(media), prompts, []
 
-    def __missing__(self, name):
+    def __missing__(self, name):                                # dict asks this for a key that it lacks
         format, file = SOURCES[name].split(":")
-        own = self.media / name
+        own = self.media / name                                 # a link, perhaps, to where its pictures lie
         self.sets.append(Rows(self.folder / file, format, own if own.is_dir() else self.media, self.prompts))
         self[name] = [(len(self.sets) - 1, i) for i in range(len(self.sets[-1]))]
         return self[name]
@@ -666,7 +657,6 @@ def process_caption(text):
 
 
 def shown(kind, name, root):
-    """The Medium of a file name."""
     return Medium(kind, str(safe_join(root / f"{kind}s", name)))
 
 
@@ -676,75 +666,77 @@ def drawn(kind, name, root):
 
 
 def pair_turns(row, root, draw):
-    """{image_name|video_name|audio_name, caption} -> turns that ask for the caption, or (draw) for the medium."""
-    kind = next((kind for kind in KINDS if f"{kind}_name" in row), None)
-    if kind is None:
-        raise DataError("neither image_name, video_name nor audio_name")
-    caption, name = process_caption(row["caption"]), row[f"{kind}_name"]
+    """A caption record -> turns that ask for the caption, or (draw) for the medium."""
+    (kind, name), caption = captioned(row), process_caption(row["caption"])
     if draw:
         return [[caption], [caption, drawn(kind, name, root)]]
     return [[shown(kind, name, root), "generate a caption"], [caption]]
 
 
-def alpaca_turns(row, root):
-    """{instruction, input, output}. parity: nothing stands between the first two."""
-    return [[row["instruction"] + row["input"]], [row["output"]]]
-
-
 def spoken(row):
-    """The rows of a conversation. Raises DataError unless user and assistant alternate and an answer ends it."""
+    """The rows of a conversation."""
     turns = row["conversation"] if "conversation" in row else row["conversations"]
-    users = [turn["from"].lower() in ("human", "user") for turn in turns]
+    users = [from_user(turn) for turn in turns]
     if not turns or users != [True, False] * (len(turns) // 2):
         raise DataError(f"user and assistant must alternate, and an answer end the conversation: {users}")
     return turns
 
 
-def dialog_turns(row, root):
-    """PandaGPT's and NExT-GPT's conversations -> turns.
+def untagged(text):
+    """A text without its tags, and the kind of the first: "image" of <image>."""
+    tag = TAGS.search(text)
+    return (TAGS.sub("", text).strip(), tag[0][1:-1]) if tag else (text, "")
 
-    A turn's medium follows from its modality or its <image> tag; where there is neither, the first question shows the
-    record's picture, unless that is called 00000000000. With image_wh, answers name boxes as in ChatterBox's sets.
-    """
-    out, pictured = [], (row.get("image_name") or row.get("image") or "").strip("0")
+
+def file_of(row, kind, i):
+    """The file that turn i of a record shows or, in an answer, asks for; each data set has its own key for it."""
+    given = f"{kind}_name", f"input_{kind}", kind, "mm_name"
+    asked = "mm_name", f"output_{kind}", f"{kind}_name"
+    name = next((row[key] for key in (asked if i % 2 else given) if key in row), None)
+    if kind not in WRITERS or name is None:
+        raise DataError(f"turn {i + 1}: no file of the kind {kind!r:.40}; there are {', '.join(WRITERS)}")
+    return name
+
+
+def dialog_turns(row, root):
+    """PandaGPT's and NExT-GPT's conversations -> turns. A turn's modality or its <image> tag tells its medium."""
+    out, pictured = [], (row.get("image_name") or row.get("image") or "").strip("0")        # 00000000000: there is none
     for i, turn in enumerate(spoken(row)):
-        text, tag = turn["value"], TAGS.search(turn["value"])
-        kind = turn.get("output_modality" if i % 2 else "input_modality")
-        kind = kind or (tag[0][1:-1] if tag else "image" if pictured and i == 0 else "text")
-        text = TAGS.sub("", text).strip() if tag else text
-        asked, given = ("mm_name", f"output_{kind}", f"{kind}_name"), (f"{kind}_name", f"input_{kind}", kind, "mm_name")
-        name = next((row[key] for key in (asked if i % 2 else given) if key in row), None)
-        if kind != "text" and (kind not in WRITERS or name is None):
-            raise DataError(f"turn {i + 1}: no file of the kind {kind!r:.40}; there are {', '.join(WRITERS)}")
-        if kind == "text":
-            text, boxes = annotated(text, check_box) if i % 2 and "image_wh" in row else (text, [])
+        text, tag = untagged(turn["value"])
+        usual = "image" if pictured and i == 0 else "text"      # the first question shows the record's picture
+        kind = turn.get("output_modality" if i % 2 else "input_modality") or tag or usual
+        if kind != "text":
+            name = file_of(row, kind, i)
+            out.append([text, drawn(kind, name, root)] if i % 2 else [shown(kind, name, root), text])
+        elif i % 2 and "image_wh" in row:                       # answers name boxes as in ChatterBox's sets
+            text, boxes = annotated(text, check_box)
             out.append([text, *(Box(box) for _, box in boxes)])
         else:
-            out.append([text, drawn(kind, name, root)] if i % 2 else [shown(kind, name, root), text])
+            out.append([text])
     return out
 
 
 def mosit_turns(row, root):
     """MosIT's dialogs: {image_list, video_list, audio_list, conversation}; texts hold <Image>its caption</Image>."""
-    names = {(kind, item["caption"]): item[f"{kind}_name"] for kind in KINDS for item in row[f"{kind}_list"]}
+    names = {(kind, item["caption"]): item[f"{kind}_name"] for kind in WRITERS for item in row[f"{kind}_list"]}
     out = []
     for i, turn in enumerate(spoken(row)):
-        text, *found = INLINE.split(turn["value"])
+        make = drawn if i % 2 else shown
+        text, *found = INLINE.split(turn["value"])              # text, kind, caption, text, kind, caption, text
         content = [text]
         for kind, caption, text in zip(found[::3], found[1::3], found[2::3]):
-            make = drawn if i % 2 else shown
             content += [make(kind.lower(), names[kind.lower(), caption], root), text]
-        out.append([part for part in content if part != ""])
+        out.append(nonempty(content))
     return out
 
 
 def turns_of(row, root, draw=False):
-    """Turns of a record in any format of this section, told by its keys. Raises DataError, KeyError, TypeError."""
+    """Turns of a record in any format of this section, told by its keys."""
     if "caption" in row:
         return pair_turns(row, root, draw)
-    if "instruction" in row:
-        return alpaca_turns(row, root)
-    return (mosit_turns if "image_list" in row else dialog_turns)(row, root)
+    if "instruction" in row:                                    # Alpaca. parity: nothing stands between the two
+        return [[row["instruction"] + row["input"]], [row["output"]]]
+    return mosit_turns(row, root) if "image_list" in row else dialog_turns(row, root)
 
 
 def read_embedding(path):
@@ -759,64 +751,59 @@ def read_embedding(path):
 
 
 class Dialogs:
-    """A file of NExT-GPT's formats as Samples. Records whose media are absent are passed over, named once on stderr.
-
-    root: see above; default: beside the file. draw: caption pairs teach to draw, not to caption. learn: whether embeddings are
-    needed. Raises DataError naming file and record for one that is malformed.
-    """
+    """A file of NExT-GPT's formats as Samples. Records whose media are absent are passed over, named once on stderr."""
+    # root: see above; default: beside the file. draw: caption pairs teach to draw, not to caption. learn: read embeddings.
 
     def __init__(self, path, root=None, draw=False, learn=True):
         self.path, self.root, self.draw, self.learn = Path(path), Path(root or Path(path).parent), draw, learn
         rows = read_records(path)
         absent = [self.absent(row) for row in rows]
         self.records = [row for row, name in zip(rows, absent) if not name]
-        if names := sorted(set(filter(None, absent))):
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            print(f"{path}: passing over {len(rows) - len(self)} of {len(rows)} records; absent: {shown}", file=sys.stderr)
+        if names := sorted({*absent} - {""}):
+            some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            print(f"{path}: passing over {len(rows) - len(self)} of {len(rows)} records; absent: {some}", file=sys.stderr)
 
     def absent(self, row):
-        """A file that the record needs and that is not there, or "". A malformed record raises when it is asked for."""
+        """A file that the record needs and that is not there, or ""."""
         try:
             turns = turns_of(row, self.root, self.draw)
         except (DataError, KeyError, TypeError, AttributeError, IndexError):
-            return ""
-        paths = (part.path for turn in turns for part in turn if isinstance(part, Medium | Signal if self.learn else Medium))
-        return next((path for path in paths if not Path(path).is_file()), "")
+            return ""                                           # it raises again when it is asked for
+        needed = parts_of(turns, (Medium, Signal) if self.learn else Medium)
+        return next((part.path for part in needed if not Path(part.path).is_file()), "")
 
     def __len__(self):
         return len(self.records)
 
     def sizes(self):
-        """Rough length of each record."""
         return [len(str(record)) for record in self.records]
 
     def __getitem__(self, i):
         row = self.records[i]
         with naming(self.path, i, row):
             turns = turns_of(row, self.root, self.draw)
-        for part in (part for turn in turns for part in turn if self.learn and isinstance(part, Signal)):
-            part.embeds = read_embedding(part.path)
+        for signal in parts_of(turns, Signal) if self.learn else ():
+            signal.embeds = read_embedding(signal.path)
         return Sample(turns, str(row.get("id", "")), row)
 
 
 def in_turns(sizes, batch, seed):
     """Batches of one epoch over several data sets in NExT-GPT's order, as sample numbers counted through all sets.
 
-    A batch is of one set. The sets take turns until the largest was seen; one that is used up starts again in another
-    order. Raises ValueError for a set that fills no batch.
+    A batch is of one set; they take turns until the largest was seen. Raises ValueError for a set that fills no batch.
     """
     if min(sizes) < batch:
         raise ValueError(f"data sets of {sizes} samples: each must fill a batch of {batch}")
     rng = torch.Generator().manual_seed(seed)
 
     def batches(start, n):
-        while True:
+        while True:                                             # a set that is used up starts again in another order
             own = torch.Generator().manual_seed(torch.empty((), dtype=torch.int64).random_(generator=rng).item())
-            order = (start + torch.randperm(n, generator=own)).tolist()
+            order = (start + torch.randperm(n, generator=own)).tolist()                     # as RandomSampler
             yield from (order[i:i + batch] for i in range(0, n - n % batch, batch))
     starts = np.cumsum([0, *sizes]).tolist()
     sets = [batches(start, n) for start, n in zip(starts, sizes)]
-    return [next(one) for _ in range(-(-max(sizes) // batch)) for one in sets]
+    return [next(one) for _ in range(-(-max(sizes) // batch)) for one in sets]              # until the largest is seen
 
 
 # ---- ChatterBox
@@ -835,18 +822,20 @@ PLACE = re.compile(r"[<\[](it|region)[>\]]")
 
 
 def corners_of(box, width=math.inf, height=math.inf):
-    """x, y, width, height of a box from a file -> xyxy. Raises DataError."""
-    if is_list(box, (int, float)) and len(box) == 4:
+    """x, y, width, height of a box from a file -> xyxy."""
+    if is_box(box):
         box = [*box[:2], box[0] + box[2], box[1] + box[3]]
     return check_box(box, width, height)
 
 
 def annotated(text, read):
-    """"A cup. <cup:[1, 2, 3, 4], red jar:[5, 6, 7, 8]>" -> "A cup. ", [("cup", box), ("red jar", box)]. Raises DataError."""
+    """"A cup. <cup:[1, 2, 3, 4], red jar:[5, 6, 7, 8]>" -> "A cup. ", [("cup", box), ("red jar", box)]."""
     found, boxes = ANNOTATION.search(text), []
     if not found:
         return text, []
-    for part in [] if IGNORED.search(found[1]) else found[1].split("]")[:-1]:
+    if IGNORED.search(found[1]):
+        return text[:found.start()], []
+    for part in found[1].split("]")[:-1]:                       # cup:[1, 2, 3, 4
         name, _, numbers = part.partition("[")
         try:
             boxes.append((name.strip(" ,:"), read([float(x) for x in numbers.split(",")])))
@@ -856,17 +845,17 @@ def annotated(text, read):
 
 
 def rounds(row, read=check_box, cut=True):
-    """The rounds of a record's conversation. read: numbers of an annotation -> xyxy. Raises DataError.
-
-    parity: a leading answer is left out; with `cut` a question without annotation loses its last character.
-    """
+    """The rounds of a record's conversation. read: numbers of an annotation -> xyxy."""
     turns = field(row, "conversation", list)
-    turns = turns[1:] if turns and turns[0]["from"] == "gpt" else turns
+    if turns and turns[0]["from"] == "gpt":
+        turns = turns[1:]                                       # parity: a leading answer is left out
     if [turn["from"] for turn in turns] != (["human", "gpt"] * len(turns))[:len(turns)]:
         raise DataError("turns of human and gpt must alternate")
-    texts = [field(turn, "value") for turn in turns]
-    out = [Round(*annotated(q if "<" in q or not cut else q[:-1], read), *annotated(a, read))
-           for q, a in zip(texts[::2], texts[1::2])]
+    texts, out = [field(turn, "value") for turn in turns], []
+    for question, answer in zip(texts[::2], texts[1::2]):
+        if cut and "<" not in question:
+            question = question[:-1]                            # parity: without annotation the last character is lost
+        out.append(Round(*annotated(question, read), *annotated(answer, read)))
     if not out:
         raise DataError("no question with an answer")
     return out
@@ -875,16 +864,14 @@ def rounds(row, read=check_box, cut=True):
 def talk(rows, prefix, picture):
     """Turns of rounds (question, answer), each a list of parts, with the prefix and the picture in it in front."""
     before, after = prefix.split("<image>")
-    turns = [list(turn) for pair in rows for turn in pair]
-    turns[0] = [before, picture, after, *turns[0]]
-    return [[part for part in turn if part != ""] for turn in turns]
+    question, *turns = chain(*rows)
+    return [nonempty(turn) for turn in ([before, picture, after, *question], *turns)]
 
 
 FRONT = "<image>\n "
 
 
 def plain(r):
-    """A round without boxes."""
     return [PLACE.sub(r"\1", r.question)], [r.answer]
 
 
@@ -897,6 +884,12 @@ def late_start(rng, n, last):
     """Where a talk of n rounds begins: anywhere, oftener early, but not after the round `last`."""
     places = [rng.integers(2 * n), *(2 * n // part for part in (2, 4, 6, 8))]               # counted in turns
     return min(int(rng.choice(places)) // 2, last) if n > 1 else 0
+
+
+def up_to(whole, fit, start):
+    """A talk from a start to the next of the rounds that fit (their numbers) -> plain rounds before it, that one."""
+    end = min(i for i in fit if i >= start)
+    return [plain(r) for r in whole[start:end]], whole[end]
 
 
 def cb_gnd(row, ask, read=check_box):
@@ -913,13 +906,11 @@ def cb_chain(row, ask, late=False):
     fit = [i for i, r in enumerate(whole) if len(r.shown) == 1]
     if not fit:
         raise Unfit("no answer has just one box")
-    start = late_start(ask.rng, len(whole), fit[-1]) if late else 0
-    end = min(i for i in fit if i >= start)
-    return talk([*map(plain, whole[start:end]), asking(whole[end])], FRONT, ask.picture)
+    before, last = up_to(whole, fit, late_start(ask.rng, len(whole), fit[-1]) if late else 0)
+    return talk([*before, asking(last)], FRONT, ask.picture)
 
 
 def cb_vqa(row, ask):
-    """A talk without its boxes."""
     return talk(map(plain, rounds(row)), FRONT, ask.picture)
 
 
@@ -927,7 +918,7 @@ def cb_mrg(row, ask):
     """A talk up to a question that names one box, if the lot falls on it: "the region" stands there for the name."""
     whole, rows = rounds(row), []
     for r in whole[late_start(ask.rng, len(whole), len(whole) - 1):]:
-        name = re.compile(rf"(?<!\w)(?:the )?{re.escape(r.given[0][0])}(?!\w)") if len(r.given) == 1 else None
+        name = whole_word(r.given[0][0]) if len(r.given) == 1 else None
         if name and name.search(r.question) and ask.rng.random() < 0.3:
             instead = str(ask.rng.choice(["the region", "this region"]))
             before, after = name.split(r.question, 1)
@@ -938,18 +929,21 @@ def cb_mrg(row, ask):
     return talk(rows, FRONT, ask.picture)
 
 
+def whole_word(name):
+    return re.compile(rf"(?<!\w)(?:the )?{re.escape(name)}(?!\w)")
+
+
 def cb_ref(row, ask, read=check_box, late=True):
     """A talk up to the first question that says <it> or <region>, once for each of its boxes."""
     whole = rounds(row, read)
     fit = [i for i, r in enumerate(whole) if 0 < len(r.given) == len(PLACE.findall(r.question))]
     if not fit:
         raise Unfit("no question says <it> or <region> once for each of its boxes")
-    start = late_start(ask.rng, len(whole), fit[-1]) if late else 0
-    end = min(i for i in fit if i >= start)
-    chunks = PLACE.split(whole[end].question)                   # text, it, text, region, text
-    regions = [part for text, word, (_, box) in zip(chunks[::2], chunks[1::2], whole[end].given)
-               for part in (f"{text}{word} ", Box(box, kind="region"), " ")]
-    return talk([*map(plain, whole[start:end]), ([*regions, chunks[-1]], [whole[end].answer])], FRONT, ask.picture)
+    before, last = up_to(whole, fit, late_start(ask.rng, len(whole), fit[-1]) if late else 0)
+    chunks, question = PLACE.split(last.question), []           # text, it, text, region, text
+    for text, word, (_, box) in zip(chunks[::2], chunks[1::2], last.given):
+        question += [f"{text}{word} ", Box(box, kind="region"), " "]
+    return talk([*before, ([*question, chunks[-1]], [last.answer])], FRONT, ask.picture)
 
 
 def named(text, given):
@@ -997,26 +991,30 @@ TALKS = {                               # ours; load_prompts reads the originals
 
 
 def talks_of(tables, path):
-    """TALKS of the originals' own words, from what their JSON file holds. Raises DataError."""
+    """TALKS of the originals' own words, from what their JSON file holds."""
     out = {}
-    for task in (name.removeprefix("talk-") for name in TALKS):
+    for name in TALKS:
+        task = name.removeprefix("talk-")
         try:
             row = tables["refcoco"] | {key: value for key, value in tables[task].items() if value != "as refcoco"}
-            first, questions = ([q.replace(tables["placeholder"], "<objs>") for q in qs]
-                                for qs in (row.get("first_questions", ()), row.get("follow_questions", row["questions"])))
-            prefix = re.sub("{.*?}", ", ".join(row.get("classes", ())), row["prefix"])
-            one = Talk(prefix, tuple(questions), tuple(row["heads"]), tuple(row["tails"]),
-                       "region{i} " if first else row["replace_with"].replace("<bbox>", ""), row["max_boxes"], tuple(first))
+            one = talk_of(row, tables["placeholder"])
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: {task}: {type(error).__name__} {error}") from None
         if one.prefix.count("<image>") != 1 or any(q.count("<objs>") != 1 for q in one.questions + one.first):
             raise DataError(f"{path}: {task}: one <image> in the prefix and one placeholder in each question are expected")
-        out["talk-" + task] = one
+        out[name] = one
     return out
 
 
+def talk_of(row, placeholder):
+    first = tuple(q.replace(placeholder, "<objs>") for q in row.get("first_questions", ()))
+    questions = tuple(q.replace(placeholder, "<objs>") for q in row.get("follow_questions", row["questions"]))
+    prefix = re.sub("{.*?}", ", ".join(row.get("classes", ())), row["prefix"])
+    name = "region{i} " if first else row["replace_with"].replace("<bbox>", "")
+    return Talk(prefix, questions, tuple(row["heads"]), tuple(row["tails"]), name, row["max_boxes"], first)
+
+
 def under_data(whole):
-    """The records of {"data": [...]}."""
     return whole["data"]
 
 
@@ -1031,10 +1029,10 @@ def by_picture(whole):
 
 
 def regions(row, ask, label):
-    """[(label, Box)] in a random order, without those that are hardly to be seen. Raises DataError."""
+    """[(label, Box)] in a random order, without those that are hardly to be seen."""
     width, height, found = field(row, "width", int), field(row, "height", int), []
     for one in field(row, "boxes", list):
-        x1, y1, x2, y2 = box = corners_of(one["bbox"], width, height)
+        x1, y1, x2, y2 = box = corners_of(one["bbox"], width, height)                       # of x, y, width, height
         if min(x2 - x1, y2 - y1) >= 1 and 224 * min((x2 - x1) / width, (y2 - y1) / height) >= 2:
             found.append((label(row, one), Box(box, kind="region")))
     if not found:
@@ -1043,25 +1041,22 @@ def regions(row, ask, label):
 
 
 def move(picture, boxes, width, height, rng):
-    """Half of the time each, shift a picture by up to 32 pixels of 224 and mirror it, and its boxes with it.
-
-    A shift that pushes a box out of sight is not made.
-    """
+    """Half of the time each, shift a picture by up to 32 pixels of 224 and mirror it, and its boxes with it."""
     shift = rng.integers(-32, 33, 2).tolist() if rng.random() < 0.5 else (0, 0)
-    size, by = np.array([width, height] * 2), np.array(shift * 2) / 224
+    size, by = np.array([width, height] * 2), np.array(shift * 2) / 224                     # (4,) pixels, (4,) shares
     new = [(np.array(box.xyxy_px) + by * size).clip(0, size) for box in boxes]
-    if all((224 * (xyxy[2:] - xyxy[:2]) >= 2 * size[:2]).all() for xyxy in new):
+    if all((224 * (xyxy[2:] - xyxy[:2]) >= 2 * size[:2]).all() for xyxy in new):            # none is out of sight
         picture.shift = tuple(shift)
         for box, xyxy in zip(boxes, new):
             box.xyxy_px = tuple(xyxy.tolist())
     picture.flip = bool(rng.random() < 0.5)
-    for box in boxes if picture.flip else ():
-        x1, y1, x2, y2 = box.xyxy_px
-        box.xyxy_px = width - x2, y1, width - x1, y2
+    if picture.flip:
+        for box in boxes:
+            x1, y1, x2, y2 = box.xyxy_px
+            box.xyxy_px = width - x2, y1, width - x1, y2
 
 
 def answer_about(what, ask):
-    """An answer with a head and a tail."""
     return [str(ask.rng.choice(ask.prompts.heads)) + what + str(ask.rng.choice(ask.prompts.tails))]
 
 
@@ -1072,7 +1067,6 @@ def question_about(questions, parts, rng):
 
 
 def by_region(row, ask, label):
-    """A round for each region."""
     rows = []
     for i, (what, box) in enumerate(regions(row, ask, label), 1):
         question = question_about(ask.prompts.questions, [ask.prompts.name.replace("{i}", str(i)), box], ask.rng)
@@ -1081,29 +1075,25 @@ def by_region(row, ask, label):
 
 
 def ref_caption(row, one):
-    """RefCOCO: the caption of the picture's entry, which is about one thing."""
     if len(field(row, "caption").split()) < 3:
         raise Unfit("a caption of less than three words")
     return row["caption"]
 
 
 def own_caption(row, one):
-    """Visual Genome."""
     return field(one, "caption").removeprefix("a ")
 
 
 def category(row, one):
-    """COCO."""
     return field(one, "name")
 
 
 def low(text):
-    """A sentence made part of another."""
     return text.lower().removesuffix(".")
 
 
 def span(row, one):
-    """Flickr30k: the first stretch of the caption that speaks of a box. Raises DataError."""
+    """Flickr30k: the first stretch of the caption that speaks of a box."""
     (start, end), caption = one["tokens_positive"][0], field(row, "caption")
     if not 0 <= start < end <= len(caption):
         raise DataError(f"tokens_positive {one['tokens_positive']!r:.40}: outside the caption")
@@ -1153,16 +1143,17 @@ def draws(s, rates, n, rng):
 
 
 def chatterbox_1(s, batch, seed):
-    """An epoch of the first stage."""
     return draws(s, GROUNDING, STEPS * batch, np.random.default_rng(seed))
 
 
 def chatterbox_2(s, batch, seed):
-    """An epoch of the second stage, in whole batches of one kind each, to be kept in order: a batch that asks for boxes
-    teaches no text. A step is a batch of grounding; every fifth brings one of talks as well, every tenth one of regions."""
-    rng = np.random.default_rng(seed)
-    return [item for step in range(1, STEPS + 1) for rates, every in ((GROUNDING, 1), (REFERRING, 10), (TALKING, 5))
-            if step % every == 0 for item in draws(s, rates, batch, rng)]
+    """An epoch of the second stage, in batches of one kind, in order: one that asks for boxes teaches no text."""
+    rng, items = np.random.default_rng(seed), []
+    for step in range(1, STEPS + 1):
+        for rates, every in ((GROUNDING, 1), (REFERRING, 10), (TALKING, 5)):                # every so many steps
+            if step % every == 0:
+                items += draws(s, rates, batch, rng)
+    return items
 
 
 SOURCES |= {name: f"{name}:{file}" for name, file in {

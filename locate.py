@@ -409,7 +409,8 @@ def deformable_attention(v, shapes, points, weights):
     """Weighted sum of bilinear samples, zero outside the maps: the plain reference. Returns (B, Q, nh * hd).
 
     v (B, S, nh, hd) holds maps of the given (H, W) end to end; points (B, Q, nh, L, P, 2) are x, y in 0..1 of each map;
-    weights (B, Q, nh, L, P)."""
+    weights (B, Q, nh, L, P).
+    """
     B, Q, nh, L, P, _ = points.shape
     grid = (2 * points.float() - 1).transpose(1, 2).flatten(0, 1)                           # (B * nh, Q, L, P, 2)
     maps = v.float().permute(0, 2, 3, 1).flatten(0, 1).split([H * W for H, W in shapes], dim=-1)

@@ -241,23 +241,27 @@ def none_of(payload):
     return {k: x[:k == "image"].clone() for k, x in payload.items()}
 
 
+def common_target(target, held):
+    """A writer's targets, where there are none lent by a rank that has them, without what only some hold, as masks.
+    held: of each rank, what its targets hold, or None."""
+    owners = [rank for rank, names in enumerate(held) if names]
+    if len(owners) < len(held):
+        lent = share(target if owners[0] == ranks()[0] else None)[owners[0]]
+        target = target or lent | {"slots": torch.zeros_like(lent["slots"])}
+    common = set.intersection(*(held[rank] for rank in owners))
+    return {part: x for part, x in target.items() if part in common}
+
+
 def like_others(batches):
-    """Yield micro-batches with what only other ranks have, as all must run the same parts: none of a kind of media, a
-    writer's targets lent by one who has them; and without what only some targets have, as masks."""
-    notes = share([({kind: none_of(payload) for kind, payload in b.media.items()},
-                    {name: set(target) for name, target in b.targets.items()}) for b in batches])
-    for batch, told in zip(batches, zip(*notes)):
-        kinds, held = zip(*told)                                # of each rank
-        empty, targets = {kind: none for own in kinds for kind, none in own.items()}, {}
+    """Yield micro-batches with media (none) and targets of the kinds that any rank has: all must run the same parts."""
+    kinds = share([{kind: none_of(payload) for kind, payload in b.media.items()} for b in batches])
+    held = share([{name: set(target) for name, target in b.targets.items()} for b in batches])
+    for batch, nones, parts in zip(batches, zip(*kinds), zip(*held)):       # nones and parts of each rank
+        empty = {kind: none for own in nones for kind, none in own.items()}
         media = {kind: batch.media.get(kind, empty[kind]) for kind in sorted(empty)}
         slots = {kind: batch.slots.get(kind, torch.zeros(2, 0, dtype=torch.long)) for kind in media}
-        for name in sorted(set().union(*held)):
-            target, owners = batch.targets.get(name), [rank for rank, own in enumerate(held) if name in own]
-            if len(owners) < len(held):
-                lent = share(target if owners[0] == ranks()[0] else None)[owners[0]]
-                target = target or lent | {"slots": torch.zeros_like(lent["slots"])}
-            common = set.intersection(*(held[rank][name] for rank in owners))
-            targets[name] = {part: x for part, x in target.items() if part in common}
+        targets = {name: common_target(batch.targets.get(name), [own.get(name) for own in parts])
+                   for name in sorted(set().union(*parts))}
         yield batch._replace(media=media, slots=slots, targets=targets)
 
 

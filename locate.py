@@ -109,10 +109,9 @@ class PromptEncoder(nn.Module):
             nn.Conv2d(mid // 4, mid, 2, 2), LayerNorm2d(mid), nn.GELU(), nn.Conv2d(mid, dim, 1))
 
     def grid(self):
-        """Encoded centres of the patches, (1, C, h, w)."""
         centres = (torch.arange(self.cfg.grid, device=self.no_mask_embed.weight.device) + 0.5) / self.cfg.grid
         xy = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), dim=-1)           # (h, w, 2)
-        return self.pe_layer(xy).movedim(-1, 0)[None]
+        return self.pe_layer(xy).movedim(-1, 0)[None]       # (1, C, h, w), the centres of the patches
 
     def points(self, xy_px, labels):
         """Points (n, k, 2) with labels (n, k), 1 on the object, 0 off it, -1 none -> (n, k, C)."""
@@ -518,7 +517,6 @@ def sine(x, dim, temperature=10000):
 
 
 def inverse_sigmoid(x):
-    """Logit with both sides kept above LOGIT_EPS."""
     return (x.clamp(min=LOGIT_EPS) / (1 - x).clamp(min=LOGIT_EPS)).log()
 
 
@@ -625,8 +623,8 @@ def mlp(*dims):
 
 
 class Locator(nn.Module):
-    """GroundingDINO: image and text features -> boxes and how well each fits each text token. Text features come from
-    whatever wrote them: its BERT gives one per word, ChatterBox's language model a single one."""
+    """GroundingDINO: image and text features -> boxes and how well each fits each text token."""
+    # Text features come from whatever wrote them: its BERT gives one per word, ChatterBox's language model a single one.
 
     def __init__(self, cfg):
         super().__init__()

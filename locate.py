@@ -3,12 +3,11 @@
 In order: boxes, box coder, SAM's prompts, SAM's mask decoder, SAM, BoxHead, losses; then ChatterBox:
 region features, deformable attention, GroundingDINO, matcher and criterion.
 Letters: B batch, T tokens, C width, nh heads, hd head dim, h w or H W sides of features, n objects, k prompt tokens,
-m masks per object; of the detector S pixels of all maps, L maps, Q queries, P points, R regions. Boxes are xyxy unless their
-name says cxcywh, in 0..1 unless it says px.
-Papers: NExT-Chat (Zhang et al. 2023), Segment Anything (Kirillov et al. 2023), generalised IoU (Rezatofighi et al. 2019),
-RoIAlign (He et al. 2017), Deformable DETR (Zhu et al. 2021), DINO (Zhang et al. 2023), GroundingDINO (Liu et al. 2023),
-ChatterBox (Tian et al. 2024). GroundingDINO takes text features from whatever wrote them: its BERT gives one per word,
-ChatterBox's language model a single one. Names inside SAM are those of its public checkpoints.
+m masks per object; of the detector S pixels of all maps, L maps, Q queries, P points, R regions.
+Boxes are xyxy unless their name says cxcywh, in 0..1 unless it says px. Names inside SAM are those of its checkpoints.
+Papers: NExT-Chat (Zhang et al. 2023), ChatterBox (Tian et al. 2024), Segment Anything (Kirillov et al. 2023),
+generalised IoU (Rezatofighi et al. 2019), RoIAlign (He et al. 2017), Deformable DETR (Zhu et al. 2021), DINO (Zhang et
+al. 2023), GroundingDINO (Liu et al. 2023).
 """
 from math import pi
 from collections import OrderedDict
@@ -34,8 +33,7 @@ def to_xyxy(boxes_cxcywh):
 
 
 def area(boxes):
-    """(..., 4) -> (...)."""
-    return (boxes[..., 2:] - boxes[..., :2]).prod(-1)
+    return (boxes[..., 2:] - boxes[..., :2]).prod(-1)                                       # (..., 4) -> (...)
 
 
 def overlap(a, b):
@@ -64,7 +62,6 @@ N_PROMPT = 4                            # SAM prompt tokens that one hidden stat
 
 
 def two_layers(n_in, n_mid, n_out):
-    """Linear, ReLU, Linear."""
     return nn.Sequential(nn.Linear(n_in, n_mid), nn.ReLU(), nn.Linear(n_mid, n_out))
 
 
@@ -112,10 +109,9 @@ class PromptEncoder(nn.Module):
             nn.Conv2d(mid // 4, mid, 2, 2), LayerNorm2d(mid), nn.GELU(), nn.Conv2d(mid, dim, 1))
 
     def grid(self):
-        """Encoded centres of the patches, (1, C, h, w)."""
         centres = (torch.arange(self.cfg.grid, device=self.no_mask_embed.weight.device) + 0.5) / self.cfg.grid
         xy = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), dim=-1)           # (h, w, 2)
-        return self.pe_layer(xy).movedim(-1, 0)[None]
+        return self.pe_layer(xy).movedim(-1, 0)[None]       # (1, C, h, w), the centres of the patches
 
     def points(self, xy_px, labels):
         """Points (n, k, 2) with labels (n, k), 1 on the object, 0 off it, -1 none -> (n, k, C)."""
@@ -149,8 +145,6 @@ class PromptEncoder(nn.Module):
 # ---- SAM's mask decoder
 
 class ReLUMLP(nn.Module):
-    """Linear layers with ReLU between them."""
-
     def __init__(self, n_in, n_mid, n_out, n_layer):
         super().__init__()
         widths = [n_in] + [n_mid] * (n_layer - 1) + [n_out]
@@ -233,9 +227,7 @@ class MaskDecoder(nn.Module):
 
     def forward(self, features, grid, tokens, dense, multimask=False):
         """Mask logits (n, m, 4 h, 4 w) and predicted IoU (n, m): one mask, or with multimask the three alternatives.
-
-        features (n or 1, C, h, w), grid (1, C, h, w), tokens (n, k, C), dense broadcasts to features.
-        """
+        features (n or 1, C, h, w), grid (1, C, h, w), tokens (n, k, C), dense broadcasts to features."""
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(len(tokens), -1, -1)
         image, pe = ((x.flatten(2).transpose(1, 2)) for x in (features + dense, grid))      # (n or 1, h * w, C)
         x, image = self.transformer(torch.cat([own, tokens], dim=1), image, pe)
@@ -258,15 +250,12 @@ class SAM(nn.Module):
         self.mask_decoder = MaskDecoder(cfg)
 
     def encode(self, image):
-        """Pictures (B, 3, S, S) as data.py makes them -> features (B, C, h, w)."""
-        return self.image_encoder(image)
+        return self.image_encoder(image)                        # (B, 3, S, S) -> (B, C, h, w)
 
     def decode(self, features, prompts=None, boxes_px=None, points=None, masks=None, multimask=False):
-        """Mask logits (n, m, S, S), float32, and predicted IoU (n, m) of n objects.
-
-        features of one picture, or of n: then object i lies in picture i. Prompts as in PromptEncoder, in pixels of the
-        S x S frame; masks (n, 1, 4 h, 4 w) are logits. Raises ValueError if pictures and objects do not pair.
-        """
+        """Mask logits (n, m, S, S), float32, and predicted IoU (n, m) of n objects. features of one picture, or of n:
+        then object i lies in picture i. Prompts as in PromptEncoder, in pixels of the S x S frame; masks are logits
+        (n, 1, 4 h, 4 w). Raises ValueError if pictures and objects do not pair."""
         tokens = self.prompt_encoder(prompts, boxes_px, points)
         if len(features) not in (1, len(tokens)):
             raise ValueError(f"{len(tokens)} objects do not pair with {len(features)} pictures; give one or as many")
@@ -316,11 +305,9 @@ def cycle_loss(encoder, decoder, h, pred, boxes):
 
 
 def mask_losses(logits, iou_pred, target):
-    """Focal, dice and IoU losses, summed over objects: logits and target (n, 1, S, S), iou_pred (n, 1).
-
-    parity: focal's alpha and dice's smoothing are n, focal is taken of an object's mean cross-entropy, and for the true
-    IoU a pixel is on the object from logit 0.5.
-    """
+    """Focal, dice and IoU losses, summed over objects: logits and target (n, 1, S, S), iou_pred (n, 1)."""
+    # parity: focal's alpha and dice's smoothing are n, focal is taken of an object's mean cross-entropy, and for the
+    # true IoU a pixel is on the object from logit 0.5.
     n, logits, target = len(logits), logits.float().flatten(1), target.float().flatten(1)   # (n, S * S)
     bce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)      # (n)
     prob, on = logits.sigmoid(), (logits >= 0.5).float()
@@ -345,20 +332,16 @@ class RegionConfig:                     # defaults: ChatterBox on CLIP ViT-L/14,
 
 
 def conv_norm(n_in, n_out, groups, kernel, **more):
-    """Convolution and GroupNorm."""
     return nn.Sequential(OrderedDict(conv=nn.Conv2d(n_in, n_out, kernel, **more), norm=nn.GroupNorm(groups, n_out)))
 
 
 def resize(x, size):
-    """Bilinear, corner pixels on corner pixels: (B, C, H, W) -> (B, C, size, size)."""
-    return F.interpolate(x, size=(size, size), mode="bilinear", align_corners=True)
+    return F.interpolate(x, size=(size, size), mode="bilinear", align_corners=True)         # (B, C, size, size)
 
 
 def pool_weights(start, stop, n, cells, samples):
-    """What each of n pixels of an axis adds to each cell of the spans start..stop (R,), in pixels: (R, cells, n).
-
-    Every cell averages `samples` linear interpolations; one beyond -1..n counts as 0, others stop at the border.
-    """
+    """What each of n pixels of an axis adds to each cell of the spans start..stop (R,), in pixels: (R, cells, n)."""
+    # Every cell averages `samples` linear interpolations; one beyond -1..n counts as 0, others stop at the border.
     steps = (torch.arange(cells * samples, device=start.device) + 0.5) / (cells * samples)
     at = start[:, None] + (stop - start)[:, None] * steps - 0.5                             # (R, cells * samples)
     inside, pixel = (at >= -1) & (at <= n), torch.arange(n, device=start.device)
@@ -422,10 +405,10 @@ class RegionEncoder(nn.Module):
 # ---- Deformable attention
 
 def deformable_attention(v, shapes, points, weights):
-    """Weighted sum of bilinear samples, zero outside the maps: the plain reference.
+    """Weighted sum of bilinear samples, zero outside the maps: the plain reference. Returns (B, Q, nh * hd).
 
     v (B, S, nh, hd) holds maps of the given (H, W) end to end; points (B, Q, nh, L, P, 2) are x, y in 0..1 of each map;
-    weights (B, Q, nh, L, P). Returns (B, Q, nh * hd), computed in float32.
+    weights (B, Q, nh, L, P).
     """
     B, Q, nh, L, P, _ = points.shape
     grid = (2 * points.float() - 1).transpose(1, 2).flatten(0, 1)                           # (B * nh, Q, L, P, 2)
@@ -459,10 +442,8 @@ class DeformableAttention(nn.Module):
 
     def forward(self, q, v, reference, shapes, pad):
         """Queries q (B, Q, C) read v (B, S, C), of which pad (B, S) is True where nothing is. Returns (B, Q, C).
-
         reference (B, Q, L, 2 or 4): points x, y with offsets in pixels, or boxes cx, cy, w, h with offsets in halves of
-        the box over P.
-        """
+        the box over P."""
         B, Q, _ = q.shape
         nh, L, P = self.sizes
         v = self.wv(v).masked_fill(pad[..., None], 0).unflatten(-1, (nh, -1))               # (B, S, nh, hd)
@@ -494,8 +475,7 @@ class LocatorConfig:                    # defaults: GroundingDINO with Swin-B, a
 
     @property
     def n_level(self):
-        """Maps: those of Swin and the last one halved."""
-        return len(self.swin.outputs) + 1
+        return len(self.swin.outputs) + 1                       # maps: those of Swin and the last one halved
 
 
 class Prediction(NamedTuple):
@@ -518,8 +498,7 @@ class Pyramid(NamedTuple):
         return xy[:, :, None] * self.valid.repeat(1, 1, xy.shape[-1] // 2)[:, None]
 
     def pad_bias(self):
-        """(B, 1, 1, S), -inf at padding."""
-        return hide(self.pad, self.x.dtype)[:, None, None]
+        return hide(self.pad, self.x.dtype)[:, None, None]                                  # (B, 1, 1, S)
 
 
 class Words(NamedTuple):
@@ -538,12 +517,10 @@ def sine(x, dim, temperature=10000):
 
 
 def inverse_sigmoid(x):
-    """Logit with both sides kept above LOGIT_EPS."""
     return (x.clamp(min=LOGIT_EPS) / (1 - x).clamp(min=LOGIT_EPS)).log()
 
 
 def hide(hidden, dtype):
-    """Bias that is -inf where a bool mask is True, 0 elsewhere."""
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, -torch.inf)
 
 
@@ -641,13 +618,13 @@ class DecoderLayer(PostBlock):
 
 
 def mlp(*dims):
-    """Linear layers with ReLU between them."""
     layers = [layer for pair in zip(dims, dims[1:]) for layer in (nn.Linear(*pair), nn.ReLU())]
-    return nn.Sequential(*layers[:-1])
+    return nn.Sequential(*layers[:-1])                          # ReLU only between them
 
 
 class Locator(nn.Module):
     """GroundingDINO: image and text features -> boxes and how well each fits each text token."""
+    # Text features come from whatever wrote them: its BERT gives one per word, ChatterBox's language model a single one.
 
     def __init__(self, cfg):
         super().__init__()
@@ -682,8 +659,7 @@ class Locator(nn.Module):
         return Words(pos, pad, hide(pad, text.dtype)[:, None, None], hide(~same, text.dtype)[:, None])
 
     def score(self, x, text, words):
-        """How well (B, n, C) fits each text token: (B, n, T)."""
-        return (x @ text.mT).masked_fill(words.pad[:, None], -torch.inf)
+        return (x @ text.mT).masked_fill(words.pad[:, None], -torch.inf)                    # (B, n, C) -> (B, n, T)
 
     def propose(self, image, text, pyramid, words):
         """Every pixel as a candidate: features (B, S, C), scores (B, S, T), anchors (B, S, 4) before the sigmoid."""
@@ -695,10 +671,8 @@ class Locator(nn.Module):
         return x, self.score(x, text, words), anchors.logit().masked_fill(unfit[..., None], torch.inf)
 
     def decode(self, image, text, reference, pyramid, words):
-        """A Prediction from each layer, which refine the boxes `reference` (B, Q, 4).
-
-        A layer's loss also moves the box it started from: the layer before learns twice (DINO's "look forward twice").
-        """
+        """A Prediction from each layer, which refine the boxes `reference` (B, Q, 4)."""
+        # A layer's loss also moves the box it started from: the layer before learns twice (DINO, look forward twice).
         x, out = self.queries.weight.expand(len(image), -1, -1), []
         for layer in self.decoder:
             fixed = reference.detach()
@@ -712,10 +686,8 @@ class Locator(nn.Module):
 
     def forward(self, image, text, pad=None, phrase=None):
         """Predictions of the encoder and of each decoder layer; the last one counts, the others are for training.
-
         image (B, 3, H, W), pad (B, H, W) True outside; text (B, T, C); phrase (B, T): tokens of one number attend to
-        one another, -1 is padding. Without pad images fill the batch, without phrase all tokens are one phrase.
-        """
+        one another, -1 is padding. Without pad images fill the batch, without phrase all tokens are one phrase."""
         pad = image.new_zeros(image[:, 0].shape, dtype=torch.bool) if pad is None else pad
         phrase = text.new_zeros(text.shape[:2], dtype=torch.long) if phrase is None else phrase
         pyramid, words = self.pyramid(image, pad), self.words(text, phrase)
@@ -778,16 +750,13 @@ def match(boxes_cxcywh, logits, targets_cxcywh):
 
 
 def set_losses(prediction, targets):
-    """focal, l1 and giou of one Prediction, per target box. targets: for each image (n, 4) cxcywh.
-
-    Every text token describes every target (ChatterBox has one token), so matched queries should score high on all.
-    Images without targets are left out.
-    """
+    """focal, l1 and giou of one Prediction, per target box. targets: for each image (n, 4) cxcywh; none: left out."""
     boxes, logits = (x.float() for x in prediction)
     queries = [match(boxes[i], logits[i], want.float()) for i, want in enumerate(targets)]
     image = torch.cat([torch.full_like(x, i) for i, x in enumerate(queries)])               # (all targets,)
     query, want = torch.cat(queries), torch.cat(list(targets)).float()
-    high, low = focal(logits.sigmoid(), F.logsigmoid(logits), F.logsigmoid(-logits))
+    # Every text token describes every target (ChatterBox has one token), so matched queries should score high on all.
+    high, low = focal(logits.sigmoid(), F.logsigmoid(logits), F.logsigmoid(-logits))        # (images, Q, T) each
     matched, got = torch.zeros_like(logits, dtype=torch.bool), boxes[image, query]
     matched[image, query] = True
     fit = torch.where(matched, high, low)[image.unique()]                                   # (images, Q, T)

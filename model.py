@@ -25,10 +25,9 @@ from torch.overrides import TorchFunctionMode
 
 from attention import attention
 from generate import OutputProjection, Painter, PainterConfig, ProjectionConfig
-from locate import (BoxHead, DeformableAttention, Locator, LocatorConfig, RegionConfig, RegionEncoder, best_box, box_loss,
-                    cycle_loss, loc_encoder, locator_losses, mask_losses)
-from quantize import join
-from quantize import quantize as quantize_llm
+from locate import (BoxHead, DeformableAttention, Locator, LocatorConfig, RegionConfig, RegionEncoder, best_box,
+                    box_loss, cycle_loss, loc_encoder, locator_losses, mask_losses)
+from quantize import join, quantize as quantize_llm
 from vision import (HUGE, CLIPConfig, CLIPVision, ImageBind, ImageBindConfig, SAMConfig, TowerConfig, merge_heads,
                     split_heads)
 
@@ -86,9 +85,9 @@ class ModelConfig:
 
     def n_token(self, kind):
         """Placeholder tokens that one medium of this kind takes."""
-        if self.reads[kind] in ("box", "region"):
-            return 1
-        return self.clip.n_patch if self.reads[kind] == "clip" else self.imagebind.n_token(TOWERS.get(kind, kind))
+        if self.reads[kind] == "imagebind":
+            return self.imagebind.n_token(TOWERS.get(kind, kind))
+        return self.clip.n_patch if self.reads[kind] == "clip" else 1
 
     def signal(self, writer):
         """Ids of a writer's signal tokens, in order."""
@@ -104,23 +103,23 @@ TINY = ModelConfig(
     llm=LLMConfig(dim=192, n_layer=6, n_head=3, n_kv_head=3, mlp_dim=512, vocab_size=605, max_len=1024, rope_theta=1e6,
                   tied=True),
     imagebind=ImageBindConfig(
-        towers={"vision": TowerConfig(128, 1, 2, 3, (2, 64, 64), (2, 8, 8), stem_norm=False, pre_norm=True, bias_kv=False,
-                                      scale=False, early=(64, 128, 192)),
+        towers={"vision": TowerConfig(128, 1, 2, 3, (2, 64, 64), (2, 8, 8), stem_norm=False, pre_norm=True,
+                                      bias_kv=False, scale=False, early=(64, 128, 192)),
                 "audio": TowerConfig(96, 4, 2, 1, (64, 204), (64, 12))},
         out_dim=192, patches=True),
     sam=SAMConfig(128, 8, 64, 3, 2, 128, window=4, global_layers=(1,), prompt_dim=32, dec_head=2, dec_mlp_dim=64,
                   iou_dim=32),
-    reads={"image": "imagebind", "video": "imagebind", "audio": "imagebind", "box": "box"}, writes={"at": ("<at>",)},
-    system="tiny",
+    system="tiny", writes={"at": ("<at>",)},
+    reads={"image": "imagebind", "video": "imagebind", "audio": "imagebind", "box": "box"},
     added_tokens={"<im_patch>": 600, "<im_start>": 601, "<im_end>": 602, "<at>": 603, "<boxes>": 604},
     media=dict(image_size=64, square=True, sam_size=128, video_clips=2, video_crops=1, mel_bins=64, audio_clips=1))
 
 CHATTERBOX_TOKENS = {"[VG]": 32000, "<im_patch>": 32001, "<im_start>": 32002, "<im_end>": 32003, "<bbox>": 32004}
 NEXTCHAT_TOKENS = {"<im_patch>": 32000, "<im_start>": 32001, "<im_end>": 32002, "<at>": 32003, "<boxes>": 32004}
-NEXTCHAT = ModelConfig(llm=LLMConfig(vocab_size=32005), clip=CLIPConfig(), sam=SAMConfig(), projector_depth=2,
-                       system="nextchat",
-                       reads={"image": "clip", "box": "box"}, writes={"at": ("<at>",)}, added_tokens=NEXTCHAT_TOKENS,
-                       media=dict(image_size=336, square=True, sam_size=1024))
+NEXTCHAT = ModelConfig(
+    llm=LLMConfig(vocab_size=32005), clip=CLIPConfig(), sam=SAMConfig(), projector_depth=2, system="nextchat",
+    reads={"image": "clip", "box": "box"}, writes={"at": ("<at>",)}, added_tokens=NEXTCHAT_TOKENS,
+    media=dict(image_size=336, square=True, sam_size=1024))
 NEXTCHAT_224 = replace(NEXTCHAT, clip=CLIPConfig(image_size=224), media=NEXTCHAT.media | {"image_size": 224})
 
 SIGNALS = {name: tuple(f"[{name.upper()}{i}]" for i in range(n)) for name, n in (("img", 4), ("vid", 24), ("aud", 8))}
@@ -137,8 +136,8 @@ OMNI_TOKENS = {token: 32000 + i for i, token in enumerate(
     ("<im_patch>", "<im_start>", "<im_end>", "<at>", "<boxes>", "[VG]", *sum(SIGNALS.values(), ())))}
 OMNI = replace(                         # every reader and writer at once, which no published system has
     NEXTCHAT, llm=LLMConfig(vocab_size=32000 + len(OMNI_TOKENS)), imagebind=ImageBindConfig(), system="omni",
-    region=RegionConfig(out_dim=4096), locator=LocatorConfig(), projections=NEXTGPT.projections, added_tokens=OMNI_TOKENS,
-    reads=IMAGEBIND_READS | {"image": "clip", "box": "box", "region": "region"},
+    region=RegionConfig(out_dim=4096), locator=LocatorConfig(), projections=NEXTGPT.projections,
+    added_tokens=OMNI_TOKENS, reads=IMAGEBIND_READS | {"image": "clip", "box": "box", "region": "region"},
     writes={"at": ("<at>",), "vg": ("[VG]",)} | SIGNALS, media=NEXTCHAT.media | {"clip_size": 224, "det_size": 512})
 
 PRESETS = {
@@ -195,7 +194,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """W x. On a CPU the one row of a decoding step goes through mv, which reads weights faster than a matrix product."""
+    """W x. On a CPU the one row of a decoding step goes through mv, which reads weights faster than a product does."""
 
     def __init__(self, n_in, n_out, device=None):
         super().__init__(n_in, n_out, bias=False, device=device)
@@ -204,6 +203,13 @@ class Linear(nn.Linear):
         if x.numel() != self.in_features or x.device.type != "cpu" or torch.is_grad_enabled():
             return super().forward(x)
         return torch.mv(self.weight, x.flatten()).view(*x.shape[:-1], self.out_features)
+
+
+def linear_of(weight):
+    """The Linear of a matrix (n_out, n_in)."""
+    layer = Linear(weight.shape[1], len(weight), device="meta")
+    layer.weight = nn.Parameter(weight)
+    return layer
 
 
 class LoRALinear(Linear):
@@ -219,9 +225,7 @@ class LoRALinear(Linear):
 
     def merge(self):
         """The plain Linear with the update folded in."""
-        plain = Linear(self.in_features, self.out_features, device="meta")
-        plain.weight = nn.Parameter(self.weight + self.scale * self.lora_B @ self.lora_A)
-        return plain
+        return linear_of(self.weight + self.scale * self.lora_B @ self.lora_A)
 
 
 def linear(cfg, name, n_in, n_out):
@@ -294,12 +298,13 @@ class LLMBlock(nn.Module):
 
     @torch.no_grad()
     def aim(self):
-        """Start as a look-up by content: a query agrees with keys of vectors like its own, and what is found comes back as it
-        was (Trockman & Kolter 2023, Mimetic initialization of self-attention layers)."""
+        """Start as a look-up by content: a query agrees with keys of vectors like its own, and what is found comes back
+        as it was (Trockman & Kolter 2023, Mimetic initialization of self-attention layers)."""
         attn, (nh, nkv) = self.attn, (self.attn.n_head, self.attn.n_kv_head)
         for weight in attn.wk.weight, attn.wv.weight:
             nn.init.orthogonal_(weight)
-        k, v = (w.weight.unflatten(0, (nkv, -1)).repeat_interleave(nh // nkv, 0).flatten(0, 1) for w in (attn.wk, attn.wv))
+        k, v = (layer.weight.unflatten(0, (nkv, -1)).repeat_interleave(nh // nkv, 0).flatten(0, 1)      # a row of heads
+                for layer in (attn.wk, attn.wv))
         for weight, same in (attn.wq.weight, k), (attn.wk.weight, attn.wk.weight):
             weight.copy_((same + 0.5 * torch.randn_like(same) * same.shape[1] ** -0.5) / 1.25 ** 0.5)
         attn.wo.weight.copy_(v.T * (0.5 * nkv / nh))
@@ -331,12 +336,10 @@ class LLM(nn.Module):
             self.lm_head.weight = self.embed.weight
 
     def forward(self, x, cache=None, attn_mask=None, segments=None):
-        """attn_mask (B, T) bool hides padding that is not on the right; positions count on through it.
-
-        segments (B, T) int: rows packed from several samples; a token sees its own segment, and counts from its start.
-        """
+        """attn_mask (B, T) bool hides padding that is not on the right; positions count on through it. segments (B, T)
+        int: rows packed from several samples; a token sees its own segment, and counts from its start."""
         start = 0 if cache is None else cache.pos
-        rope = [table.to(x.dtype) for table in self.positions(start, start + x.shape[1], x.device)]
+        rope = [table.to(x.dtype) for table in self.positions(start, start + x.shape[1], x.device)]     # (T, hd) each
         bias = None
         if segments is not None:
             rope = [table[places(segments)][:, None] for table in rope]                     # (B, 1, T, hd)
@@ -443,7 +446,8 @@ class LocatorWriter(nn.Module):
 
     def __init__(self, dim, locator):
         super().__init__()
-        self.query, self.locator = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, locator.dim)), Locator(locator)
+        self.query = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, locator.dim))
+        self.locator = Locator(locator)
 
     def write(self, h, model, image):
         """h (m, C), image (m, 3, S, S) -> the best box of each, xyxy (m, 4) in 0..1, and its probability (m,)."""
@@ -479,19 +483,20 @@ class SignalWriter(nn.Module):
 # ---- Model
 
 class HeadLoss(torch.autograd.Function):
-    """Summed cross-entropy of labels (n,) after h (n, C) times weight (V, C), `chunk` rows at a time: logits never stand in
-    memory in full, and as their gradients are made beside them, none is computed again (Hsu et al. 2024, Liger)."""
+    """Summed cross-entropy of labels (n,) after h (n, C) times weight (V, C), `chunk` rows at a time: logits never fill
+    memory, and as their gradients are made beside them, none is computed again (Hsu et al. 2024, Liger)."""
 
     @staticmethod
     def forward(ctx, h, weight, labels, chunk):
         kind, grad_h, grad_weight = h.device.type, *ctx.needs_input_grad[:2]
         w = weight.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype)
-        dh, dw, total = torch.empty_like(h) if grad_h else None, torch.zeros_like(weight) if grad_weight else None, 0
+        dh = torch.empty_like(h) if grad_h else None
+        dw, total = torch.zeros_like(weight) if grad_weight else None, 0
         for at in torch.arange(len(h), device=h.device).split(chunk):
             x, label = h[at].to(w.dtype), labels[at, None]
             log_p = (x @ w.T).float().log_softmax(-1)                                       # (chunk, V)
             total = total - log_p.gather(1, label).sum()
-            if grad_h or grad_weight:
+            if grad_h or grad_weight:           # of a logit: its probability, less 1 at the label
                 d = log_p.exp_().scatter_add_(1, label, -torch.ones_like(label, dtype=log_p.dtype)).to(w.dtype)
             if grad_h:
                 dh[at] = (d @ w).to(dh.dtype)
@@ -518,13 +523,13 @@ def box_share(boxes, n):
     side = math.isqrt(n)
     start = torch.arange(side, device=boxes.device) / side
     low, high = (boxes[:, i:i + 2, None].float() for i in (0, 2))                           # (R, 2, 1)
-    covers = (torch.minimum(high, start + 1 / side) - torch.maximum(low, start)).clamp(min=1e-6)    # (R, 2, side)
+    covers = (torch.minimum(high, start + 1 / side) - torch.maximum(low, start)).clamp(min=1e-6)        # (R, 2, side)
     share = (covers[:, 1, :, None] * covers[:, 0, None]).flatten(1)                         # rows of patches first
     return share / share.sum(1, keepdim=True)
 
 
 class Model(nn.Module):
-    """Readers, LLM, writers. Nothing here names a system: a preset says which parts exist and what they read or write."""
+    """Readers, LLM, writers. Nothing here names a system: a preset says which parts exist, what they read or write."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -553,10 +558,8 @@ class Model(nn.Module):
         return self.readers[self.cfg.reads[kind]](kind, payload, self)
 
     def embed(self, ids, media, slots):
-        """Token embeddings (B, T, C) with each medium written over its placeholders.
-
-        ids (B, T); media {kind: stacked payloads of M media}; slots {kind: rows and columns, (2, M * n)}.
-        """
+        """Token embeddings (B, T, C) with each medium written over its placeholders. ids (B, T); media {kind: stacked
+        payloads of M media}; slots {kind: rows and columns, (2, M * n)}."""
         x = self.llm.embed(ids)
         if "region" in media:           # CLIP looks once, for the pictures and for the regions in them
             levels = self.readers["region"].levels(media["image"], self)
@@ -567,49 +570,50 @@ class Model(nn.Module):
         return x
 
     def next_embeds(self, new, fed, h):
-        """Embeddings (B, 1, C) of new ids (B, 1). fed (B,) are the ids fed last, h (B, C) the hidden states they gave:
-        behind a signal token that feeds, its output takes the place of whatever id came (NExT-Chat)."""
-        x = self.llm.embed(new)
+        """Embeddings (B, 1, C) of new ids (B, 1). fed (B,): the ids fed last; h (B, C): the hidden states they gave."""
+        x = self.llm.embed(new)         # behind a signal that feeds, its output takes the place of any id (NExT-Chat)
         for signal, writer in self.feeds.items():
             if (here := fed == signal).any():
                 x = torch.where(here[:, None, None], writer.feed(h, self), x)
         return x
 
-    def word_loss(self, batch):
-        """Which words a caption has, told from its medium alone: features, averaged, against the vocabulary. Where turns
-        name boxes, the words from one box to the next are told from the part of the picture in it, and so is the box; also
-        from one patch of it, so that every patch knows what it is of.
+    def box_words(self, x, row, batch):
+        """What is seen in R boxes of pictures x (M, n, C), of these rows (M,) of a batch: in all of each box and in one
+        patch of it, (R, C) both; the words up to the next box, (R, T); losses of the box, told from either."""
+        boxes, (at, start), T = batch.media["box"], batch.slots["box"], batch.labels.shape[1]
+        share, of = box_share(boxes, x.shape[1]), (at[:, None] > row).sum(1)                # of: number of its picture
+        # The patch, so that every patch knows what it is of, is drawn by the box's own digits: alike on any rank.
+        odds = share.square().cumsum(1)
+        drawn = (odds < odds[:, -1:] * (1e3 * boxes.float().sum(1, keepdim=True) % 1)).sum(1)
+        one = F.one_hot(drawn, x.shape[1]).to(share)
+        whole, part = ((look[:, None].to(x.dtype) @ x[of])[:, 0] for look in (share, one))
+        told = self.writers["at"](self.llm.norm(torch.cat([whole, part])))                  # as from the last block
+        losses = {f"at_{name}": loss for name, loss in box_loss(told, torch.cat([boxes, boxes])).items()}
+        end = torch.where(F.pad(at[1:] == at[:-1], (0, 1)), start.roll(-1), T)              # next box of the row, if any
+        place = torch.arange(T, device=at.device)
+        inside = (place >= start[:, None]) & (place < end[:, None])
+        return (whole, part), batch.labels[at].where(inside, -100), losses
 
-        A new encoder learns by this what things look like, without waiting for a language model that learns where to
-        look (Joulin et al. 2016, Learning visual features from large weakly supervised data). Rare words and frequent
-        ones count alike.
-        """
-        seen, labels, losses, T, boxes = [], [], {}, batch.labels.shape[1], batch.media.get("box")
+    def word_loss(self, batch):
+        """Which words a caption has, told from its medium alone: features, averaged, against the vocabulary."""
+        # A new encoder learns by this what things look like, without waiting for a language model that learns where to
+        # look (Joulin et al. 2016, Learning visual features from large weakly supervised data).
+        seen, labels, losses = [], [], {}
         for kind in [kind for kind in batch.media if kind != "box"]:
             x = self.read(kind, batch.media[kind])                                          # (M, n, C)
             row = batch.slots[kind][0, ::x.shape[1]]                                        # (M,)
-            boxed = torch.isin(row, batch.slots["box"][0]) if kind == "image" and boxes is not None else row < 0
-            seen.append(x.mean(1)[~boxed])
-            labels.append(batch.labels[row[~boxed]])                                        # (M, T)
-            if kind != "image" or boxes is None:
-                continue
-            at, start = batch.slots["box"]                                                  # (R,) each
-            share, of = box_share(boxes, x.shape[1]), (at[:, None] > row).sum(1)
-            odds = share.square().cumsum(1)     # of its patches one is drawn, by the box's own digits: alike on any rank
-            drawn = (odds < odds[:, -1:] * (1e3 * boxes.float().sum(1, keepdim=True) % 1)).sum(1)
-            one = F.one_hot(drawn, x.shape[1]).to(share)
-            whole, part = ((look[:, None].to(x.dtype) @ x[of])[:, 0] for look in (share, one))              # (R, C)
-            told = self.writers["at"](self.llm.norm(torch.cat([whole, part])))          # as from the last block
-            losses = {f"at_{name}": loss for name, loss in box_loss(told, torch.cat([boxes, boxes])).items()}
-            end = torch.where(F.pad(at[1:] == at[:-1], (0, 1)), start.roll(-1), T)
-            place = torch.arange(T, device=at.device)
-            inside = (place >= start[:, None]) & (place < end[:, None])
-            seen += [whole, part]
-            labels += [batch.labels[at].where(inside, -100)] * 2
+            boxed = kind == "image" and "box" in batch.media
+            alone = ~torch.isin(row, batch.slots["box"][0]) if boxed else slice(None)
+            seen.append(x.mean(1)[alone])
+            labels.append(batch.labels[row[alone]])                                         # (M, T)
+            if boxed:
+                parts, words, losses = self.box_words(x, row, batch)
+                seen += parts
+                labels += [words, words]
         logits, labels = self.llm.lm_head(self.llm.norm(torch.cat(seen))).float(), torch.cat(labels)
         row, column = (labels != -100).nonzero(as_tuple=True)
         words = labels[row, column]
-        share = 1 / words.bincount(minlength=logits.shape[1])[words]
+        share = 1 / words.bincount(minlength=logits.shape[1])[words]                        # rare ones count as much
         loss = F.cross_entropy(logits[row], words, reduction="none")
         return {"words": (loss * share).sum() / share.sum()} | losses
 
@@ -628,31 +632,27 @@ class Model(nn.Module):
 
 
 def initialise(model):
-    """Random weights for training from nothing, in place.
-
-    Linear, convolution, embedding, lora_A      normal(0, 1 / sqrt(fan in)); / sqrt(2 n_layer) on the residual stream
-    positions, class tokens, extra key and value                    normal(0, 0.02)
-    queries of an output projection             normal(0, 1)
-    norms 1; biases, lora_B 0; log_scale log(1 / 0.07); deformable attention, blocks of the LLM as their `aim` has them
-    """
+    """Random weights for training from nothing, in place."""
     stacks = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    norms = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm, RMSNorm))}
+    kinds = nn.LayerNorm, nn.GroupNorm, RMSNorm
+    norms = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, kinds)}
     for name, p in model.named_parameters():
-        n_layer = next((n for stack, n in stacks.items() if name.startswith(stack + ".")), 1)
         if name in norms:
             nn.init.ones_(p)
         elif name.endswith(("bias", "lora_B")):
             nn.init.zeros_(p)
         elif name.endswith("query_embs"):
             nn.init.normal_(p)
-        elif p.ndim == 1 or p.ndim == 3 or name.endswith("pos.weight"):
+        elif p.ndim in (1, 3) or name.endswith("pos.weight"):   # positions, class tokens, extra keys and values
             nn.init.normal_(p, std=0.02)
         else:
-            writes = name.endswith(("wo.weight", "down.weight", "fc2.weight"))
-            nn.init.normal_(p, std=p[0].numel() ** -0.5 / (math.sqrt(2 * n_layer) if writes else 1))
+            std = p[0].numel() ** -0.5                          # 1 / sqrt(fan in)
+            if name.endswith(("wo.weight", "down.weight", "fc2.weight")):       # adds to the residual stream, 2 a layer
+                std /= math.sqrt(2 * next((n for stack, n in stacks.items() if name.startswith(stack + ".")), 1))
+            nn.init.normal_(p, std=std)
     for name, b in model.named_buffers():
         if name.endswith("log_scale"):
-            b.fill_(math.log(1 / 0.07))
+            b.fill_(math.log(1 / 0.07))         # CLIP's temperature
     for m in model.modules():
         if isinstance(m, (DeformableAttention, LLMBlock)):
             m.aim()
@@ -673,10 +673,11 @@ def parameter_table(model):
 # ---- Token generation
 
 def filter_logits(logits, *, temperature, top_k, top_p):
-    """Sampling filters in customary order: temperature, the k best, the smallest set of mass top_p. logits (B, V)."""
+    """Logits (B, V), filtered in customary order: temperature, the k best, the smallest set of mass top_p."""
     logits = logits / temperature
     if top_k:
-        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -torch.inf)
+        worst = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]                    # (B, 1)
+        logits = logits.masked_fill(logits < worst, -torch.inf)
     if top_p < 1:
         ordered, index = logits.sort()                                                      # worst first
         drop = ordered.softmax(-1).cumsum(-1) <= 1 - top_p
@@ -686,36 +687,38 @@ def filter_logits(logits, *, temperature, top_k, top_p):
 
 
 def penalise(logits, seen, penalty):
-    """Repetition penalty (Keskar et al. 2019): logits of ids seen before shrink, divided if positive else multiplied."""
+    """Repetition penalty (Keskar et al. 2019): logits of ids seen shrink, divided if positive else multiplied."""
     old = logits.gather(1, seen)
     return logits.scatter(1, seen, torch.where(old > 0, old / penalty, old * penalty))
 
 
-@torch.inference_mode()
-def generate(model, embeds, *, cache=None, max_new_tokens=512, temperature=0.0, top_k=0, top_p=1.0,
-             repetition_penalty=1.0, seen=(), generator=None, hidden=None, attn_mask=None):
-    """Yield new token ids one by one, an end token last if one comes. Temperature 0 takes the likeliest.
+def choose(logits, seen, *, temperature=0.0, top_k=0, top_p=1.0, repetition_penalty=1.0, generator=None):
+    """The next ids (B, 1) after logits (B, V) and ids `seen`: the likeliest at temperature 0, else drawn."""
+    if repetition_penalty != 1 and seen:
+        logits = penalise(logits, torch.tensor([seen], device=logits.device), repetition_penalty)
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    probs = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p).softmax(-1)
+    return torch.multinomial(probs, 1, generator=generator)
 
-    embeds (1, T, C) are the places not yet in `cache` (a KVCache; default: a fresh one). seen: prompt ids that the
-    repetition penalty also counts. generator: torch.Generator for sampling. hidden: a list that receives hidden states
-    (1, T, C) of every pass: the prompt's, then each new id's. attn_mask (1, T) bool: places of the prompt that count.
-    Closing the iterator early is fine.
+
+@torch.inference_mode()
+def generate(model, embeds, *, cache=None, max_new_tokens=512, seen=(), hidden=None, attn_mask=None, **sampling):
+    """Yield new token ids one by one, an end token last if one comes. Closing the iterator early is fine.
+
+    embeds (1, T, C): places not yet in `cache` (a KVCache; default: a fresh one). seen: ids of the prompt that count as
+    repeated. hidden: a list that gets the states (1, T, C) of every pass: the prompt's, then each new id's. attn_mask
+    (1, T) bool: places of the prompt that count. sampling: see choose.
     """
     llm, seen, new = model.llm, list(seen), embeds.new_full((1, 1), -1, dtype=torch.long)
     cache = cache or KVCache(llm, 1, embeds.shape[1] + max_new_tokens)
     hidden = [] if hidden is None else hidden
     for _ in range(max_new_tokens):
         hidden.append(llm(embeds, cache, attn_mask))
-        attn_mask = attn_mask if attn_mask is None else F.pad(attn_mask, (0, 1), value=True)
+        if attn_mask is not None:
+            attn_mask = F.pad(attn_mask, (0, 1), value=True)
         fed, h = new[:, 0], hidden[-1][:, -1]                                               # (1,), (1, C)
-        logits = llm.lm_head(h).float()                                                     # (1, V)
-        if repetition_penalty != 1 and seen:
-            logits = penalise(logits, torch.tensor([seen], device=logits.device), repetition_penalty)
-        if temperature == 0:
-            new = logits.argmax(-1, keepdim=True)                                           # (1, 1)
-        else:
-            probs = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p).softmax(-1)
-            new = torch.multinomial(probs, 1, generator=generator)
+        new = choose(llm.lm_head(h).float(), seen, **sampling)                              # (1, 1)
         seen.append(new.item())
         yield seen[-1]
         if seen[-1] in model.cfg.eos:
@@ -725,39 +728,33 @@ def generate(model, embeds, *, cache=None, max_new_tokens=512, temperature=0.0, 
 
 @torch.inference_mode()
 def beam_search(model, embeds, *, n_beam=5, max_new_tokens=512, hidden=None):
-    """The best sequence of ids by beam search, with its end token if one came. embeds (1, T, C); hidden: see generate.
-
-    parity: transformers 4.31 from embeddings, which all four systems run on. A hypothesis scores its summed log
-    probability over 1 + its ids without the end token; an end token counts only among the n_beam best candidates; the
-    search stops when n_beam are kept and the worst of them is no worse than the best candidate could still become.
-    parity: NExT-Chat feeds back from the hidden states of the rows as they were before the beams changed places.
-    """
-    llm, steps = model.llm, []                              # steps: hidden states (n_beam, T, C) of each pass
+    """The best sequence of ids by beam search, with its end token if one came. embeds, hidden: see generate."""
+    # parity: transformers 4.31 from embeddings, which all four systems run on. A hypothesis scores its summed log
+    # probability over 1 + its ids without the end token; an end token counts only among the n_beam best candidates; the
+    # search stops when n_beam are kept and the worst of them is no worse than the best candidate could still become.
+    llm, eos, steps = model.llm, model.cfg.eos, []          # steps: hidden states (n_beam, T, C) of each pass
     cache = KVCache(llm, n_beam, embeds.shape[1] + max_new_tokens)
     embeds = embeds.expand(n_beam, -1, -1)
     scores = torch.full((n_beam, 1), -1e9, device=embeds.device)
-    scores[0] = 0
+    scores[0] = 0                                           # all rows are alike as yet: only one of them may be chosen
     beams, done = [[(-1, 0)] for _ in range(n_beam)], []    # lists of (id, row it came from); done: (score, beam)
     for step in range(1, max_new_tokens + 1):
         steps.append(llm(embeds, cache))
         h = steps[-1][:, -1]                                                                # (n_beam, C)
         total = llm.lm_head(h).float().log_softmax(-1) + scores                             # (n_beam, V)
         best, index = total.flatten().topk(2 * n_beam)
-        rows, new, kept = (index // total.shape[1]).tolist(), (index % total.shape[1]).tolist(), []
-        for rank, (score, row, id) in enumerate(zip(best.tolist(), rows, new)):
-            if id not in model.cfg.eos:
-                kept.append((score, row, id))
-            elif rank < n_beam:
-                done = sorted(done + [(score / step, beams[row] + [(id, row)])], key=lambda x: -x[0])[:n_beam]
-            if len(kept) == n_beam:
-                break
-        beams = [beams[row] + [(id, row)] for _, row, id in kept]
-        if len(done) == n_beam and done[-1][0] >= best[0].item() / (step + 1):
+        row, id = index // total.shape[1], index % total.shape[1]
+        candidates = list(zip(best.tolist(), row.tolist(), id.tolist()))                    # best first
+        ended = [(score / step, beams[row] + [(id, row)]) for score, row, id in candidates[:n_beam] if id in eos]
+        done = sorted(done + ended, key=lambda x: -x[0])[:n_beam]
+        if len(done) == n_beam and done[-1][0] >= candidates[0][0] / (step + 1):
             break
-        cache.reorder(torch.tensor([row for _, row, _ in kept], device=h.device))
-        scores = torch.tensor([[score] for score, _, _ in kept], device=h.device)
-        fed, new = (torch.tensor([beam[i][0] for beam in beams], device=h.device) for i in (-2, -1))
-        embeds = model.next_embeds(new[:, None], fed, h)
+        best, rows, ids = zip(*[candidate for candidate in candidates if candidate[2] not in eos][:n_beam])
+        fed = torch.tensor([beams[row][-1][0] for row in rows], device=h.device)
+        beams = [beams[row] + [(id, row)] for row, id in zip(rows, ids)]
+        cache.reorder(torch.tensor(rows, device=h.device))
+        scores, new = (torch.tensor(x, device=h.device)[:, None] for x in (best, ids))      # (n_beam, 1)
+        embeds = model.next_embeds(new, fed, h)             # parity: NExT-Chat's h is of rows before they move
     else:
         done += [(score.item() / (1 + max_new_tokens), beam) for score, beam in zip(scores, beams)]
     ids, rows = zip(*max(done, key=lambda x: x[0])[1][1:])
@@ -775,11 +772,8 @@ def signal_runs(ids, signal):
 
 @torch.inference_mode()
 def read_out(model, ids, hidden, writer, start=0, **media):
-    """What a writer makes of the complete runs of its signal tokens from place `start` on; None if there is none.
-
-    ids: prompt and answer; hidden: the states of the last places, as generate and beam_search leave them. The last id
-    was never fed: a run that it ends is passed over.
-    """
+    """What a writer makes of the complete runs of its signal tokens from place `start` on; None if there is none. ids:
+    prompt and answer, of which the last was never fed: a run that it ends is passed over. hidden: of generate."""
     signal, writer = model.cfg.signal(writer), model.writers[writer]
     states = torch.cat(hidden, dim=1)[0]                                                    # (T', C)
     shift = writer.shift - (len(ids) - 1 - len(states))
@@ -790,34 +784,41 @@ def read_out(model, ids, hidden, writer, start=0, **media):
 
 # ---- Load and save
 
-LIMITS = {"n_layer": 1024, "n_head": 4096, "vocab_size": 1 << 21}     # a config beyond these is damaged, not large
+# (lowest, highest) of a config's numbers: one beyond is damaged, not large
+LIMITS = {"n_layer": (0, 1024), "n_head": (0, 4096), "vocab_size": (0, 1 << 21), "feature_layer": (-64, 1 << 24)}
 
 
 def to_config(cls, values, where):
     """Rebuild a config dataclass from JSON. Raises ValueError naming `where` for unknown fields and absurd sizes."""
-    known = {f.name for f in fields(cls)}
-    if unknown := set(values) - known:
-        raise ValueError(f"{where}: unknown field {min(unknown)!r} of {cls.__name__}; known: {', '.join(sorted(known))}")
+    known = {f.name: f.type for f in fields(cls)}
+    if unknown := set(values) - known.keys():
+        names = ", ".join(sorted(known))
+        raise ValueError(f"{where}: unknown field {min(unknown)!r} of {cls.__name__}; known: {names}")
     for key, value in values.items():
-        if isinstance(value, int) and not (-64 if key == "feature_layer" else 0) <= value <= LIMITS.get(key, 1 << 24):
+        low, high = LIMITS.get(key, (0, 1 << 24))
+        if isinstance(value, int) and not low <= value <= high:
             raise ValueError(f"{where}: {key} = {value} is out of bounds")
-    out = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    for f in (f for f in fields(cls) if isinstance(out.get(f.name), dict)):
-        part, rows = next(filter(is_dataclass, (f.type, *get_args(f.type))), None), out[f.name]
-        if part and get_origin(f.type) is dict:
-            out[f.name] = {name: to_config(part, row, f"{where}: {name}") for name, row in rows.items()}
-        elif part:
-            out[f.name] = to_config(part, rows, f"{where}: {f.name}")
-    if "writes" in out:
-        out["writes"] = {name: tuple(tokens) for name, tokens in out["writes"].items()}
-    return cls(**out)
+    return cls(**{key: to_field(key, known[key], value, where) for key, value in values.items()})
+
+
+def to_field(key, kind, value, where):
+    """A field of type `kind` from JSON, where tuples are lists and configs are objects."""
+    if isinstance(value, list):
+        return tuple(value)
+    if not isinstance(value, dict):
+        return value
+    if key == "writes":
+        return {name: tuple(tokens) for name, tokens in value.items()}
+    part = next(filter(is_dataclass, (kind, *get_args(kind))), None)        # of Part, Part | None, dict[str, Part]
+    if not part:
+        return value
+    if get_origin(kind) is dict:
+        return {name: to_config(part, row, f"{where}: {name}") for name, row in value.items()}
+    return to_config(part, value, f"{where}: {key}")
 
 
 def read_config(folder, cls=ModelConfig):
-    """The config of a weights folder (cls: a painter's is a PainterConfig).
-
-    Raises FileNotFoundError or ValueError, saying what is wrong with which file.
-    """
+    """The config of a weights folder, or a painter's. FileNotFoundError or ValueError say what is wrong with what."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no weights folder: it has no config.json (convert_weights.py makes them)")
@@ -825,7 +826,8 @@ def read_config(folder, cls=ModelConfig):
         values = json.loads(path.read_text())
         version = values.pop("format_version")
     except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: not a config of this code ({error!r}); convert the folder with convert_weights.py") from None
+        error = f"{path}: not a config of this code ({error!r}); convert the folder with convert_weights.py"
+        raise ValueError(error) from None
     if version > FORMAT:
         raise ValueError(f"{path}: format {version} is newer than this code understands ({FORMAT}); update the code")
     return to_config(cls, values, path)
@@ -835,30 +837,28 @@ def tensor_files(folder):
     """{tensor name: file} of a folder's safetensors. Shard names must be plain names of existing files."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
-    names = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+    if not index.is_file():
+        with safe_open(folder / "model.safetensors", "pt") as f:
+            return {key: folder / "model.safetensors" for key in f.keys()}
+    names = json.loads(index.read_text())["weight_map"]
     for name in set(names.values()):
         if Path(name).name != name or not (folder / name).is_file():
             raise ValueError(f"{index}: shard {name!r} is not a file of this folder")
-    if names:
-        return {key: folder / name for key, name in names.items()}
-    with safe_open(folder / "model.safetensors", "pt") as f:
-        return {key: folder / "model.safetensors" for key in f.keys()}
+    return {key: folder / name for key, name in names.items()}
 
 
 class WithoutNumbers(TorchFunctionMode):
-    """Modules made in this context start with no numbers. (Drawing them, even on meta, makes torch import its compiler: a second.)"""
+    """Modules made in this context start with no numbers."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__module__", "") == "torch.nn.init":
+        if getattr(func, "__module__", "") == "torch.nn.init":  # on meta it makes torch import its compiler: a second
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs or {})
 
 
 def skeleton(folder, build=Model, cls=ModelConfig):
-    """build(config), a Model, of a weights folder on meta, in the stored types, and the file of each tensor.
-
-    Raises FileNotFoundError, ValueError naming the file and key that do not fit.
-    """
+    """build(config), a Model, of a weights folder on meta, in the stored types, and the file of each tensor. Raises
+    FileNotFoundError, ValueError naming the file and key that do not fit."""
     cfg = read_config(folder, cls)
     quantized = getattr(cfg, "quantized", "")
     with torch.device("meta"), WithoutNumbers():
@@ -911,11 +911,13 @@ def load(folder, device="cpu", dtype=None, quantize="", build=Model, cls=ModelCo
     quantize: int8 or int4 (see quantize.py), a matrix at a time; ValueError for a model that is so already.
     """
     model, files = skeleton(folder, build, cls)
+    shared = {name: "llm.embed.weight" for name in tied(model)}
 
     def fetch(name, layer):             # opened for this layer alone: what was read leaves memory with it
-        keys = {key: full if (full := f"{name}.{key}") in files else "llm.embed.weight" for key in layer.state_dict()}     # tied
+        keys = {key: shared.get(f"{name}.{key}", f"{name}.{key}") for key in layer.state_dict()}
         with open_all([files[full] for full in keys.values()], device) as opened:
-            layer.load_state_dict({key: opened[files[full]].get_tensor(full) for key, full in keys.items()}, assign=True)
+            state = {key: opened[files[full]].get_tensor(full) for key, full in keys.items()}
+            layer.load_state_dict(state, assign=True)
         return layer
     if quantize:
         quantize_llm(model, quantize, fetch)
@@ -931,16 +933,13 @@ def load_painter(folder, device="cpu", dtype=None):
 
 
 def write_tensors(path, like, values):
-    """A safetensors file, tensor by tensor: length of the header, header, bytes. The library would hold it all.
-
-    like: {name: anything with shape and dtype}, wide types first (numbers lie at multiples of their width); values: the
-    tensors, in that order.
-    """
+    """A safetensors file, tensor by tensor, where the library would hold it all. like: {name: anything with shape and
+    dtype}, wide types first (numbers lie at multiples of their width); values: the tensors, in that order."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, x in like.items():
         start, end = end, end + math.prod(x.shape) * x.dtype.itemsize
         header[name] = {"dtype": CODES[x.dtype], "shape": list(x.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
+    text = json.dumps(header).encode()                  # the file: length of the header, header, bytes
     text += b" " * (-(8 + len(text)) % 64)              # numbers begin where wide loads like them to
     with open(path, "xb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
@@ -986,13 +985,12 @@ def tensors_of(model):
 
 
 def save(model, folder, extra=(), values=None):
-    """Write a weights folder, whole or not at all: config.json, model.safetensors and copies of the `extra` files.
-
-    An existing folder is replaced. values: what to write for tensors_of(model), in its order, if not the tensors. Raises ValueError
-    for a quantised model that has spoken.
-    """
+    """Write a weights folder, whole or not at all, in place of any there: config.json, model.safetensors, copies of the
+    `extra` files. values: what to write for tensors_of(model), in its order, if not the tensors. Raises ValueError for
+    a quantised model that has spoken."""
     if any(getattr(layer, "packed", None) is not None for layer in model.modules()):
-        raise ValueError("a quantised model gives its weights away when it first multiplies: save it before, or load it again")
+        raise ValueError("a quantised model gives its weights away when it first multiplies: "
+                         "save it before, or load it again")
     state = tensors_of(model)
     with new_folder(Path(folder)) as new:
         write_tensors(new / "model.safetensors", state, values or state.values())
@@ -1003,41 +1001,35 @@ def save(model, folder, extra=(), values=None):
 
 def merge_lora(model):
     """Fold every LoRA update into its weight, in place; afterwards the model is as if trained without LoRA."""
-    for block in model.llm.blocks:
-        for part in (block.attn, block.mlp):
-            for name, layer in part.named_children():
-                if isinstance(layer, LoRALinear):
-                    setattr(part, name, layer.merge())
+    for part in model.llm.modules():
+        for name, layer in part.named_children():
+            if isinstance(layer, LoRALinear):
+                setattr(part, name, layer.merge())
     model.cfg = replace(model.cfg, llm=replace(model.cfg.llm, lora_rank=0))
     model.llm.cfg = model.cfg.llm
 
 
 def fuse(model):
     """Join q|k|v and gate|up into one matrix each, in place, for faster generation; such a model is not for saving.
-
-    Raises ValueError for LoRA layers: merge them first.
-    """
+    Raises ValueError for LoRA layers: merge them first."""
     for block in model.llm.blocks:
         for part, name, names in (block.attn, "wqkv", ("wq", "wk", "wv")), (block.mlp, "gate_up", ("gate", "up")):
             layers = [getattr(part, n) for n in names]
             if any(isinstance(layer, LoRALinear) for layer in layers):
                 raise ValueError(f"{name}: merge LoRA before fusing")
             if model.cfg.quantized:
-                setattr(part, name, join(layers))
+                one = join(layers)
             else:
-                weight = torch.cat([layer.weight.detach() for layer in layers])
-                setattr(part, name, Linear(weight.shape[1], len(weight), device="meta"))
-                getattr(part, name).weight = nn.Parameter(weight, requires_grad=False)
+                one = linear_of(torch.cat([layer.weight.detach() for layer in layers])).requires_grad_(False)
+            setattr(part, name, one)
             for n in names:
                 setattr(part, n, None)
 
 
 def keep_memory():
-    """Have this process keep what big tensors leave behind, in huge pages, as the kernel would clear it for every next one.
-
-    For glibc; elsewhere nothing changes. Layers of SAM take about a tenth less time. Gaps between tensors cost memory, so those
-    above 48 MB give theirs back, and train.py does without.
-    """
+    """Have this process keep what big tensors leave behind, in huge pages. For glibc; elsewhere nothing changes."""
+    # The kernel would clear this memory for every next tensor: layers of SAM take about a tenth less time. Gaps between
+    # tensors cost memory, so those above 48 MB give theirs back, and train.py does without.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")      # torch's own switch, read at its first tensor
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-3, 48 << 20)                          # M_MMAP_THRESHOLD: more is a mapping of its own

@@ -2,8 +2,7 @@
 
 In order: ranks and tensors in parts, sharding, memory of a step, checkpoints.
 Papers: ZeRO (Rajbhandari et al. 2020), FSDP (Zhao et al. 2023), recomputation (Chen et al. 2016).
-One process runs the same lines: its part of every tensor is all of it. No tensor parallelism: the models of this code
-fit without, and it would put communication into every layer of model.py.
+One process runs the same lines: its part of every tensor is all of it.
 """
 import errno
 import hashlib
@@ -37,21 +36,20 @@ def ranks():
 
 
 def join(device):
-    """Meet the other processes if torchrun started some; each takes the GPU of its number.
-
-    torchrun keeps one store through all its restarts, with the addresses of the dead in it. So rank 0 gives every group
-    a name of its own, to look up addresses under, and takes it back once all have met.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        store, rank, world = next(dist.rendezvous("env://"))
-        if rank == 0:
-            store.set("name", os.urandom(8).hex())
-        dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", rank=rank, world_size=world,
-                                store=dist.PrefixStore(store.get("name").decode(), store))
-        if rank == 0:
-            store.delete_key("name")
-        if device != "cpu":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    """Meet the other processes if torchrun started some; each takes the GPU of its number."""
+    if int(os.environ.get("WORLD_SIZE", 1)) <= 1:
+        return
+    # torchrun keeps one store through all its restarts, with the addresses of the dead in it. So rank 0 gives every
+    # group a name of its own, to look up addresses under, and takes it back once all have met.
+    store, rank, world = next(dist.rendezvous("env://"))
+    if rank == 0:
+        store.set("name", os.urandom(8).hex())
+    own = dist.PrefixStore(store.get("name").decode(), store)               # get waits for rank 0
+    dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl", rank=rank, world_size=world, store=own)
+    if rank == 0:
+        store.delete_key("name")
+    if device != "cpu":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
 def leave_ranks():
@@ -77,7 +75,7 @@ def rows(x):
     if not isinstance(x, DTensor):
         return slice(None)
     (rank, world), n = ranks(), len(x)
-    each = -(-n // world)
+    each = -(-n // world)               # rounded up, as FSDP cuts: the last ranks may get fewer, or none
     return slice(min(rank * each, n), min(rank * each + each, n))
 
 
@@ -96,30 +94,29 @@ def fill(named, path):
 
 # ---- Sharding
 
-PRODUCTS = [getattr(torch.ops.aten, name).default for name in (
+PRODUCTS = [getattr(torch.ops.aten, name).default for name in (     # what costs most to compute again
     "mm", "addmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention")]
 
 
-def stacks_of(model):
-    """The lists of blocks in a model."""
-    return [m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and name.endswith("blocks")]
+def blocks_of(model):
+    """The members of all lists called `blocks`, of inner lists first."""
+    stacks = [m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and name.endswith("blocks")]
+    return [block for stack in reversed(stacks) for block in stack]
 
 
 def shard(model, device, bf16=False, recompute="", compile=False):
-    """Make a model ready to train, from outside and in place: each block (of any list called `blocks`) recomputes in
-    the backward pass all of itself ("block") or all but its matrix products ("select"), is compiled, is shared out.
-
-    bf16: GPUs gather blocks in bfloat16, what autocast would make of them (layer norms of a CPU want their own type);
-    parts that do not learn carry no gradients.
-    """
+    """Make a model ready to train, from outside and in place: each block recomputes in the backward pass all of itself
+    ("block") or all but its matrix products ("select"), is compiled, is shared out."""
     mesh = init_device_mesh(device, (ranks()[1],)) if ranks()[1] > 1 else None
-    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, PRODUCTS)} if recompute == "select" else {}
-    narrow = torch.bfloat16 if bf16 and device != "cpu" else None
+    narrow = torch.bfloat16 if bf16 and device != "cpu" else None       # as autocast; layer norms of a CPU want float32
     policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
-    for block in (block for stack in reversed(stacks_of(model)) for block in stack):
+    again = partial(checkpoint, use_reentrant=False)
+    if recompute == "select":
+        again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, PRODUCTS))
+    for block in blocks_of(model):
         if recompute:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **contexts)
+            block.forward = partial(again, block.forward)
         if compile:
             block.compile()
         if mesh:
@@ -128,8 +125,8 @@ def shard(model, device, bf16=False, recompute="", compile=False):
 
 
 def gather_once(model):
-    """Gather every part and let go of it. torch cannot accumulate gradients beside parts that were never gathered, such as
-    those of a writer that this stage does not ask."""
+    """Gather every part and let go of it. torch cannot accumulate gradients beside parts that were never gathered, such
+    as those of a writer that this stage does not ask."""
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.unshard()
@@ -164,30 +161,31 @@ def block_bytes(cfg, tokens, bf16, learned):
             return kept_bytes(lambda: block(x, rope, None), [*block.parameters(), *rope]) * tokens // n
 
 
-def plan(model, world, tokens, bf16=True, recompute="", cuts=1):
-    """Bytes that a training step takes on each of `world` processes, by what they are for.
-
-    model: on meta, with the types and requires_grad of training. tokens: places in a micro-batch; cuts: micro-batches an
-    update. Exact for weights, gradients and moments. gathered: the root's tensors and gradients, which stay whole through
-    the pass, and those of the two largest blocks (one computes, one is on its way). activations: of the language model's
-    blocks and logits; those of other parts that learn, and what a kernel needs for itself, come on top.
-    """
-    def size(p, parts):
-        return math.prod((-(-len(p) // parts), *p.shape[1:])) if p.ndim else 1
-    params, learned = [*model.parameters()], [p for p in model.parameters() if p.requires_grad]
-    blocks = [[*block.parameters()] for stack in stacks_of(model) for block in stack]
+def gathered_bytes(model, bf16):
+    """Bytes of the root's tensors and gradients, which stay whole through the pass, and of the two largest blocks."""
+    blocks = [[*block.parameters()] for block in blocks_of(model)]
     inside = {p for block in blocks for p in block}
-    whole = [p.numel() * (p.itemsize + 4 * p.requires_grad) for p in params if p not in inside]
-    block = max(sum(p.numel() * (2 if bf16 else p.itemsize) * (1 + p.requires_grad) for p in b) for b in blocks)
-    cast = sum(2 * p.numel() for p in learned if p.ndim > 1) * bf16     # autocast's copies, of one process
-    cfg, names = model.cfg.llm, {name for name, p in model.llm.blocks[0].named_parameters() if p.requires_grad}
-    keeps, enters = block_bytes(cfg, tokens, bf16, names), 4 * tokens * cfg.dim
-    return {"weights": sum(size(p, world) * p.itemsize for p in params),
-            "gradients": sum(4 * size(p, world if cuts == 1 else 1) for p in learned),
-            "moments": sum(8 * size(p, world) for p in learned),
-            "gathered": sum(whole) + 2 * block if world > 1 else cast,
-            "activations": (cfg.n_layer * enters + keeps if recompute == "block" else cfg.n_layer * keeps)
-            + tokens * cfg.vocab_size * (10 if bf16 else 12)}
+    root = sum(p.numel() * (p.itemsize + 4 * p.requires_grad) for p in model.parameters() if p not in inside)
+    block = max(sum(p.numel() * (2 if bf16 else p.itemsize) * (1 + p.requires_grad) for p in block) for block in blocks)
+    return root + 2 * block             # one computes, one is on its way
+
+
+def plan(model, world, tokens, bf16=True, recompute="", cuts=1):
+    """Bytes that a step takes on each of `world` processes, by what they are for; what learns outside of the language
+    model keeps more, and so do kernels. model: on meta, with the types and requires_grad of training; tokens: places in
+    a micro-batch; cuts: micro-batches an update."""
+    def numbers(p, parts):              # in the largest part: the first dimension is cut
+        return math.prod((-(-len(p) // parts), *p.shape[1:])) if p.ndim else 1
+    cfg, learned = model.cfg.llm, [p for p in model.parameters() if p.requires_grad]
+    names = {name for name, p in model.llm.blocks[0].named_parameters() if p.requires_grad}
+    one, enters = block_bytes(cfg, tokens, bf16, names), 4 * tokens * cfg.dim                 # of a block, into a block
+    kept = cfg.n_layer * enters + one if recompute == "block" else cfg.n_layer * one
+    cast = sum(2 * p.numel() for p in learned if p.ndim > 1) * bf16                           # autocast's copies
+    return {"weights": sum(numbers(p, world) * p.itemsize for p in model.parameters()),
+            "gradients": sum(4 * numbers(p, world if cuts == 1 else 1) for p in learned),     # whole until the last cut
+            "moments": sum(8 * numbers(p, world) for p in learned),                           # AdamW's two, float32
+            "gathered": gathered_bytes(model, bf16) if world > 1 else cast,
+            "activations": kept + tokens * cfg.vocab_size * (10 if bf16 else 12)}             # with the logits
 
 
 # ---- Checkpoints
@@ -196,9 +194,11 @@ FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG          # a disk, a quota, the l
 
 
 def sha256(path):
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else \
-            hashlib.sha256(f.read()).hexdigest()
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def moments(learned, opt):
@@ -207,26 +207,25 @@ def moments(learned, opt):
 
 
 def save_checkpoint(out, step, learned, opt, settings, keep):
-    """Write out/step_N, whole or not at all: what learned, optimizer, hashes. Then drop the oldest complete ones.
-
-    Tensors are put together and written one by one. Raises FloatingPointError rather than save what is not finite.
-    """
+    """Write out/step_N, whole or not at all, then drop the oldest complete ones. FloatingPointError for bad weights."""
     bad = share(next((name for name, p in learned.items() if not torch.isfinite(local(p)).all()), ""))
     if any(bad):
         raise FloatingPointError(f"step {step}: {max(bad)} is not finite; the last checkpoint is untouched")
     files = {"model.safetensors": learned, "optim.safetensors": moments(learned, opt)}
-    values = whole(x for named in files.values() for x in named.values())
+    values = whole(x for named in files.values() for x in named.values())   # one by one: all would not fit
     if ranks()[0]:
         return sum(1 for _ in values)                           # hand over the parts that lie here
-    with M.new_folder(Path(out) / f"step_{step:06}") as folder:
+    last = f"step_{step:06}"
+    with M.new_folder(Path(out) / last) as folder:
         for name, named in files.items():
             M.write_tensors(folder / name, named, islice(values, len(named)))
         state = {"step": step, "settings": settings, "bytes": {p.name: p.stat().st_size for p in folder.iterdir()},
                  "sha256": {p.name: sha256(p) for p in sorted(folder.iterdir())}}
         state["self"] = hashlib.sha256(json.dumps(state).encode()).hexdigest()
         (folder / "state.json").write_text(json.dumps(state, allow_nan=False))
-    last = f"step_{step:06}"
-    for old in sorted(p for p in Path(out).glob("step_??????") if p.name <= last and valid(p, contents=False))[:-keep]:
+    # Damaged ones, and later ones of a run that went on from here another way, neither count nor go.
+    complete = sorted(p for p in Path(out).glob("step_??????") if p.name <= last and valid(p, contents=False))
+    for old in complete[:-keep]:
         try:
             shutil.rmtree(old)
         except OSError as error:
@@ -235,12 +234,16 @@ def save_checkpoint(out, step, learned, opt, settings, keep):
 
 def valid(folder, contents=True):
     """The state of a complete, undamaged checkpoint, else None. contents=False looks at sizes only."""
+    folder = Path(folder)
     try:
-        state = json.loads((Path(folder) / "state.json").read_text())
-        whole = state.pop("self") == hashlib.sha256(json.dumps(state).encode()).hexdigest()
-        whole = whole and all((Path(folder) / name).stat().st_size == n for name, n in state.get("bytes", {}).items())
-        whole = whole and (not contents or all(sha256(Path(folder) / name) == was for name, was in state["sha256"].items()))
-        return state if whole else None
+        state = json.loads((folder / "state.json").read_text())
+        if state.pop("self") != hashlib.sha256(json.dumps(state).encode()).hexdigest():
+            return None
+        if any((folder / name).stat().st_size != n for name, n in state.get("bytes", {}).items()):
+            return None
+        if contents and any(sha256(folder / name) != was for name, was in state["sha256"].items()):
+            return None
+        return state
     except (OSError, ValueError, KeyError, AttributeError):
         return None
 
@@ -251,24 +254,21 @@ def find_checkpoint(out, resume):
         if not valid(resume):
             raise SystemExit(f"train: {resume} is not a complete checkpoint")
         return Path(resume)
-    for folder in sorted(Path(out).glob("step_??????"), reverse=True) if resume == "auto" else ():
+    folders = sorted(Path(out).glob("step_??????"), reverse=True) if resume == "auto" else []
+    for folder in folders:
         if valid(folder):
             return folder
         print(f"passing over {folder}: damaged", file=sys.stderr)
 
 
 def restore(folder, learned, opt):
-    """Put a checkpoint back, exactly, each rank its part; returns the number of steps done.
-
-    Raises ValueError if other tensors learned then.
-    """
-    folder = Path(folder)
+    """Put a checkpoint back, exactly, each rank its part -> steps done. ValueError if other tensors learned then."""
     with safe_open(folder / "model.safetensors", "pt") as model, safe_open(folder / "optim.safetensors", "pt") as optim:
         names, saved = set(model.keys()), set(optim.keys())
     if odd := sorted(names ^ learned.keys()):
         raise ValueError(f"{folder}: holds other tensors than this stage learns, such as {odd[0]}")
     for name, p in learned.items():
-        if f"step.{name}" in saved:
+        if f"step.{name}" in saved:     # AdamW knows nothing of those that never had a gradient
             zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
             opt.state[p] = {"step": torch.zeros((), device=p.device)} | zeros
     fill(learned, folder / "model.safetensors")

@@ -22,11 +22,10 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from safetensors import safe_open
 from torch.utils.data import DataLoader
@@ -110,26 +109,24 @@ class Stage:
 
 # What a flag may override
 OWN = "epochs", "batch", "lr", "warmup", "weight_decay", "beta2", "save_every", "keep", "max_len"
-PROJECTOR = r"readers\.\w+\.projector\..*"
-NEXTCHAT = PROJECTOR + r"|llm\..*|readers\.box\..*|writers\.at\.loc_decoder\..*"
-NEXTCHAT_BOXES = {"at_l1": 2, "at_giou": 0.2}
-NEXTCHAT_STAGE = dict(lr=2e-5, batch=64, max_len=4096)
-# parity: ChatterBox's Swin runs without gradient. All rows of the vocabulary learn.
-CHATTERBOX = (r"llm\..*\.lora_[AB]|llm\.embed\.weight|llm\.lm_head\.weight|readers\.region\..*|writers\.vg\.query\..*"
-              r"|writers\.vg\.locator\.(?!swin\.).*")
-CHATTERBOX_STAGE = dict(lr=3e-5, batch=960, epochs=5, schedule="linear", warmup=1 / 300, beta2=0.95, save_every=50,
-                        weights={"vg_focal": 2, "vg_l1": 5, "vg_giou": 2}, hush="vg_")
-MASKS = r"writers\.at\.seg_prompt_mlp\..*|writers\.at\.sam\..*"
-TOWER = r"readers\.\w+\.tower\..*"
+TOWER, PROJECTOR, SIGNALS = r"readers\.\w+\.tower\..*", r"readers\.\w+\.projector\..*", r"writers\.\w+\.proj\..*"
+TOKENS, LORA = r"llm\.embed\.weight|llm\.lm_head\.weight", r"llm\..*\.lora_[AB]"
+BOXES, MASKS = r"readers\.box\..*|writers\.at\.loc_decoder\..*", r"writers\.at\.seg_prompt_mlp\..*|writers\.at\.sam\..*"
 TINY_WORDS = r"readers\.imagebind\..*|writers\.at\.loc_decoder\..*"
-TOKENS, SIGNALS, LORA = r"llm\.embed\.weight|llm\.lm_head\.weight|", r"writers\.\w+\.proj\..*", r"llm\..*\.lora_[AB]"
+MASK_DECODER = r"writers\.at\.seg_prompt_mlp\..*|writers\.at\.sam\.mask_decoder\..*"
+LOCATOR = r"writers\.vg\.query\..*|writers\.vg\.locator\.(?!swin\.).*"
+NEXTCHAT = Stage(rf"{PROJECTOR}|llm\..*|{BOXES}", lr=2e-5, batch=64, epochs=3, max_len=4096, save_every=5000, mock=True,
+                 sam=False, weights={"at_l1": 2, "at_giou": 0.2})
+# parity: ChatterBox's Swin runs without gradient. All rows of the vocabulary learn.
+CHATTERBOX = Stage(rf"{TOKENS}|{LORA}|readers\.region\..*|{LOCATOR}", lr=3e-5, batch=960, epochs=5, schedule="linear",
+                   warmup=1 / 300, beta2=0.95, save_every=50, weights={"vg_focal": 2, "vg_l1": 5, "vg_giou": 2},
+                   hush="vg_")
 # parity: all of the embedding and of lm_head learn in every stage, and the first update has a rate of its own
-NEXTGPT = Stage(TOKENS + PROJECTOR, lr=5e-4, batch=18, schedule="logarithmic", warmup=0.1, first_lr=4e-4,
+NEXTGPT = Stage(f"{TOKENS}|{PROJECTOR}", lr=5e-4, batch=18, schedule="logarithmic", warmup=0.1, first_lr=4e-4,
                 weight_decay=1e-3, beta2=0.95, turns=True)
 # The union: first what stands between the parts, then the language model too, then what outlines and what finds.
-OMNI_JOINTS = (TOKENS + PROJECTOR + r"|readers\.box\..*|readers\.region\..*|writers\.at\.loc_decoder\..*"
-               r"|writers\.vg\.query\..*|" + SIGNALS)
-OMNI = Stage(OMNI_JOINTS, lr=5e-4, batch=64, weights=NEXTCHAT_BOXES | CHATTERBOX_STAGE["weights"] | {"vid_l2": 2})
+OMNI_JOINTS = rf"{TOKENS}|{PROJECTOR}|{BOXES}|readers\.region\..*|writers\.vg\.query\..*|{SIGNALS}"
+OMNI = Stage(OMNI_JOINTS, lr=5e-4, batch=64, weights=NEXTCHAT.weights | CHATTERBOX.weights | {"vid_l2": 2})
 TINY = Stage(r".*", lr=1e-3, batch=16, warmup=0.05, beta2=0.99, rates={TOWER: 0.3, SIGNALS: 3},
              weights={"at_l1": 0.5, "at_giou": 0.05, "at_cycle_hidden": 0.01, "at_cycle_box": 0.1,
                       "img_l2": 0.2, "vid_l2": 0.2, "aud_l2": 0.2})
@@ -137,21 +134,19 @@ STAGES = {
     ("chatbind", 1): Stage(PROJECTOR + r"|llm\.embed\.weight", lr=2e-3, batch=128, rows=("<im_start>", "<im_end>"),
                            save_every=2400, keep=1),
     ("chatbind", 2): Stage(PROJECTOR + r"|llm\..*", lr=2e-5, batch=32, epochs=3, save_every=5000),
-    ("nextchat", 1): Stage(NEXTCHAT, **NEXTCHAT_STAGE, epochs=2, save_every=5000, mock=True, sam=False, weights=NEXTCHAT_BOXES),
-    ("nextchat", 2): Stage(NEXTCHAT, **NEXTCHAT_STAGE, epochs=3, save_every=4950, mock=True, sam=False, weights=NEXTCHAT_BOXES),
-    ("nextchat", 3): Stage(r"writers\.at\.seg_prompt_mlp\..*|writers\.at\.sam\.mask_decoder\..*", **NEXTCHAT_STAGE, epochs=3,
-                           save_every=5000, weights={"lm": 0, "at_focal": 20}),
-    ("chatterbox", 1): Stage(CHATTERBOX, **CHATTERBOX_STAGE),
-    ("chatterbox", 2): Stage(CHATTERBOX, **CHATTERBOX_STAGE, ordered=True),
+    ("nextchat", 1): replace(NEXTCHAT, epochs=2),
+    ("nextchat", 2): replace(NEXTCHAT, save_every=4950),
+    ("nextchat", 3): replace(NEXTCHAT, learn=MASK_DECODER, mock=False, sam=True, weights={"lm": 0, "at_focal": 20}),
+    ("chatterbox", 1): CHATTERBOX,
+    ("chatterbox", 2): replace(CHATTERBOX, ordered=True),
     ("nextgpt", 1): NEXTGPT,
-    ("nextgpt", 2): replace(NEXTGPT, learn=TOKENS + SIGNALS, batch=8, draw=True),
-    ("nextgpt", 3): replace(NEXTGPT, learn=TOKENS + "|".join((LORA, PROJECTOR, SIGNALS)), batch=4, first_lr=5e-4,
+    ("nextgpt", 2): replace(NEXTGPT, learn=f"{TOKENS}|{SIGNALS}", batch=8, draw=True),
+    ("nextgpt", 3): replace(NEXTGPT, learn=f"{TOKENS}|{LORA}|{PROJECTOR}|{SIGNALS}", batch=4, first_lr=5e-4,
                             weights={"vid_l2": 2}),
     ("omni", 1): OMNI,
     ("omni", 2): replace(OMNI, learn=OMNI_JOINTS + r"|llm\..*", lr=2e-5, epochs=2),
-    ("omni", 3): replace(OMNI, lr=2e-5, weights=OMNI.weights | {"lm": 0, "at_focal": 20},
-                         learn=r"writers\.at\.seg_prompt_mlp\..*|writers\.at\.sam\.mask_decoder\..*"
-                         r"|writers\.vg\.query\..*|writers\.vg\.locator\.(?!swin\.).*"),
+    ("omni", 3): replace(OMNI, learn=f"{MASK_DECODER}|{LOCATOR}", lr=2e-5,
+                         weights=OMNI.weights | {"lm": 0, "at_focal": 20}),
     # Encoders first learn words: with a language model that knows nothing yet they would learn to say the same of all.
     # The words' own vectors stay as they are: what is seen comes to lie close to them, where a look-up finds it.
     ("tiny", 1): Stage(TINY_WORDS, lr=2e-3, batch=16, warmup=0.05, beta2=0.99, words=True,
@@ -171,7 +166,9 @@ def parse_settings(argv):
         p.add_argument(f"--{f.name.replace('_', '-')}", f"--{f.name}", dest=f.name, type=f.type, default=f.default,
                        metavar=f.type.__name__, help=note)
     argv = [a if a.startswith("-") or "=" not in a else f"--{a}" for a in argv]
-    return Settings(**vars(p.parse_args(argv)))
+    s = Settings(**vars(p.parse_args(argv)))
+    s.device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return s
 
 
 # ---- Schedules: factor of the learning rate at an update
@@ -179,9 +176,7 @@ def parse_settings(argv):
 def schedule(step, steps, warmup):
     """Linear from 0 over ceil(warmup * steps), then half a cosine to 0."""
     rise = math.ceil(warmup * steps)
-    if step < rise:
-        return step / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
+    return step / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
 
 
 def linear(step, steps, warmup):
@@ -202,10 +197,7 @@ SCHEDULES = {"cosine": schedule, "linear": linear, "logarithmic": logarithmic}
 # ---- What learns and how fast
 
 def learn(model, stage):
-    """Freeze all but what the stage names; returns {name: parameter} of what learns.
-
-    Raises ValueError if a part of the pattern names nothing. Embedding rows outside stage.rows get no gradient.
-    """
+    """Freeze all but what the stage names -> {name: parameter} of that. ValueError for a part that names nothing."""
     named = dict(model.named_parameters())
     for part in stage.learn.split("|"):
         if not any(re.fullmatch(part, name) for name in named):
@@ -216,7 +208,7 @@ def learn(model, stage):
         embed = model.llm.embed.weight
         keep = torch.zeros(len(embed), 1)
         keep[[model.cfg.added_tokens[token] for token in stage.rows]] = 1
-        keep = keep[rows(embed)].to(embed.device)
+        keep = keep[rows(embed)].to(embed.device)               # of the rows that lie here
 
         def only_rows(p):
             local(p.grad).mul_(keep)
@@ -249,71 +241,81 @@ def none_of(payload):
     return {k: x[:k == "image"].clone() for k, x in payload.items()}
 
 
-def like_others(batch, notes):
-    """The batch with what only other ranks have, as all must run the same parts: none of a kind of media, a writer's
-    targets lent by one who has them; without what only some targets have, as masks. notes: of each rank, its counts,
-    {kind: none of it} and {writer: what its targets hold}."""
-    empty = {kind: none for _, media, _ in notes for kind, none in sorted(media.items())}
-    media = {kind: batch.media.get(kind, empty[kind]) for kind in sorted(empty)}
-    slots = {kind: batch.slots.get(kind, torch.zeros(2, 0, dtype=torch.long)) for kind in media}
-    held, targets = [held for *_, held in notes], {}
-    for name in sorted(set().union(*held)):
-        target, having = batch.targets.get(name), [rank for rank, of in enumerate(held) if name in of]
-        if len(having) < len(held):
-            lent = [target]
-            dist.broadcast_object_list(lent, having[0])
-            target = target or lent[0] | {"slots": torch.zeros_like(lent[0]["slots"])}
-        targets[name] = {part: target[part] for part in target if all(part in held[rank][name] for rank in having)}
-    return batch._replace(media=media, slots=slots, targets=targets)
+def common_target(target, held):
+    """A writer's targets, where there are none lent by a rank that has them, without what only some hold, as masks.
+    held: of each rank, what its targets hold, or None."""
+    owners = [rank for rank, names in enumerate(held) if names]
+    if len(owners) < len(held):
+        lent = share(target if owners[0] == ranks()[0] else None)[owners[0]]
+        target = target or lent | {"slots": torch.zeros_like(lent["slots"])}
+    common = set.intersection(*(held[rank] for rank in owners))
+    return {part: x for part, x in target.items() if part in common}
+
+
+def like_others(batches):
+    """Yield micro-batches with media (none) and targets of the kinds that any rank has: all must run the same parts."""
+    kinds = share([{kind: none_of(payload) for kind, payload in b.media.items()} for b in batches])
+    held = share([{name: set(target) for name, target in b.targets.items()} for b in batches])
+    for batch, nones, parts in zip(batches, zip(*kinds), zip(*held)):       # nones and parts of each rank
+        empty = {kind: none for own in nones for kind, none in own.items()}
+        media = {kind: batch.media.get(kind, empty[kind]) for kind in sorted(empty)}
+        slots = {kind: batch.slots.get(kind, torch.zeros(2, 0, dtype=torch.long)) for kind in media}
+        targets = {name: common_target(batch.targets.get(name), [own.get(name) for own in parts])
+                   for name in sorted(set().union(*parts))}
+        yield batch._replace(media=media, slots=slots, targets=targets)
+
+
+def portions(losses, own, of_all):
+    """Losses of a micro-batch as parts of the means over all, and a zero that depends on those of lent targets. own and
+    of_all: the counts of this micro-batch, and summed over those of all ranks."""
+    parts, lent = {}, 0
+    for name, value in losses.items():
+        writer = name.split("_")[0]
+        part = writer if writer in of_all else "lm"
+        if part in own:
+            parts[name] = value * (own[part] / of_all[part])
+        else:
+            lent = lent + 0 * value                             # its gradient of zero reaches what others teach
+    return parts, lent
 
 
 def total_loss(losses, stage):
-    """The weighted sum of named losses. Where one is there that the stage lets hush the text, the text does not count."""
-    hushed = any(name.startswith(stage.hush) for name in losses) if stage.hush else False
-    weights = stage.weights | ({"lm": 0} if hushed else {})
+    """The weighted sum of named losses. Text does not count beside losses that hush it."""
+    weights = dict(stage.weights)
+    if stage.hush and any(name.startswith(stage.hush) for name in losses):
+        weights["lm"] = 0
     return sum(weights.get(name, 1) * value for name, value in losses.items())
 
 
 def update(model, opt, batches, lr, clip, stage, step=0, bf16=False):
-    """One optimizer step over the micro-batches of all ranks -> named losses, gradient norm before clipping.
-
-    A loss of a micro-batch weighs as much as it has labelled tokens, or a writer's targets: however a batch is cut up,
-    its losses are means over all of it. Raises FloatingPointError naming step and loss, on every rank, before a weight
-    is touched, if anything is not finite.
-    """
-    learned, (rank, world), total = [p for group in opt.param_groups for p in group["params"]], ranks(), {}
-    device = learned[0].device
+    """One optimizer step over the micro-batches of all ranks -> named losses, means over all of them however a batch is
+    cut up, and the gradient norm before clipping. FloatingPointError on every rank, naming step and loss, before any
+    weight is touched, if something is not finite."""
+    learned = [p for group in opt.param_groups for p in group["params"]]
+    device, (rank, world) = learned[0].device, ranks()
     amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)         # weights stay float32
-    notes = share([(counts(b), {kind: none_of(x) for kind, x in b.media.items()},
-                    {name: set(target) for name, target in b.targets.items()}) for b in batches])
-    of_all = sum((Counter(own) for noted in notes for own, *_ in noted), Counter())
-    for i, (batch, (own, *_)) in enumerate(zip(batches, notes[rank])):
+    shares = share([counts(batch) for batch in batches])                    # [rank][micro-batch]
+    of_all = sum((Counter(own) for own in chain(*shares)), Counter())
+    here, total = Counter(), Counter()                                      # losses of this rank, of all
+    for i, batch in enumerate(like_others(batches) if world > 1 else batches):
         if world > 1:
             model.set_requires_gradient_sync(i == len(batches) - 1)
-            batch = like_others(batch, [noted[i] for noted in notes])
         with amp:
             losses = model(data.to_device(batch, device), words=stage.words)
-        parts, lent = {}, 0
-        for name, value in losses.items():
-            part = name.split("_")[0] if name.split("_")[0] in of_all else "lm"
-            if part in own:
-                parts[name] = value * (own[part] / of_all[part])
-                total[name] = total.get(name, 0) + parts[name].detach()
-            else:
-                lent = lent + 0 * value                         # its gradient of zero reaches what others teach
+        parts, lent = portions(losses, shares[rank][i], of_all)
+        here.update({name: part.detach() for name, part in parts.items()})
         ((total_loss(parts, stage) + lent) * world).backward()              # FSDP takes the mean over ranks
-    norm = nn.utils.clip_grad_norm_(learned, clip)
-    norm = next(whole([norm])).item()
-    all_totals = share({name: value.item() for name, value in total.items()})
-    total = {name: sum(t.get(name, 0) for t in all_totals) for t in all_totals for name in t}
-    for name, value in [*((f"loss {name}", value) for name, value in total.items()), ("the gradient norm", norm)]:
+    norm = next(whole([nn.utils.clip_grad_norm_(learned, clip)])).item()
+    for losses in share({name: value.item() for name, value in here.items()}):
+        total.update(losses)
+    for name, value in ({f"loss {name}": loss for name, loss in total.items()} | {"the gradient norm": norm}).items():
         if not math.isfinite(value):
             raise FloatingPointError(f"step {step}: {name} is {value}; the last checkpoint is untouched")
     for group in opt.param_groups:
         group["lr"] = lr * group.get("factor", 1.0)
     opt.step()
     opt.zero_grad(set_to_none=True)
-    return total, norm
+    return dict(total), norm
 
 
 # ---- Preparing
@@ -346,16 +348,15 @@ def show_plan(s):
     print(M.parameter_table(model) + "\n")
     widen(model, precision)
     batch, max_len = s.batch or stage.batch, s.max_len or stage.max_len
-    micro = s.micro or -(-batch // s.plan)
+    micro = s.micro or -(-batch // s.plan)                      # rounded up
     parts = plan(model, s.plan, micro * max_len, precision == "bf16", s.checkpoint, max(batch // (micro * s.plan), 1))
-    print("\n".join(f"{part:12}{size / 1e9:10.2f} GB" for part, size in (parts | {"all": sum(parts.values())}).items()))
+    for part, size in (parts | {"all": sum(parts.values())}).items():
+        print(f"{part:12}{size / 1e9:10.2f} GB")
 
 
 def load_model(s, stage, spread):
-    """The model of `init`, `spread` over the ranks before each reads only its part of every tensor.
-
-    What learns is float32. In bf16 maths the other matrices stay in the type of the file, and are saved as they came.
-    """
+    """The model of `init`, `spread` over the ranks before each reads only its part of every tensor. What learns is
+    float32. In bf16 maths the other matrices stay in the type of the file, and are saved as they came."""
     model, files = M.skeleton(s.init)
     learn(model, stage)
     widen(model, s.precision)
@@ -369,8 +370,10 @@ def load_model(s, stage, spread):
 def numbers(prepared, s, stage):
     """Batches of sample numbers, epoch after epoch."""
     for epoch in count():
-        yield from (datasets.in_turns([len(one) for one in prepared.sets], s.batch, s.seed + epoch) if stage.turns else
-                    data.epoch_batches(prepared.sizes, s.batch, s.seed, epoch, stage.ordered))
+        if stage.turns:
+            yield from datasets.in_turns([len(one) for one in prepared.sets], s.batch, s.seed + epoch)
+        else:
+            yield from data.epoch_batches(prepared.sizes, s.batch, s.seed, epoch, stage.ordered)
 
 
 def batches(prepared, s, stage, start):
@@ -390,63 +393,71 @@ def batches(prepared, s, stage, start):
                       generator=torch.Generator())              # its own, so that it draws nothing from the step's
 
 
+def lay_over(model, path):
+    """Read the tensors that another run learned into a model."""
+    with safe_open(path, "pt") as f:
+        names = set(f.keys())
+    named = {name: p for name, p in model.named_parameters() if name in names}
+    if unknown := names - named.keys():
+        raise SystemExit(f"train: {path}: {min(unknown)} is no tensor of this model")
+    fill(named, path)
+
+
 def begin(s):
-    """Where a run starts: -> settings with types and files filled in, stage, model."""
+    """Where a run starts: -> settings with the stage's numbers, types and files filled in, stage, model."""
     if (s.system, s.stage) not in STAGES:
         known = ", ".join(f"{system} {number}" for system, number in STAGES)
         raise SystemExit(f"train: no stage {s.stage} of {s.system}; there are: {known}")
     stage = STAGES[s.system, s.stage]
     torch.manual_seed(s.seed)
     random.seed(s.seed)
-    tokenizer = s.tokenizer or f"{s.init}/tokenizer.model"
-    device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    s = replace(s, tokenizer=tokenizer, device=device, precision=s.precision or ("fp32" if device == "cpu" else "bf16"))
-    spread = partial(shard, device=device, bf16=s.precision == "bf16", recompute=s.checkpoint, compile=s.compile)
-    model = load_model(s, stage, spread) if s.init else spread(new_model(s.system, tokenizer).to(device))
+    s = replace(s, **{name: getattr(s, name) or getattr(stage, name) for name in OWN},
+                tokenizer=s.tokenizer or f"{s.init}/tokenizer.model",
+                precision=s.precision or ("fp32" if s.device == "cpu" else "bf16"))
+    spread = partial(shard, device=s.device, bf16=s.precision == "bf16", recompute=s.checkpoint, compile=s.compile)
+    model = load_model(s, stage, spread) if s.init else spread(new_model(s.system, s.tokenizer).to(s.device))
     if s.projector:
-        named = dict(model.named_parameters())
-        with safe_open(s.projector, "pt") as f:
-            if unknown := f.keys() - named.keys():
-                raise SystemExit(f"train: {s.projector}: {min(unknown)} is no tensor of this model")
-            fill({name: named[name] for name in f.keys()}, s.projector)
+        lay_over(model, s.projector)
     return s, stage, model.train()
 
 
-def prepare(s):
-    """Model, data and numbers of a run: -> settings with the stage's numbers filled in, stage, model, prepared data."""
-    s, stage, model = begin(s)
-    cfg, system = model.cfg, data.SYSTEMS[model.cfg.system]
-    tok, template = data.Tokenizer(s.tokenizer, cfg.added_tokens, system.legacy), data.TEMPLATES[system.train_template]
-    own = {name: getattr(s, name) or getattr(stage, name) for name in OWN}
+def open_sets(s, stage):
+    """Data sets, and in which order a folder's mixture takes their samples (None: one set after the other)."""
     prompts = datasets.load_prompts(s.templates) if s.templates else datasets.PROMPTS
     if Path(s.data).is_dir():
-        sets, where = datasets.open_mixture((s.system, s.stage), s.data, s.media, own["batch"], s.seed, prompts)
-    else:
-        sets, where = [datasets.open_set(name, s.media, stage.draw, prompts) for name in s.data.split(",")], None
+        return datasets.open_mixture((s.system, s.stage), s.data, s.media, s.batch, s.seed, prompts)
+    return [datasets.open_set(name, s.media, stage.draw, prompts) for name in s.data.split(",")], None
+
+
+def prepare(s):
+    """All that a run needs: -> settings without gaps, stage, model, prepared data."""
+    s, stage, model = begin(s)
+    cfg, world, system = model.cfg, ranks()[1], data.SYSTEMS[model.cfg.system]
+    tok, template = data.Tokenizer(s.tokenizer, cfg.added_tokens, system.legacy), data.TEMPLATES[system.train_template]
+    sets, where = open_sets(s, stage)
     spec = data.MediaSpec(**cfg.media | ({} if stage.sam else {"sam_size": 0}))
-    prepared = data.Prepared(sets, tok, system, template, cfg.n_token, spec, s.max_bad, bool(s.front), where,
-                             own["max_len"])
-    own["batch"] = min(own["batch"], len(prepared))
+    prepared = data.Prepared(sets, tok, system, template, cfg.n_token, spec, s.max_bad, bool(s.front), where, s.max_len)
     seen = max(map(len, sets)) * len(sets) if stage.turns else len(prepared)            # samples in an epoch
-    world, steps = ranks()[1], s.steps or max(int(own["epochs"] * seen) // own["batch"], 1)
-    s = replace(s, **own, steps=steps, micro=s.micro or own["batch"] // world)
-    if not s.micro or s.batch % (s.micro * world):
-        raise SystemExit(f"train: batch = {s.batch} is not a multiple of micro = {s.micro} times {world} processes")
+    batch = min(s.batch, len(prepared))
+    steps = s.steps or max(int(s.epochs * seen) // batch, 1)
+    s = replace(s, batch=batch, steps=steps, micro=s.micro or batch // world)
+    if not s.micro or batch % (s.micro * world):
+        raise SystemExit(f"train: batch = {batch} is not a multiple of micro = {s.micro} times {world} processes")
     return s, stage, model, prepared
 
 
 # ---- The loop
 
-PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}        # bf16 operations a second, from the datasheets
+PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}        # bf16 operations a second
 
 
 def speed(model, device, seen, seconds):
     """Named numbers from (samples, tokens, places) of every rank: rates, shares of padding and of the peak, memory."""
     (samples, tokens, places), cuda = map(sum, zip(*seen)), device.startswith("cuda")
-    peak = next((peak for name, peak in PEAK.items() if cuda and name in torch.cuda.get_device_name()), None)
+    peak = next((peak for chip, peak in PEAK.items() if cuda and chip in torch.cuda.get_device_name()), None)
     # per weight: forward 2, backward 2, its own gradient 2 more; recomputing does not count
     flops = sum(p.numel() * (4 + 2 * p.requires_grad) for name, p in model.llm.named_parameters() if "embed" not in name)
-    memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"samples_per_s": round(samples / seconds, 2), "tokens_per_s": round(tokens / seconds),
             "padding": round(1 - tokens / places, 4),
             "mfu": peak and round(tokens / seconds * flops / peak / len(seen), 4), "memory_gb": round(memory / 1e9, 3)}
@@ -484,17 +495,16 @@ def open_run(out, s, model, prepared):
 
 
 def one_step(model, opt, prepared, loader, s, stage, step, may_skip):
-    """An update with the next batch of the loader -> named losses, gradient norm, rate, this rank's micro-batches.
-
-    No losses and None as the norm if it was left out. Raises FloatingPointError if it may not be.
-    """
+    """An update with the next batch -> named losses, gradient norm, rate, (samples, tokens, places) of this rank. No
+    losses and None as the norm if it was left out; FloatingPointError if it may not be."""
     rank, world = ranks()
     random.seed(f"{s.seed}/{step}/{rank}")                      # a step's dropout depends on nothing else, and resumes
     torch.manual_seed(random.getrandbits(63))
     micro = list(islice(loader, s.batch // s.micro // world))
+    size = s.batch / world, sum(int((b.ids != 0).sum()) for b in micro), sum(b.ids.numel() for b in micro)
     lr = stage.first_lr if step == 0 and stage.first_lr else s.lr * SCHEDULES[stage.schedule](step, s.steps, s.warmup)
     try:
-        return *update(model, opt, micro, lr, s.clip, stage, step, s.precision == "bf16"), lr, micro
+        return *update(model, opt, micro, lr, s.clip, stage, step, s.precision == "bf16"), lr, size
     except FloatingPointError as error:
         error = FloatingPointError(f"{error}, samples {next(islice(numbers(prepared, s, stage), step, None))}")
         if not may_skip:
@@ -502,7 +512,7 @@ def one_step(model, opt, prepared, loader, s, stage, step, may_skip):
         opt.zero_grad(set_to_none=True)
         if rank == 0:
             tqdm.write(f"train: {error}; this update is left out", file=sys.stderr)
-        return {}, None, lr, micro
+        return {}, None, lr, size
 
 
 def show(row, out, bar):
@@ -522,24 +532,23 @@ def train(s):
     if rank == 0:
         open_run(out, s, model, prepared)
     folder = share(find_checkpoint(out, s.resume) if rank == 0 else None)[0]
-    start = done = restore(folder, learned, opt) if folder else 0
+    start = restore(folder, learned, opt) if folder else 0
     if rank == 0:
         print(f"\n{len(prepared):,} samples, {s.steps:,} steps of {s.batch} on {world} processes",
               f"from step {start:,} of {folder}" if folder else "", flush=True)
-
-    loader, since, seen, skipped = iter(batches(prepared, s, stage, start)), time.time(), [], 0
+    loader, since, seen, done, skipped = iter(batches(prepared, s, stage, start)), time.time(), [], start, 0
     bar = tqdm(range(start, s.steps), initial=start, total=s.steps, disable=None if rank == 0 else True)
     with caught(signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) as leave:
         for step in bar:
-            losses, norm, lr, micro = one_step(model, opt, prepared, loader, s, stage, step, skipped < s.skip_nonfinite)
+            losses, norm, lr, size = one_step(model, opt, prepared, loader, s, stage, step, skipped < s.skip_nonfinite)
             done, skipped = step + 1, skipped + (norm is None)
-            seen.append((s.batch / world, sum(int((b.ids != 0).sum()) for b in micro), sum(b.ids.numel() for b in micro)))
+            seen.append(size)
             if done % s.log_every == 0 or done == s.steps:
-                row = {"step": done, **losses, "lr": lr, "grad_norm": norm, "bad": int(prepared.is_bad.sum()),
-                       "skipped": skipped, **speed(model, s.device, share([sum(x) for x in zip(*seen)]), time.time() - since)}
-                show(row, out, bar)
+                rates = speed(model, s.device, share([sum(x) for x in zip(*seen)]), time.time() - since)
+                row = {"step": done, **losses, "lr": lr, "grad_norm": norm, "bad": int(prepared.is_bad.sum())}
+                show(row | {"skipped": skipped} | rates, out, bar)
                 since, seen = time.time(), []
-            leaving = any(share(bool(leave) or done == s.stop_after))
+            leaving = any(share(bool(leave) or done == s.stop_after))       # one rank got a signal: all go
             if done % s.save_every == 0 or done == s.steps or leaving:
                 save_checkpoint(out, done, learned, opt, asdict(s), s.keep)
             if leaving:
@@ -553,11 +562,21 @@ def train(s):
 def export(s):
     """The newest checkpoint of a run as a weights folder. Its data may be gone."""
     s, stage, model = begin(s)
-    folder, learned = share(find_checkpoint(Path(s.out), s.resume) if ranks()[0] == 0 else None)[0], learn(model, stage)
+    folder, learned = share(find_checkpoint(s.out, s.resume) if ranks()[0] == 0 else None)[0], learn(model, stage)
     if not folder:
         raise SystemExit(f"train: {s.out} has no checkpoint to export")
     restore(folder, learned, optimizer(learned, stage, s))
     write_weights(model, s, Path(s.export))
+
+
+def advice(error, out):
+    """What to do about an error that other settings or a larger disk prevent; nothing about any other."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        return "lower micro (the batch stays as it is) or max_len, or set checkpoint=block"
+    if isinstance(error, FloatingPointError):
+        return "lower lr, or look at these samples"
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f"make room in {out}"
 
 
 def main(argv=None):
@@ -565,17 +584,13 @@ def main(argv=None):
     s = parse_settings(argv if argv is not None else sys.argv[1:])
     if s.plan:
         return show_plan(s)
-    s.device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     join(s.device)
     try:
         (export if s.export else train)(s)
     except (FloatingPointError, OSError, RuntimeError, MemoryError) as error:
-        memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-        if not (memory or isinstance(error, FloatingPointError) or getattr(error, "errno", 0) in FULL):
+        if not (what := advice(error, s.out)):
             raise
-        advice = "lower micro (the batch stays as it is) or max_len, or set checkpoint=block" if memory else \
-            "lower lr, or look at these samples" if isinstance(error, FloatingPointError) else f"make room in {s.out}"
-        print(f"train: {error!s:.300}: {advice}; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"train: {error!s:.300}: {what}; the same command goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(4) from None
     finally:
         leave_ranks()

@@ -1,9 +1,9 @@
-"""Encoders: CLIP's vision tower, ImageBind with its six modalities, SAM's image encoder, the Swin backbone of a detector.
+"""Encoders: CLIP's vision tower, ImageBind with its six modalities, SAM's image encoder, Swin, backbone of a detector.
 
 In order: shared layers, CLIP ViT, ImageBind (config, stems, towers, model), SAM ViT, Swin.
 Letters: B batch, T tokens, C width, nh heads, hd head dim, N patches, H W height width, F frames, S clips.
-Papers: CLIP (Radford et al. 2021), ImageBind (Girdhar et al. 2023), Segment Anything (Kirillov et al. 2023), Swin (Liu et
-al. 2021). Inputs are made by data.py; sizes are configs here. Names inside SAM are those of its public checkpoints.
+Papers: CLIP (Radford et al. 2021), ImageBind (Girdhar et al. 2023), Segment Anything (Kirillov et al. 2023),
+Swin (Liu et al. 2021). Inputs are made by data.py. Names inside SAM are those of its public checkpoints.
 """
 from dataclasses import dataclass, field
 from math import isqrt, prod, sqrt
@@ -238,7 +238,6 @@ class Tower(nn.Module):
         return torch.cat([first, grid.to(first.dtype).flatten(2).transpose(1, 2)], dim=1)
 
     def trunk(self, x):
-        """Transformer: (B, T, C) -> (B, T, C)."""
         x = self.pre_norm(x)
         for block in self.blocks:
             x = block(x, causal=self.cls is None)
@@ -258,8 +257,8 @@ class Tower(nn.Module):
 class ImageBind(nn.Module):
     """Six modalities, one space. `imagebind(kind, x)` gives (B, n, out_dim), clips averaged and not renormalised.
 
-    Inputs: vision (B, 3, H, W) or clips (B, S, 3, F, H, W); audio (B, S, 1, mel, frames); depth and thermal (B, 1, H, W);
-    imu (B, 6, time); text ids (B, 77). parity: any input of 5 or more dimensions is read as clips.
+    Inputs: vision (B, 3, H, W) or clips (B, S, 3, F, H, W); audio (B, S, 1, mel, frames); depth and thermal
+    (B, 1, H, W); imu (B, 6, time); text ids (B, 77). parity: any input of 5 or more dimensions is read as clips.
     """
 
     def __init__(self, cfg):
@@ -376,7 +375,7 @@ class SAMBlock(nn.Module):
 
 
 class SAMImageEncoder(nn.Module):
-    """SAM's image tower: (B, 3, H, W) -> (B, prompt_dim, H / 16, W / 16)."""
+    """SAM's image tower."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -389,14 +388,15 @@ class SAMImageEncoder(nn.Module):
             nn.Conv2d(cfg.prompt_dim, cfg.prompt_dim, 3, padding=1, bias=False), LayerNorm2d(cfg.prompt_dim))
 
     def embed(self, image):
-        """Patches with their positions, (B, H, W, C)."""
-        return self.patch_embed["proj"](image).movedim(1, -1) + self.pos_embed
+        return self.patch_embed["proj"](image).movedim(1, -1) + self.pos_embed              # (B, H, W, C)
 
     def forward(self, image):
         x = self.embed(image)
         for block in self.blocks:
             x = block(x)
-        return self.neck(x.movedim(-1, 1))
+        return self.neck(x.movedim(-1, 1))                      # (B, prompt_dim, H / 16, W / 16)
+
+
 # ---- Swin
 
 @dataclass(frozen=True)

@@ -17,12 +17,14 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from itertools import cycle
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 # ---- Words
 
@@ -30,13 +32,18 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220), 
            "purple": (150, 60, 180), "orange": (245, 140, 30), "black": (25, 25, 25), "pink": (245, 150, 190)}
 SHAPES = {"circle": 0, "square": 4, "triangle": 3, "star": 10, "cross": 12}     # corners
 SIZES = {"small": 14, "big": 23}                                                # radius in pixels
+NAMES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 NUMBERS = "no one two three four five".split()
-ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")
-WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")                    # thirds of a picture
+WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}        # y points down, as in all pictures
 PITCHES = {"low": 220.0, "middle": 700.0, "high": 2200.0}                       # Hz
 VOICES = ("flute", "buzzer", "bell")
-SIDE, FPS, RATE = 128, 8, 16000
+SIDE, FPS, RATE = 128, 8, 16000         # pixels of a picture, frames and samples a second
 CORES = os.cpu_count()
+
+
+def third(at):                          # pixels -> 0, 1 or 2
+    return min(int(3 * at / SIDE), 2)
 
 
 @dataclass
@@ -53,32 +60,42 @@ class Thing:
     def name(self):
         return f"{self.colour} {self.shape}"
 
+    @property
+    def full_name(self):
+        return f"{self.size} {self.name}"
+
     @cached_property
     def nouns(self):
         return [noun.format(**vars(self)) for noun in NOUNS]
 
     @property
     def place(self):
-        row, column = (words[min(int(3 * at / SIDE), 2)] for words, at in ((ROWS, self.y), (COLUMNS, self.x)))
-        return f"at the {row} {column}".replace("  ", " ").rstrip() if row or column else "in the centre"
+        words = f"{ROWS[third(self.y)]} {COLUMNS[third(self.x)]}".split()       # none, one or two
+        return " ".join(["at the", *words]) if words else "in the centre"
 
 
 # ---- Pictures
 
+REACH = {"square": [1.2], "triangle": [1.2], "star": [1.15, 1.15 * 0.45]}       # of corners, in turn
+
+
+def upright(shape):
+    """Corners of a shape, not of a circle, around the origin, for a radius of 1."""
+    if shape == "cross":
+        a, b = 0.33, 1.0                # half the width of an arm, its length
+        return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a),
+                (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+    n = SHAPES[shape]
+    first = math.pi / 4 if shape == "square" else -math.pi / 2                  # the others stand on a side, point up
+    angles = [first + 2 * math.pi * i / n for i in range(n)]
+    return [(r * math.cos(t), r * math.sin(t)) for r, t in zip(cycle(REACH[shape]), angles)]
+
+
 def corners(thing):
     """Corners of a shape, not of a circle, around its centre, in pixels."""
-    n = SHAPES[thing.shape]
-    if thing.shape == "cross":
-        a, b = 0.33, 1.0
-        unit = [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a),
-                (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
-    else:
-        reach = {"square": 1.2, "triangle": 1.2, "star": 1.15}[thing.shape]
-        first = math.pi / 4 if n == 4 else -math.pi / 2
-        unit = [(r * math.cos(t), r * math.sin(t)) for i in range(n)
-                for r, t in [(reach * (0.45 if n == 10 and i % 2 else 1), first + 2 * math.pi * i / n)]]
     c, s = math.cos(thing.turn), math.sin(thing.turn)
-    return [(thing.x + thing.radius * (x * c - y * s), thing.y + thing.radius * (x * s + y * c)) for x, y in unit]
+    return [(thing.x + thing.radius * (x * c - y * s), thing.y + thing.radius * (x * s + y * c))
+            for x, y in upright(thing.shape)]
 
 
 def draw(things, rng, background):
@@ -96,15 +113,21 @@ def draw(things, rng, background):
     return image.resize((SIDE, SIDE), Image.BOX)
 
 
+def span(centre, radius):
+    """A circle along one axis as Pillow draws it, to whole fine pixels -> its middle, half its length."""
+    low, high = int(3 * (centre - radius)) / 3, (int(3 * (centre + radius)) + 1) / 3
+    return (low + high) / 2, (high - low) / 2
+
+
 def outline(thing):
     """Polygon around a drawn thing. Pillow cuts to whole fine pixels, fills half of one more left and right."""
     if thing.shape == "circle":
-        ends = [(int(3 * (c - thing.radius)) / 3, (int(3 * (c + thing.radius)) + 1) / 3) for c in (thing.x, thing.y)]
-        (x, a), (y, b) = [((low + high) / 2, (high - low) / 2) for low, high in ends]
-        return [(round(x + a * math.cos(t), 2), round(y + b * math.sin(t), 2))
-                for t in (math.pi * i / 12 for i in range(24))]
-    return [(round((int(3 * x) + 0.5) / 3 + math.copysign(1 / 6, x - thing.x), 2),
-             round((int(3 * y) + 0.5) / 3 + math.copysign(1 / 20, y - thing.y), 2)) for x, y in corners(thing)]
+        (x, a), (y, b) = span(thing.x, thing.radius), span(thing.y, thing.radius)
+        points = [(x + a * math.cos(math.pi * i / 12), y + b * math.sin(math.pi * i / 12)) for i in range(24)]
+    else:
+        points = [((int(3 * x) + 0.5) / 3 + math.copysign(1 / 6, x - thing.x),
+                   (int(3 * y) + 0.5) / 3 + math.copysign(1 / 20, y - thing.y)) for x, y in corners(thing)]
+    return [(round(x, 2), round(y, 2)) for x, y in points]
 
 
 def box(thing):
@@ -119,12 +142,12 @@ def paper(rng):
     return tuple(grey + rng.randint(-8, 8) for _ in range(3))
 
 
-def make_thing(rng, x=None, y=None):
+def make_thing(rng):
     size = rng.choice(list(SIZES))
     radius = SIZES[size] * rng.uniform(0.92, 1.08)
-    edge = 1.25 * radius
+    edge = 1.25 * radius                # no corner reaches farther, however it is turned
     return Thing(rng.choice(list(SHAPES)), rng.choice(list(COLOURS)), size,
-                 x or rng.uniform(edge, SIDE - edge), y or rng.uniform(edge, SIDE - edge), radius)
+                 rng.uniform(edge, SIDE - edge), rng.uniform(edge, SIDE - edge), radius)
 
 
 def scene(rng):
@@ -136,7 +159,7 @@ def scene(rng):
             things.append(new)
         elif rng.random() < 0.02:
             things = []                 # no room left: start over
-    return sorted(things, key=lambda t: (int(3 * t.y / SIDE), t.x))
+    return sorted(things, key=lambda t: (third(t.y), t.x))
 
 
 # ---- Clips
@@ -148,24 +171,24 @@ def clip(rng):
     across = rng.uniform(-0.8, 0.8) * room
     background, seed, frames = paper(rng), rng.random(), []
     for i in range(3 * FPS):
-        along = room * path * (2 * i / (3 * FPS - 1) - 1)
-        thing.x = SIDE / 2 + (dx * along if dx else across)
-        thing.y = SIDE / 2 + (dy * along if dy else across)
-        frames.append(draw([thing], random.Random(seed), background))
+        along = room * path * (2 * i / (3 * FPS - 1) - 1)                       # from one edge to the other
+        thing.x = SIDE / 2 + dx * along + abs(dy) * across
+        thing.y = SIDE / 2 + dy * along + abs(dx) * across
+        frames.append(draw([thing], random.Random(seed), background))           # of the same colour and turn
     return thing, way, frames
 
 
 # ---- Sounds
 
 def beep(voice, hz, seconds):
-    t = np.arange(int(seconds * RATE)) / RATE
-    if voice == "flute":
+    t = np.arange(int(seconds * RATE)) / RATE                                   # (T,)
+    if voice == "flute":                # a pure tone
         x = np.sin(2 * np.pi * hz * t)
-    elif voice == "buzzer":
+    elif voice == "buzzer":             # a saw
         x = 2 * (hz * t % 1) - 1
-    else:
+    else:                               # a bell: partials that are no multiples, the higher the sooner gone
         x = sum(np.sin(2 * np.pi * hz * k * t) * np.exp(-t * d) / k for k, d in ((1, 9), (2.76, 14), (5.4, 22)))
-    fade = np.minimum(1, np.minimum(t, t[::-1]) / 0.01)
+    fade = np.minimum(1, np.minimum(t, t[::-1]) / 0.01)                         # no click at either end
     return x * fade
 
 
@@ -173,9 +196,9 @@ def sound(rng):
     """One to four equal beeps in two seconds -> count, pitch, voice, samples."""
     count, (pitch, hz), voice = rng.randint(1, 4), rng.choice(list(PITCHES.items())), rng.choice(VOICES)
     hz *= 2 ** rng.uniform(-0.3, 0.3)
-    slot = 2 / count if count > 1 else rng.uniform(0.6, 2)
+    slot = 2 / count if count > 1 else rng.uniform(0.6, 2)                      # seconds from beep to beep
     slot = min(slot, rng.uniform(0.4, 0.66))
-    x = np.random.RandomState(rng.randrange(2 ** 31)).randn(2 * RATE) * rng.uniform(0.001, 0.006)
+    x = np.random.RandomState(rng.randrange(2 ** 31)).randn(2 * RATE) * rng.uniform(0.001, 0.006)       # (T,), a hiss
     start = rng.uniform(0.02, 2 - count * slot + 0.02)
     for i in range(count):
         tone = beep(voice, hz, slot * 0.6) * rng.uniform(0.25, 0.6)
@@ -190,19 +213,20 @@ def sound(rng):
 def blobs(picture):
     """Picture of any size -> (fill colour, area, x, y, the blob alone at a fixed size (32, 32)) of all but specks."""
     pixels, at, out = np.asarray(picture.convert("RGB").resize((SIDE, SIDE)), float), np.arange(SIDE), []
-    ground = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), 0)
-    apart = np.linalg.norm(pixels - ground, axis=2)
-    parts = Image.fromarray((apart > 55).astype("int32"))
+    ground = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), 0)         # (3,), of the border
+    apart = np.linalg.norm(pixels - ground, axis=2)                                                     # (H, W)
+    parts = Image.fromarray((apart > 55).astype("int32"))       # 1: of a blob not seen yet, 2: of this one
     while len(left := np.argwhere(np.asarray(parts) == 1)):
         ImageDraw.floodfill(parts, tuple(left[0, ::-1].tolist()), 2)
         region = np.asarray(parts) == 2
         parts = Image.fromarray(np.asarray(parts) * ~region)
         if region.sum() > 60:
-            fill = np.median(pixels[region & (apart > 0.7 * apart[region].max())], 0)     # edges may be soft
+            fill = np.median(pixels[region & (apart > 0.7 * apart[region].max())], 0)                   # edges may be soft
+            # how much of each pixel is fill and not ground, (H, W)
             cover = region * np.clip((pixels - ground) @ (fill - ground) / np.sum((fill - ground) ** 2), 0, 1)
             area = cover.sum()
             x, y = cover.sum(0) @ at / area, cover.sum(1) @ at / area
-            grid = np.linspace(-1, 1, 32) * area ** 0.5
+            grid = np.linspace(-1, 1, 32) * area ** 0.5         # the stamp grows with the blob: size does not matter
             rows, columns = (np.rint(c + grid).clip(0, SIDE - 1).astype(int) for c in (y, x))
             out.append((fill, area, x + 0.5, y + 0.5, cover[np.ix_(rows, columns)]))
     return out
@@ -222,7 +246,7 @@ def look(picture):
     names, areas, stamps = patterns()
     things = []
     for fill, area, x, y, seen in blobs(picture):
-        likeness = np.minimum(seen, stamps).sum((1, 2)) / np.maximum(seen, stamps).sum((1, 2))
+        likeness = np.minimum(seen, stamps).sum((1, 2)) / np.maximum(seen, stamps).sum((1, 2))          # (n,), soft IoU
         best = likeness.argmax()
         if likeness[best] > 0.7:
             radius = (area / areas[best]) ** 0.5
@@ -233,7 +257,8 @@ def look(picture):
 
 def watch(frames):
     """The thing that most frames show and the way it goes; None for what cannot be told."""
-    seen = [things[0] for frame in frames[::max(len(frames) // 4, 1)] + frames[-1:] if len(things := look(frame)) == 1]
+    looks = map(look, frames[::max(len(frames) // 4, 1)] + frames[-1:])         # five frames are enough
+    seen = [things[0] for things in looks if len(things) == 1]
     if not seen:
         return None, None
     thing = max(seen, key=lambda t: sum((t.name, t.size) == (u.name, u.size) for u in seen))
@@ -247,7 +272,7 @@ def listen(x, rate=RATE):
     step = rate // 100
     level = np.abs(x[:len(x) // step * step]).reshape(-1, step).max(1)          # of every 10 ms
     loud = level > max(0.05, 0.15 * level.max())
-    count = sum(loud[i] and not loud[max(i - 8, 0):i].any() for i in range(len(loud)))
+    count = sum(loud[i] and not loud[max(i - 8, 0):i].any() for i in range(len(loud)))      # a beep follows 80 ms of quiet
     spectrum, hz = np.abs(np.fft.rfft(x)), np.fft.rfftfreq(len(x), 1 / rate)
     peak = hz[(spectrum * (hz > 100)).argmax()]
     return int(count), min(PITCHES, key=lambda p: abs(math.log(PITCHES[p] / peak))) if count else None
@@ -256,25 +281,35 @@ def listen(x, rate=RATE):
 # ---- Questions and captions
 # Each gives (kind, question, answer). Answers name what was asked about, so that they can be checked word by word.
 
-def a(name):
+def a(name):                            # none of the names begins with a u
     return ("an " if name[0] in "aeio" else "a ") + name
 
 
+def capital(text):
+    return text[0].upper() + text[1:]
+
+
+def plural(noun):
+    return noun + ("es" if noun.endswith("s") else "s")
+
+
 def counted(n, noun):
-    return f"{NUMBERS[n]} {noun}" + ("" if n == 1 else "es" if noun.endswith("s") else "s")
+    return f"{NUMBERS[n]} {noun if n == 1 else plural(noun)}"
 
 
-def plural(n, noun):
+def there_are(n, noun):
     return f"There {'is' if n == 1 else 'are'} {counted(n, noun)}."
 
 
 def listing(words):
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    *words, last = words
+    return f"{', '.join(words)} and {last}" if words else last
 
 
 def only(things, key):
     """The things that no other shares `key` with."""
-    return [t for t in things if sum(getattr(u, key) == getattr(t, key) for u in things) == 1]
+    count = Counter(getattr(t, key) for t in things)
+    return [t for t in things if count[getattr(t, key)] == 1]
 
 
 def ask_colour(things, rng):
@@ -292,16 +327,15 @@ def ask_shape(things, rng):
 
 
 def ask_count(things, rng):
-    kind = rng.choice(["all", "all", "shape", "colour"])
+    key = rng.choice(["all", "all", "shape", "colour"])
     ask = rng.choice(["How many {} are there?", "How many {} do you see?"])
-    if kind == "all":
-        return "count", ask.format("shapes"), plural(len(things), "shape")
-    words = list(SHAPES if kind == "shape" else COLOURS)
-    word = getattr(rng.choice(things), kind) if rng.random() < 0.8 else rng.choice(words)
-    n = sum(getattr(t, kind) == word for t in things)
-    if kind == "colour":
-        return "count", ask.format(f"{word} shapes"), plural(n, f"{word} shape")
-    return "count", ask.format(word + ("es" if word.endswith("s") else "s")), plural(n, word)
+    if key == "all":
+        return "count", ask.format("shapes"), there_are(len(things), "shape")
+    words = {"shape": SHAPES, "colour": COLOURS}[key]
+    word = getattr(rng.choice(things), key) if rng.random() < 0.8 else rng.choice(list(words))     # there may be none
+    n = sum(getattr(t, key) == word for t in things)
+    noun = {"shape": word, "colour": f"{word} shape"}[key]
+    return "count", ask.format(plural(noun)), there_are(n, noun)
 
 
 def ask_size(things, rng):
@@ -329,40 +363,40 @@ def ask_exists(things, rng):
 
 
 def ask_side(things, rng):
-    pairs = [(t, u) for t in only(things, "name") for u in only(things, "name") if abs(t.x - u.x) > SIDE / 8]
-    if pairs:
+    unique = only(things, "name")
+    if pairs := [(t, u) for t in unique for u in unique if abs(t.x - u.x) > SIDE / 8]:
         t, u = rng.choice(pairs)
         side = "left" if t.x < u.x else "right"
         return "side", f"Is the {t.name} left or right of the {u.name}?", f"The {t.name} is on the {side}."
 
 
 def describe(things):
-    text = listing([f"{a(f'{t.size} {t.name}')} {t.place}" for t in things])
-    return text[0].upper() + text[1:] + "."
+    return capital(listing([f"{a(t.full_name)} {t.place}" for t in things])) + "."
 
 
 def picture_questions(things, rng):
     kinds = [ask_colour, ask_shape, ask_count, ask_size, ask_place, ask_exists, ask_side]
-    return [q for ask in rng.sample(kinds, len(kinds)) if (q := ask(things, rng))] + [
-        ("caption", rng.choice(["Describe the picture.", "What is in the picture?"]), describe(things))]
+    asked = [ask(things, rng) for ask in rng.sample(kinds, len(kinds))]
+    caption = "caption", rng.choice(["Describe the picture.", "What is in the picture?"]), describe(things)
+    return [*filter(None, asked), caption]                      # None: no such question fits the picture
 
 
 def clip_questions(thing, way, rng):
-    to = {"left": "to the left", "right": "to the right"}.get(way, way)
+    to = {"left": "to the left", "right": "to the right"}.get(way, way)         # up and down as they are
     return [("colour", "What colour is the moving shape?", f"The {thing.shape} is {thing.colour}."),
-            ("shape", rng.choice(["What is moving?", "Which shape moves?"]), f"A{a(thing.name)[1:]} is moving."),
+            ("shape", rng.choice(["What is moving?", "Which shape moves?"]), f"{capital(a(thing.name))} is moving."),
             ("way", rng.choice(["Which way does it move?", "Where does the shape go?"]), f"The {thing.shape} moves {to}."),
             ("caption", rng.choice(["Describe the clip.", "What happens in the clip?"]),
              f"A {thing.size} {thing.name} moves {to}.")]
 
 
 def sound_questions(count, pitch, voice, rng):
-    beeps = f"{NUMBERS[count]} {pitch} beep{'s' * (count > 1)} of {a(voice)}"
-    return [("count", rng.choice(["How many beeps do you hear?", "How many beeps are there?"]), plural(count, "beep")),
+    beeps = f"{counted(count, f'{pitch} beep')} of {a(voice)}"
+    return [("count", rng.choice(["How many beeps do you hear?", "How many beeps are there?"]), there_are(count, "beep")),
             ("pitch", rng.choice(["How high is the sound?", "Is the sound low, middle or high?"]),
              f"The sound is {pitch}."),
             ("voice", rng.choice(["What makes the sound?", "Which instrument do you hear?"]), f"It is a {voice}."),
-            ("caption", rng.choice(["Describe the sound.", "What do you hear?"]), beeps[0].upper() + beeps[1:] + ".")]
+            ("caption", rng.choice(["Describe the sound.", "What do you hear?"]), capital(beeps) + ".")]
 
 
 # ---- Pointing

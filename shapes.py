@@ -297,6 +297,10 @@ def counted(n, noun):
     return f"{NUMBERS[n]} {noun if n == 1 else plural(noun)}"
 
 
+def a_or_more(n, noun):
+    return a(noun) if n == 1 else counted(n, noun)
+
+
 def there_are(n, noun):
     return f"There {'is' if n == 1 else 'are'} {counted(n, noun)}."
 
@@ -408,43 +412,57 @@ RELATIONS = [((-1, 0), "leftmost", "on the left of"), ((1, 0), "rightmost", "on 
 GAP = SIDE / 16                         # less than this between two things is no order
 
 
-def along(t, way):
-    return t.x * way[0] + t.y * way[1]
+def brief(side):                        # "on the left of" -> "left of"
+    return side.removeprefix("on the ")
+
+
+def farther(t, u, way):
+    """How many pixels t lies on that side of u."""
+    return (t.x * way[0] + t.y * way[1]) - (u.x * way[0] + u.y * way[1])
 
 
 def beyond(u, way, group):
     """The one thing of a group that lies on that side of u; None if none or several do, or if it is hard to tell."""
-    there = [t for t in group if t is not u and along(t, way) - along(u, way) > -GAP]
-    return there[0] if len(there) == 1 and along(there[0], way) - along(u, way) > GAP else None
+    there = [t for t in group if t is not u and farther(t, u, way) > -GAP]
+    return there[0] if len(there) == 1 and farther(there[0], u, way) > GAP else None
+
+
+def extremes(t, group):
+    """What a thing is most clearly in a group of several: leftmost, highest ..."""
+    others = [u for u in group if u is not t]
+    return [most for way, most, _ in RELATIONS if others and all(farther(t, u, way) > GAP for u in others)]
 
 
 def referring_expressions(t, things):
     """All we can say that fits this thing alone -> lists: by name, by place, as the outermost, by another thing."""
-    nouns = [(noun, [u for u in things if noun in u.nouns]) for noun in t.nouns]            # each with all that it fits
-    return [[f"the {noun}" for noun, group in nouns if len(group) == 1],
-            [f"the {noun} {t.place}" for noun, group in nouns if all(u is t or u.place != t.place for u in group)],
-            [f"the {most} {noun}" for noun, group in nouns if len(group) > 1 for way, most, _ in RELATIONS
-             if all(along(t, way) - along(u, way) > GAP for u in group if u is not t)],
-            [f"the {noun} {side} the {u.name}" for u in only(things, "name") for way, _, side in RELATIONS
-             if beyond(u, way, [t]) for noun, group in nouns if beyond(u, way, group) is t]]
+    fits = {noun: [u for u in things if noun in u.nouns] for noun in t.nouns}
+    near = [(u, way, side) for u in only(things, "name") for way, _, side in RELATIONS if beyond(u, way, [t])]
+    return [[f"the {noun}" for noun, group in fits.items() if len(group) == 1],
+            [f"the {noun} {t.place}" for noun, group in fits.items() if [u.place for u in group].count(t.place) == 1],
+            [f"the {most} {noun}" for noun, group in fits.items() for most in extremes(t, group)],
+            [f"the {noun} {side} the {u.name}" for u, way, side in near
+             for noun, group in fits.items() if beyond(u, way, group) is t]]
 
 
 def box_rows(pictures, rng, task):
     """All things that can be told apart: for REC an expression, for REG the full name, for RES expressions and mask."""
     rows = []
-    for p, t in ((p, t) for p in pictures for t in p.things):
-        if found := [rng.choice(kind) for kind in referring_expressions(t, p.things) if kind]:
-            polygon = [v for point in outline(t) for v in point]            # x1, y1, x2, y2, ...
-            rows.append({"img_path": p.name, "bbox": box(t)} | {
-                "REC": {"expression": rng.choice(found)}, "REG": {"expression": a(f"{t.size} {t.name}")},
-                "RES": {"expressions": found, "height": SIDE, "width": SIDE, "mask": [polygon]}}[task])
+    for p in pictures:
+        for t in p.things:
+            if found := [rng.choice(kind) for kind in referring_expressions(t, p.things) if kind]:
+                told = {"REC": {"expression": rng.choice(found)}, "REG": {"expression": a(t.full_name)},
+                        "RES": {"expressions": found, "height": SIDE, "width": SIDE, "mask": [sum(outline(t), ())]}}
+                rows.append({"img_path": p.name, "bbox": box(t)} | told[task])
     return rows
 
 
 def all_regions(p, rng, texts, times=1):
     """All things that can be told apart, in any order, with texts(thing, its referring expressions by kind, rng)."""
-    rows = [{"bbox": box(t), "expressions": found} for t in p.things * times
-            if any(said := referring_expressions(t, p.things)) and (found := texts(t, said, rng))]
+    rows = []
+    for t in p.things * times:
+        said = referring_expressions(t, p.things)
+        if any(said) and (found := texts(t, said, rng)):
+            rows.append({"bbox": box(t), "expressions": found})
     return rows and {"img_path": p.name, "regions": rng.sample(rows, len(rows))}
 
 
@@ -457,24 +475,26 @@ def bare_words(t, said):
 
 def flickr_row(p, rng):
     """Caption with marked phrases and the boxes of each: every thing and its place, or things counted by shape."""
-    parts = [(a(f"{t.size} {t.name}"), f" {t.place}", [i]) for i, t in enumerate(p.things)]
     if rng.random() < 0.5:
-        parts = [(counted(len(seq), shape) if len(seq) > 1 else a(shape), "", seq) for shape in SHAPES
-                 if (seq := [i for i, t in enumerate(p.things) if t.shape == shape])]
-    sentence = listing([f"<ph_st>{phrase}<ph_ed>{place}" for phrase, place, _ in parts])
-    return {"image_id": Path(p.name).stem, "sentence": f"The picture shows {sentence}.",
-            "boxes": [box(t) for t in p.things], "boxes_seq": [seq for *_, seq in parts]}
+        of = {shape: [i for i, t in enumerate(p.things) if t.shape == shape] for shape in SHAPES}
+        parts = [(f"<ph_st>{a_or_more(len(seq), shape)}<ph_ed>", seq) for shape, seq in of.items() if seq]
+    else:
+        parts = [(f"<ph_st>{a(t.full_name)}<ph_ed> {t.place}", [i]) for i, t in enumerate(p.things)]
+    phrases, seqs = zip(*parts)
+    return {"image_id": Path(p.name).stem, "sentence": f"The picture shows {listing(phrases)}.",
+            "boxes": [box(t) for t in p.things], "boxes_seq": seqs}
 
 
 def pope_rows(pictures, rng, kind):
     """Two questions a picture: one after a thing in it, one after one that is not: any, a frequent or a similar one."""
     frequency, rows = Counter(t.name for p in pictures for t in p.things), []
-    names = sorted((f"{colour} {shape}" for colour in COLOURS for shape in SHAPES), key=lambda name: -frequency[name])
+    names = sorted(NAMES, key=lambda name: -frequency[name])
     for p in pictures:
         here = sorted({t.name for t in p.things})
-        similar = [name for name in names if set(name.split()) & set(" ".join(here).split())]
+        similar = [name for name in names if set(name.split()) & set(" ".join(here).split())]       # in colour or shape
         others = {"random": names, "popular": names[:10], "adversarial": similar}[kind]
-        for name, label in ((rng.choice(here), "yes"), (rng.choice([n for n in others if n not in here]), "no")):
+        absent = [name for name in others if name not in here]
+        for name, label in ((rng.choice(here), "yes"), (rng.choice(absent), "no")):
             text = f"Is there {a(name)} in the picture?"
             rows.append({"question_id": len(rows) + 1, "image": p.name, "text": text, "label": label})
     return rows
@@ -485,49 +505,68 @@ def pope_rows(pictures, rng, kind):
 
 def drawing(rng):
     """One thing at a place, or two, one beyond the other; they are big unless sizes are told -> things, caption."""
-    things, noun = [make_thing(rng) for _ in range(rng.choice((1, 2, 2)))], rng.choice(NOUNS[-3::2])
-    for t in things if "size" not in noun else ():
-        t.size, t.radius = "big", SIZES["big"] * rng.uniform(0.92, 1.08)
+    things = [make_thing(rng) for _ in range(rng.choice((1, 2, 2)))]
+    noun = rng.choice(NOUNS[-3::2])                             # colour and shape, with or without size
+    if "size" not in noun:
+        for t in things:
+            t.size, t.radius = "big", SIZES["big"] * rng.uniform(0.92, 1.08)
     way, _, side = rng.choice(RELATIONS)
     if len(things) == 1:
-        way = rng.choice((-1, 0, 1)), rng.choice((-1, 0, 1))
-    for t, sign in zip(things, (1, -1)):
+        way = rng.choice((-1, 0, 1)), rng.choice((-1, 0, 1))    # to any of the nine places
+    for t, sign in zip(things, (1, -1)):                        # the second opposite to the first
         t.x, t.y = (SIDE / 2 + 31 * sign * w + rng.uniform(-2, 2) for w in way)
-    names = [a(noun.format(**vars(t))) for t in things]
-    text = f"{rng.choice((side, side.removeprefix('on the ')))} {names[1]}" if len(things) > 1 else things[0].place
-    return things, f"{names[0].capitalize()} {text}."
+    first, *other = [a(noun.format(**vars(t))) for t in things]
+    where = f"{rng.choice((side, brief(side)))} {other[0]}" if other else things[0].place
+    return things, f"{capital(first)} {where}."
 
 
 def drawn(things):
     """What a drawing shows, always in the same order of words, so that a model can tell a painter word by word."""
-    names = [a(f"{t.size} {t.name}") for t in things]
-    side = next((side for way, _, side in RELATIONS if along(things[0], way) - along(things[-1], way) > SIDE / 4), "")
-    where = f"{side.removeprefix('on the ')} {names[1]}" if side else things[0].place
-    return f"{names[0].capitalize()} {where}."
+    names = [a(t.full_name) for t in things]
+    side = next((side for way, _, side in RELATIONS if farther(things[0], things[-1], way) > SIDE / 4), "")
+    where = f"{brief(side)} {names[1]}" if side else things[0].place
+    return f"{capital(names[0])} {where}."
 
 
 def judge(kind, caption, made):
     """Whether a picture, the frames of a clip or samples (at RATE) are as a caption says: {what: right}."""
-    if kind == "audio":
-        count, pitch = listen(made)
-        return {"count": NUMBERS[count:count + 1] == caption.lower().split()[:1], "pitch": f"{pitch} beep" in caption}
-    names = re.findall(f"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", caption)
-    if kind == "video":
-        thing, way = watch(made)
-        return {"way": str(way) in re.split(r"\W", caption), "thing": bool(thing) and tuple(thing.name.split()) in names}
-    seen = sorted(look(made), key=lambda t: names.index((t.colour, t.shape)) if (t.colour, t.shape) in names else 9)
-    way = next((way for way, _, side in RELATIONS if f" {side.removeprefix('on the ')} " in caption), None)
-    there = caption.endswith(f" {seen[0].place}.") if len(seen) == 1 else (
-        len(seen) == 2 and bool(way) and along(seen[0], way) - along(seen[1], way) > GAP)
-    return {"shapes": sorted(t.shape for t in seen) == sorted(shape for _, shape in names),
-            "colours": sorted(t.colour for t in seen) == sorted(colour for colour, _ in names),
-            "things": [(t.colour, t.shape) for t in seen] == names, "places": len(seen) == len(names) and there}
+    return {"image": judge_picture, "video": judge_clip, "audio": judge_sound}[kind](caption, made)
+
+
+def judge_picture(caption, picture):
+    names = re.findall("|".join(NAMES), caption)
+    seen = sorted(look(picture), key=lambda t: [*names, t.name].index(t.name))     # as the caption names them, others last
+    return {"shapes": sorted(t.shape for t in seen) == sorted(name.split()[1] for name in names),
+            "colours": sorted(t.colour for t in seen) == sorted(name.split()[0] for name in names),
+            "things": [t.name for t in seen] == names, "places": len(seen) == len(names) and placed(seen, caption)}
+
+
+def placed(things, caption):
+    """Whether a thing is where a caption says, or the first of two on the right side of the other."""
+    if len(things) == 1:
+        return caption.endswith(f" {things[0].place}.")
+    way = next((way for way, _, side in RELATIONS if f" {brief(side)} " in caption), (0, 0))
+    return len(things) == 2 and farther(*things, way) > GAP
+
+
+def judge_clip(caption, frames):
+    thing, way = watch(frames)
+    return {"way": str(way) in re.split(r"\W", caption), "thing": bool(thing) and thing.name in re.findall("|".join(NAMES), caption)}
+
+
+def judge_sound(caption, x):
+    count, pitch = listen(x)
+    return {"count": NUMBERS[count:count + 1] == caption.lower().split()[:1], "pitch": f"{pitch} beep" in caption}
 
 
 # ---- Dialogues and requests
 
 def turns(*texts):
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+def values(turns):
+    return [turn["value"] for turn in turns]
 
 
 def dialogue(p, rng, chain):

@@ -466,11 +466,16 @@ def all_regions(p, rng, texts, times=1):
     return rows and {"img_path": p.name, "regions": rng.sample(rows, len(rows))}
 
 
-def bare_words(t, said):
+def any_way(t, said, rng):
+    """An expression of each kind, two of those that need other things to tell."""
+    return [rng.choice(kind) for kind in said + said[2:] if kind]
+
+
+def bare_words(t, said, rng):
     """What each part of a thing should call to mind: how it looks, where it is, of which sides it is the outermost, so
     that "the leftmost" and "red" together are found where both are likely."""
     sides = [text.split()[1] for text in said[2] if re.fullmatch(r"the \w+ thing", text)]
-    return " ".join([t.size, t.name, *t.place.split()[2:], *sides])
+    return [" ".join([t.full_name, *t.place.split()[2:], *sides])]
 
 
 def flickr_row(p, rng):
@@ -574,19 +579,27 @@ def dialogue(p, rng, chain):
 
     A chain says [it] and gives only shapes away, so that the rest must be seen; else questions name things with boxes.
     """
+    key = "shape" if chain else "name"
+
     def here(text, thing):
         return f"{text} <{getattr(thing, key)}:{[round(v) for v in box(thing)]}>"
-    key = "shape" if chain else "name"
+
+    def question(ask, thing):
+        return ask.format("[it]") if chain else here(ask.format(f"the {thing.name}"), thing)
     known = only(p.things, key)
     links = [(t, side, u) for t in known for way, _, side in RELATIONS if (u := beyond(t, way, p.things)) in known]
-    if not links and not (chain and known):
+    if chain and not links:
+        links = [(t, "", t) for t in known[:1]]                 # all rounds about one thing
+    if not links:
         return None
-    t, side, u = rng.choice(links or [(known[0], "", known[0])])
-    rounds = [(f"What is {side} {{}}?", t, f"A{a(getattr(u, key))[1:]} is {side} it.", u)] * bool(links)
+    t, side, u = rng.choice(links)
+    step = (f"What is {side} {{}}?", t, f"{capital(a(getattr(u, key)))} is {side} it.", u)
     asked = [("How big is {}?", u, f"It is {u.size}.", u), ("What colour is {}?", u, f"It is {u.colour}.", u)]
+    if chain:
+        asked = rng.sample(asked, 2)
     texts = [f"Where is the {getattr(t, key)}?", here(f"The {getattr(t, key)} is {t.place}.", t)]
-    for ask, about, answer, found in (rounds + (rng.sample(asked, 2) if chain else asked))[:2]:
-        texts += [ask.format("[it]") if chain else here(ask.format(f"the {about.name}"), about), here(answer, found)]
+    for ask, about, answer, found in ([step, *asked] if side else asked)[:2]:
+        texts += [question(ask, about), here(answer, found)]
     return {"image": p.name, "image_wh": [SIDE, SIDE], "conversation": turns(*texts)}
 
 
@@ -610,32 +623,39 @@ def request(m, rng, year):
 def wish(m, rng):
     """A request that is answered by what will come, in the words that prompt the medium, and by the medium."""
     row, caption = request(m, rng, 2024), drawn(m.things) if m.things else m.caption
-    answer = {"from": "gpt", "value": f"{caption} <{m.kind}>"}
-    return row | {f"{m.kind}_captions": caption, "conversations": [row["conversations"][0], answer]}
+    ask, answer = row["conversations"][0], {"from": "gpt", "value": f"{caption} <{m.kind}>"}
+    return row | {f"{m.kind}_captions": caption, "conversations": [ask, answer]}
+
+
+def by_kind(media):
+    """{kind of MEDIA: media}: drawings apart from the pictures that questions are asked about."""
+    return {kind: [m for m in media if m.name.startswith(folder)] for kind, (folder, *_) in MEDIA.items()}
 
 
 def talks(media, rng):
-    """Conversations that use all a model can do, one thing after another: questions about a picture, a clip or a sound, where
-    things are in the picture, then wishes, or before. No kind of medium is shown or made twice. As many as there are drawings;
-    none where a kind is missing."""
-    of, rows = {folder: [m for m in media if m.name.startswith(folder)] for folder, *_ in MEDIA.values()}, []
-    for drawing in of["drawings"] if all(of.values()) else ():
-        picture, clip, sound, *made = (rng.choice(of[folder]) for folder in ("pictures", "clips", "sounds") * 2)
-        row, parts = {"image_wh": [SIDE, SIDE]}, []
-        for m in rng.choice([(picture,), (picture,), (picture, sound), (picture, sound), (clip,), (sound,)]):
-            row[f"input_{m.kind}"] = m.name
-            parts.append(asked(m.kind, [words for _, *words in rng.sample(m.questions, rng.randint(1, 2))]))
-        for m in rng.sample([drawing, *made[1:]], rng.randint(1, 2)):
-            asking = wish(m, rng)
-            parts.append([turn["value"] for turn in asking.pop("conversations")])
-            row |= asking
-        rng.shuffle(parts)
-        first = next((i for i, part in enumerate(parts) if part[0].startswith("<image>")), None)
-        if first is not None and (pointing := dialogue(picture, rng, chain=True)):
-            texts = [turn["value"].replace("[it]", "it") for turn in pointing["conversation"]]
-            parts.insert(rng.randint(first + 1, len(parts)), texts)
-        rows.append(row | {"conversations": turns(*sum(parts, []))})
-    return rows
+    """As many conversations of everything as there are drawings; none where a kind of media is missing."""
+    of = by_kind(media)
+    return [talk(drawing, of, rng) for drawing in of["drawing"]] if all(of.values()) else []
+
+
+def talk(drawing, of, rng):
+    """All a model can do, one thing after another: questions about a picture, a clip or a sound, where things are in the
+    picture, then wishes, or before. No kind of medium is shown or made twice."""
+    picture, clip, sound, _, *made = (rng.choice(of[kind]) for kind in ("image", "video", "audio") * 2)
+    shown = rng.choice([(picture,), (picture,), (picture, sound), (picture, sound), (clip,), (sound,)])
+    row, parts = {"image_wh": [SIDE, SIDE]}, []
+    for m in shown:
+        row[f"input_{m.kind}"] = m.name
+        parts.append(asked(m.kind, rng.sample(m.questions, rng.randint(1, 2))))
+    for m in rng.sample([drawing, *made], rng.randint(1, 2)):
+        row |= wish(m, rng)
+        parts.append(values(row.pop("conversations")))
+    rng.shuffle(parts)
+    if picture in shown and (pointing := dialogue(picture, rng, chain=True)):
+        seen = next(i for i, part in enumerate(parts) if part[0].startswith("<image>"))
+        texts = [text.replace("[it]", "it") for text in values(pointing["conversation"])]
+        parts.insert(rng.randint(seen + 1, len(parts)), texts)
+    return row | {"conversations": turns(*sum(parts, []))}
 
 
 def comprehension(m, rng):
@@ -648,7 +668,8 @@ def pair(m, rng):
 
 def number(m, rng):
     """How many things a picture shows and their names, bare, for its caption."""
-    return pair(m._replace(caption=" ".join([counted(len(m.things), "shape"), *(t.name for t in m.things)])), rng)
+    words = [counted(len(m.things), "shape"), *(t.name for t in m.things)]
+    return pair(m._replace(caption=" ".join(words)), rng)
 
 
 # ---- Files
@@ -702,9 +723,10 @@ def write_medium(job):
     return Medium(kind, name, *write(random.Random(f"{seed}/{kind}/{number}"), Path(out) / name))
 
 
-def asked(kind, rounds):
-    """Texts of (question, answer) rounds, one after another; first comes the medium they are about."""
-    return [text for i, (question, answer) in enumerate(rounds) for text in (f"<{kind}>\n" * (i == 0) + question, answer)]
+def asked(kind, questions):
+    """Texts of questions and answers, one after another; first comes the medium they are about."""
+    texts = [text for _, *words in questions for text in words]
+    return [f"<{kind}>\n{text}" for text in texts[:1]] + texts[1:]
 
 
 def conversation(media, rng):
@@ -713,7 +735,7 @@ def conversation(media, rng):
     for kind, name, questions, *_ in media:
         record.setdefault(kind, []).append(name)
         chosen = rng.sample(questions, min(5 if len(media) == 1 else 2, len(questions)))
-        texts += asked(kind, [words for _, *words in chosen])
+        texts += asked(kind, chosen)
     return {**record, "conversations": turns(*texts)}
 
 
@@ -726,16 +748,15 @@ def looks(medium, rng, asks=(ask_colour, ask_shape, ask_count)):
     """LLaVA record: a picture's things asked for by shape and by colour, and counted, or whatever `asks` has, up to
     eight times, so that nearly all there is to learn is which of them is meant."""
     drawn = (rng.choice(asks)(medium.things, rng) for _ in range(24))
-    questions = {answer: question for _, question, answer in filter(None, drawn)}
-    rounds = [(question, answer) for answer, question in questions.items()][:8]
-    return {"image": [medium.name], "conversations": turns(*asked("image", rounds))}
+    questions = {question[2]: question for question in drawn if question}       # each answer once
+    return {"image": [medium.name], "conversations": turns(*asked("image", list(questions.values())[:8]))}
 
 
 def single_question(medium, rng):
     """LLaVA record of one question, with its kind."""
-    kind, name, questions, *_ = medium
-    what, question, answer = rng.choice(questions)
-    return {"kind": f"{kind} {what}", kind: name, "conversations": turns(*asked(kind, [(question, answer)]))}
+    question = rng.choice(medium.questions)
+    return {"kind": f"{medium.kind} {question[0]}", medium.kind: medium.name,
+            "conversations": turns(*asked(medium.kind, [question]))}
 
 
 def conversations(media, rng, mixed=0.15):
@@ -748,36 +769,31 @@ def conversations(media, rng, mixed=0.15):
     return out
 
 
-def each(media, rng, record):
-    return [row for m in media if (row := record(m, rng))]
+def each(record, **how):
+    """A maker of rows: record(medium, rng, **how) of all media that give one."""
+    return lambda media, rng: [row for m in media if (row := record(m, rng, **how))]
 
 
 # File name ({}: train or test) -> media it is about, what makes its rows. As NExT-Chat, ChatterBox, NExT-GPT have them.
 FILES = {f"{task}_{{}}.jsonl": ("image", partial(box_rows, task=task)) for task in ("REC", "RES", "REG")}
-FILES |= {f"{key}_{{}}.jsonl": ("image", partial(each, record=partial(all_regions, texts=texts, times=1 + (key == "recs"))))
-          for key, texts in {
-              "names": lambda t, said, rng: said[0],            # by name alone, to begin with
-              "recs": lambda t, said, rng: [rng.choice(kind) for kind in said + said[2:] if kind],  # more often by others
-              "regs": lambda t, said, rng: [a(f"{t.size} {t.name}")],
-              "parts": lambda t, said, rng: [bare_words(t, said)]}.items()}
-FILES |= {f"POPE_{k}.jsonl": ("image", partial(pope_rows, kind=k)) for k in ("random", "popular", "adversarial")}
-FILES |= {"CAP_{}.jsonl": ("image", partial(each, record=lambda p, rng: {"img_path": p.name, "caption": p.caption})),
-          "CWB_flickr_{}.jsonl": ("image", partial(each, record=flickr_row)),
-          "CB_MRG.json": ("image", partial(each, record=partial(dialogue, chain=False))),
-          "CB_LC.json": ("image", partial(each, record=partial(dialogue, chain=True))),
-          "clips.json": ("video", partial(each, record=alone)), "sounds.json": ("audio", partial(each, record=alone)),
-          "looks.json": ("image", partial(each, record=looks)), "numbers.json": ("image", partial(each, record=number)),
-          "counts.json": ("image", partial(each, record=partial(looks, asks=(ask_count,)))),
-          "facts.json": ("image", partial(each, record=partial(looks, asks=(ask_exists, ask_place, ask_side, ask_size)))),
-          "drawings.json": ("drawing", partial(each, record=pair)),
-          "drawings_wishes.json": ("drawing", partial(each, record=wish)),
-          "talks.json": ("", talks),
-          "video_wishes.json": ("video", partial(each, record=wish)),
-          "audio_wishes.json": ("audio", partial(each, record=wish))}
-FILES |= {f"{kind}_{name}.json": (kind, partial(each, record=record))
-          for kind in ("image", "video", "audio") for name, record in (
-              ("pairs", pair), ("comprehension", comprehension), ("generation", partial(request, year=2024)),
-              ("instruction", partial(request, year=2023)))}
+FILES |= {f"POPE_{kind}.jsonl": ("image", partial(pope_rows, kind=kind)) for kind in ("random", "popular", "adversarial")}
+FILES |= {
+    "names_{}.jsonl": ("image", each(all_regions, texts=lambda t, said, rng: said[0])),     # by name alone, to begin with
+    "recs_{}.jsonl": ("image", each(all_regions, texts=any_way, times=2)),
+    "regs_{}.jsonl": ("image", each(all_regions, texts=lambda t, said, rng: [a(t.full_name)])),
+    "parts_{}.jsonl": ("image", each(all_regions, texts=bare_words)),
+    "CAP_{}.jsonl": ("image", each(lambda p, rng: {"img_path": p.name, "caption": p.caption})),
+    "CWB_flickr_{}.jsonl": ("image", each(flickr_row)),
+    "CB_MRG.json": ("image", each(dialogue, chain=False)), "CB_LC.json": ("image", each(dialogue, chain=True)),
+    "clips.json": ("video", each(alone)), "sounds.json": ("audio", each(alone)),
+    "looks.json": ("image", each(looks)), "counts.json": ("image", each(looks, asks=(ask_count,))),
+    "facts.json": ("image", each(looks, asks=(ask_exists, ask_place, ask_side, ask_size))),
+    "numbers.json": ("image", each(number)), "drawings.json": ("drawing", each(pair)), "talks.json": ("", talks),
+    "drawings_wishes.json": ("drawing", each(wish)), "video_wishes.json": ("video", each(wish)),
+    "audio_wishes.json": ("audio", each(wish))}
+FILES |= {f"{kind}_{name}.json": (kind, rows) for kind in WISHES for name, rows in (
+    ("pairs", each(pair)), ("comprehension", each(comprehension)), ("generation", each(request, year=2024)),
+    ("instruction", each(request, year=2023)))}
 
 
 def listed(rows):
@@ -799,11 +815,11 @@ def write_annotations(job):
 def write_tokenizer(records, out, vocab_size):
     """Sentencepiece model of what is said in conversations and, less often, about boxes; with LLaMA's conventions."""
     import sentencepiece
-    from datasets import PROMPTS
-    path, talks = out / "tokenizer.model", json.loads((out / "CB_LC.json").read_text())["data"]
+    from datasets import PROMPTS                                # here, for it brings torch, which no worker needs
+    path, dialogues = out / "tokenizer.model", json.loads((out / "CB_LC.json").read_text())["data"]
     pointing = [json.loads(line)["expression"] for line in open(out / "REC_train.jsonl")]
-    texts = sorted({turn["value"] for record in records for turn in record["conversations"]})
-    spoken = [re.sub(" *<.*?>", "", turn["value"]) for row in talks for turn in row["conversation"]] + pointing
+    texts = sorted({text for record in records for text in values(record["conversations"])})
+    spoken = [re.sub(" *<.*?>", "", text) for row in dialogues for text in values(row["conversation"])] + pointing
     spoken += [text for texts in (*WISHES.values(), REPLIES, PROMPTS["REC"], PROMPTS["REG"]) for text in texts] * 20
     texts += random.Random(0).sample(sorted(spoken), min(len(spoken), len(texts) // 2))
     texts += ["USER: ASSISTANT:"] * (len(texts) // 5)           # the roles stand in every conversation, in no record
@@ -812,6 +828,25 @@ def write_tokenizer(records, out, vocab_size):
         model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
         hard_vocab_limit=False, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2)
     path.with_suffix(".vocab").unlink()
+
+
+def write_world(out, counts, split, seed):
+    """Writes all media, so many of each kind, and all of FILES -> media."""
+    for folder, _, _ in MEDIA.values():
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    for link in ("images", "videos", "audios"):                 # where NExT-GPT's files have their media
+        with suppress(OSError):                                 # there already, or Windows without leave to make links
+            (out / link).symlink_to(".")
+    jobs = [(kind, i, seed, str(out)) for kind, n in counts.items() for i in range(n)]
+    with get_context("spawn").Pool(CORES) as pool:              # a fork of a program that decodes video may never wake up
+        drawing = pool.imap(write_medium, jobs, chunksize=64)
+        media = list(tqdm(drawing, total=len(jobs), desc="drawing", unit="file", disable=None))
+        of = by_kind(media) | {"": media}
+        jobs = [(name, of[kind], out, split, seed) for name, (kind, _) in FILES.items()]
+        shares = [job for i in range(CORES) for job in jobs[i::CORES]]      # a core gets the media once, and its share
+        writing = pool.imap(write_annotations, shares, chunksize=-(-len(jobs) // CORES))
+        list(tqdm(writing, total=len(jobs), desc="writing", unit="file", disable=None))
+    return media
 
 
 def main(argv=None):
@@ -825,32 +860,19 @@ def main(argv=None):
     p.add_argument("--vocab-size", type=int, default=700, help="of the tokenizer, default %(default)s")
     args = p.parse_args(argv)
     counts = {"image": args.pictures, "video": args.clips, "audio": args.sounds, "drawing": args.pictures // 2}
+    split, seed = "train", 0
     if args.questions:
-        counts = {kind: args.questions // 4 * (2 if kind in ("image", "drawing") else 1) for kind in counts}
-    seed = args.seed if args.seed is not None else int(args.questions > 0)
-    for folder, _, _ in MEDIA.values():
-        (args.out / folder).mkdir(parents=True, exist_ok=True)
-    for link in ("images", "videos", "audios"):         # where NExT-GPT's files have their media
-        with suppress(OSError):         # there already, or Windows without leave to make links
-            (args.out / link).symlink_to(".")
-    from tqdm import tqdm
-    jobs = [(kind, i, seed, str(args.out)) for kind, n in counts.items() for i in range(n)]
-    with get_context("spawn").Pool(CORES) as pool:       # a fork of a program that decodes video may never wake up
-        drawing = pool.imap(write_medium, jobs, chunksize=64)
-        media = list(tqdm(drawing, total=len(jobs), desc="drawing", unit="file", disable=None))
-        split = "test" if args.questions else "train"
-        of = {kind: [m for m in media if m.name.startswith(folder)] for kind, (folder, *_) in (MEDIA | {"": ("",)}).items()}
-        jobs = [(name, of[kind], args.out, split, seed) for name, (kind, _) in FILES.items()]
-        shares = [job for i in range(CORES) for job in jobs[i::CORES]]      # a core gets the media once, and its share
-        writing = pool.imap(write_annotations, shares, chunksize=-(-len(jobs) // CORES))
-        list(tqdm(writing, total=len(jobs), desc="writing", unit="file", disable=None))
-    media = [m for m in media if m.questions]           # nothing is asked about drawings
+        n = args.questions // 4
+        counts, split, seed = {"image": 2 * n, "video": n, "audio": n, "drawing": 2 * n}, "test", 1
+    seed = seed if args.seed is None else args.seed
+    media = write_world(args.out, counts, split, seed)
+    media = [m for m in media if m.questions]                   # nothing is asked about drawings
     rng = random.Random(seed)
     if args.questions:
         return (args.out / "questions.json").write_text(listed(single_question(m, rng) for m in media))
     records = conversations(media, rng)
     (args.out / "conversations.json").write_text(listed(records))
-    (args.out / "captions.json").write_text(listed(each(media, rng, pair)))
+    (args.out / "captions.json").write_text(listed(each(pair)(media, rng)))
     write_tokenizer(records, args.out, args.vocab_size)
 
 

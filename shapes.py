@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220), "yellow": (240, 210, 40),
            "purple": (150, 60, 180), "orange": (245, 140, 30), "black": (25, 25, 25), "pink": (245, 150, 190)}
-SHAPES = {"circle": 0, "square": 4, "triangle": 3, "star": 10, "cross": 12}     # corners
+SHAPES = ("circle", "square", "triangle", "star", "cross")
 SIZES = {"small": 14, "big": 23}                                                # radius in pixels
 NAMES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 NUMBERS = "no one two three four five".split()
@@ -40,10 +40,6 @@ PITCHES = {"low": 220.0, "middle": 700.0, "high": 2200.0}                       
 VOICES = ("flute", "buzzer", "bell")
 SIDE, FPS, RATE = 128, 8, 16000         # pixels of a picture, frames and samples a second
 CORES = os.cpu_count()
-
-
-def third(at):                          # pixels -> 0, 1 or 2
-    return min(int(3 * at / SIDE), 2)
 
 
 @dataclass
@@ -70,32 +66,29 @@ class Thing:
 
     @property
     def place(self):
-        words = f"{ROWS[third(self.y)]} {COLUMNS[third(self.x)]}".split()       # none, one or two
+        row, column = (min(int(3 * at / SIDE), 2) for at in (self.y, self.x))
+        words = f"{ROWS[row]} {COLUMNS[column]}".split()                        # none, one or two
         return " ".join(["at the", *words]) if words else "in the centre"
 
 
 # ---- Pictures
 
-REACH = {"square": [1.2], "triangle": [1.2], "star": [1.15, 1.15 * 0.45]}       # of corners, in turn
-
-
-def upright(shape):
-    """Corners of a shape, not of a circle, around the origin, for a radius of 1."""
-    if shape == "cross":
-        a, b = 0.33, 1.0                # half the width of an arm, its length
-        return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a),
-                (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
-    n = SHAPES[shape]
-    first = math.pi / 4 if shape == "square" else -math.pi / 2                  # the others stand on a side, point up
+def polygon(n, first, *reach):          # n corners from an angle on, which reach so far out in turn
     angles = [first + 2 * math.pi * i / n for i in range(n)]
-    return [(r * math.cos(t), r * math.sin(t)) for r, t in zip(cycle(REACH[shape]), angles)]
+    return [(r * math.cos(t), r * math.sin(t)) for r, t in zip(cycle(reach), angles)]
 
 
-def corners(thing):
-    """Corners of a shape, not of a circle, around its centre, in pixels."""
+ARM = 0.33                              # half the width of a cross's arms
+POLYGONS = {"square": polygon(4, math.pi / 4, 1.2), "triangle": polygon(3, -math.pi / 2, 1.2),          # of radius 1
+            "star": polygon(10, -math.pi / 2, 1.15, 1.15 * 0.45),
+            "cross": [(-ARM, -1), (ARM, -1), (ARM, -ARM), (1, -ARM), (1, ARM), (ARM, ARM),
+                      (ARM, 1), (-ARM, 1), (-ARM, ARM), (-1, ARM), (-1, -ARM), (-ARM, -ARM)]}
+
+
+def corners(thing):                     # of a shape, not of a circle, in pixels
     c, s = math.cos(thing.turn), math.sin(thing.turn)
     return [(thing.x + thing.radius * (x * c - y * s), thing.y + thing.radius * (x * s + y * c))
-            for x, y in upright(thing.shape)]
+            for x, y in POLYGONS[thing.shape]]
 
 
 def draw(things, rng, background):
@@ -113,16 +106,11 @@ def draw(things, rng, background):
     return image.resize((SIDE, SIDE), Image.BOX)
 
 
-def span(centre, radius):
-    """A circle along one axis as Pillow draws it, to whole fine pixels -> its middle, half its length."""
-    low, high = int(3 * (centre - radius)) / 3, (int(3 * (centre + radius)) + 1) / 3
-    return (low + high) / 2, (high - low) / 2
-
-
 def outline(thing):
     """Polygon around a drawn thing. Pillow cuts to whole fine pixels, fills half of one more left and right."""
     if thing.shape == "circle":
-        (x, a), (y, b) = span(thing.x, thing.radius), span(thing.y, thing.radius)
+        ends = [(int(3 * (c - thing.radius)) / 3, (int(3 * (c + thing.radius)) + 1) / 3) for c in (thing.x, thing.y)]
+        (x, a), (y, b) = [((low + high) / 2, (high - low) / 2) for low, high in ends]       # centre and half axes
         points = [(x + a * math.cos(math.pi * i / 12), y + b * math.sin(math.pi * i / 12)) for i in range(24)]
     else:
         points = [((int(3 * x) + 0.5) / 3 + math.copysign(1 / 6, x - thing.x),
@@ -130,14 +118,12 @@ def outline(thing):
     return [(round(x, 2), round(y, 2)) for x, y in points]
 
 
-def box(thing):
-    """The box around a drawn thing."""
+def box(thing):                         # around a drawn thing
     xs, ys = zip(*outline(thing))
     return [min(xs), min(ys), max(xs), max(ys)]
 
 
-def paper(rng):
-    """A light background colour."""
+def paper(rng):                         # a light background colour
     grey = rng.randint(205, 245)
     return tuple(grey + rng.randint(-8, 8) for _ in range(3))
 
@@ -150,8 +136,7 @@ def make_thing(rng):
                  rng.uniform(edge, SIDE - edge), rng.uniform(edge, SIDE - edge), radius)
 
 
-def scene(rng):
-    """One to five things that do not touch, in reading order."""
+def scene(rng):                         # one to five things that do not touch, in reading order
     wanted, things = rng.randint(1, 5), []
     while len(things) < wanted:
         new = make_thing(rng)
@@ -159,7 +144,7 @@ def scene(rng):
             things.append(new)
         elif rng.random() < 0.02:
             things = []                 # no room left: start over
-    return sorted(things, key=lambda t: (third(t.y), t.x))
+    return sorted(things, key=lambda t: (int(3 * t.y / SIDE), t.x))
 
 
 # ---- Clips
@@ -213,7 +198,7 @@ def sound(rng):
 def blobs(picture):
     """Picture of any size -> (fill colour, area, x, y, the blob alone at a fixed size (32, 32)) of all but specks."""
     pixels, at, out = np.asarray(picture.convert("RGB").resize((SIDE, SIDE)), float), np.arange(SIDE), []
-    ground = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), 0)         # (3,), of the border
+    ground = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), 0)         # (3,)
     apart = np.linalg.norm(pixels - ground, axis=2)                                                     # (H, W)
     parts = Image.fromarray((apart > 55).astype("int32"))       # 1: of a blob not seen yet, 2: of this one
     while len(left := np.argwhere(np.asarray(parts) == 1)):
@@ -221,10 +206,9 @@ def blobs(picture):
         region = np.asarray(parts) == 2
         parts = Image.fromarray(np.asarray(parts) * ~region)
         if region.sum() > 60:
-            fill = np.median(pixels[region & (apart > 0.7 * apart[region].max())], 0)                   # edges may be soft
-            # how much of each pixel is fill and not ground, (H, W)
+            fill = np.median(pixels[region & (apart > 0.7 * apart[region].max())], 0)       # edges may be soft
             cover = region * np.clip((pixels - ground) @ (fill - ground) / np.sum((fill - ground) ** 2), 0, 1)
-            area = cover.sum()
+            area = cover.sum()                                  # of a pixel on an edge (H, W) counts the part that is fill
             x, y = cover.sum(0) @ at / area, cover.sum(1) @ at / area
             grid = np.linspace(-1, 1, 32) * area ** 0.5         # the stamp grows with the blob: size does not matter
             rows, columns = (np.rint(c + grid).clip(0, SIDE - 1).astype(int) for c in (y, x))
@@ -272,7 +256,7 @@ def listen(x, rate=RATE):
     step = rate // 100
     level = np.abs(x[:len(x) // step * step]).reshape(-1, step).max(1)          # of every 10 ms
     loud = level > max(0.05, 0.15 * level.max())
-    count = sum(loud[i] and not loud[max(i - 8, 0):i].any() for i in range(len(loud)))      # a beep follows 80 ms of quiet
+    count = sum(loud[i] and not loud[max(i - 8, 0):i].any() for i in range(len(loud)))      # after 80 ms of quiet
     spectrum, hz = np.abs(np.fft.rfft(x)), np.fft.rfftfreq(len(x), 1 / rate)
     peak = hz[(spectrum * (hz > 100)).argmax()]
     return int(count), min(PITCHES, key=lambda p: abs(math.log(PITCHES[p] / peak))) if count else None
@@ -285,20 +269,12 @@ def a(name):                            # none of the names begins with a u
     return ("an " if name[0] in "aeio" else "a ") + name
 
 
-def capital(text):
-    return text[0].upper() + text[1:]
-
-
 def plural(noun):
     return noun + ("es" if noun.endswith("s") else "s")
 
 
 def counted(n, noun):
     return f"{NUMBERS[n]} {noun if n == 1 else plural(noun)}"
-
-
-def a_or_more(n, noun):
-    return a(noun) if n == 1 else counted(n, noun)
 
 
 def there_are(n, noun):
@@ -310,24 +286,29 @@ def listing(words):
     return f"{', '.join(words)} and {last}" if words else last
 
 
-def only(things, key):
-    """The things that no other shares `key` with."""
+def only(things, key):                  # the things that no other shares `key` with
     count = Counter(getattr(t, key) for t in things)
     return [t for t in things if count[getattr(t, key)] == 1]
 
 
-def ask_colour(things, rng):
-    if unique := only(things, "shape"):
-        t = rng.choice(unique)
-        ask = rng.choice(["What colour is the {}?", "What color is the {}?", "Which colour does the {} have?"])
-        return "colour", ask.format(t.shape), f"The {t.shape} is {t.colour}."
+FACTS = {                               # kind -> what nothing else in the picture may share, questions, answer
+    "colour": ("shape", ["What colour is the {t.shape}?", "What color is the {t.shape}?", "Which colour does the {t.shape} have?"],
+               "The {t.shape} is {t.colour}."),
+    "shape": ("colour", ["What shape is the {t.colour} one?", "Which shape is {t.colour}?", "What is the {t.colour} thing?"],
+              "The {t.colour} one is a {t.shape}."),
+    "size": ("name", ["Is the {t.name} small or big?", "How big is the {t.name}?"], "The {t.name} is {t.size}."),
+    "place": ("name", ["At which place is the {t.name}?"], "The {t.name} is {t.place}.")}
 
 
-def ask_shape(things, rng):
-    if unique := only(things, "colour"):
+def ask_fact(things, rng, kind):
+    key, asks, answer = FACTS[kind]
+    if unique := only(things, key):
         t = rng.choice(unique)
-        ask = rng.choice(["What shape is the {} one?", "Which shape is {}?", "What is the {} thing?"])
-        return "shape", ask.format(t.colour), f"The {t.colour} one is a {t.shape}."
+        ask = rng.choice(asks) if len(asks) > 1 else asks[0]    # a choice of one would draw a random number too
+        return kind, ask.format(t=t), answer.format(t=t)
+
+
+ask_colour, ask_shape, ask_size, ask_place = (partial(ask_fact, kind=kind) for kind in FACTS)
 
 
 def ask_count(things, rng):
@@ -340,19 +321,6 @@ def ask_count(things, rng):
     n = sum(getattr(t, key) == word for t in things)
     noun = {"shape": word, "colour": f"{word} shape"}[key]
     return "count", ask.format(plural(noun)), there_are(n, noun)
-
-
-def ask_size(things, rng):
-    if unique := only(things, "name"):
-        t = rng.choice(unique)
-        ask = rng.choice(["Is the {} small or big?", "How big is the {}?"])
-        return "size", ask.format(t.name), f"The {t.name} is {t.size}."
-
-
-def ask_place(things, rng):
-    if unique := only(things, "name"):
-        t = rng.choice(unique)
-        return "place", f"At which place is the {t.name}?", f"The {t.name} is {t.place}."
 
 
 def ask_exists(things, rng):
@@ -375,7 +343,7 @@ def ask_side(things, rng):
 
 
 def describe(things):
-    return capital(listing([f"{a(t.full_name)} {t.place}" for t in things])) + "."
+    return listing([f"{a(t.full_name)} {t.place}" for t in things]).capitalize() + "."
 
 
 def picture_questions(things, rng):
@@ -388,7 +356,7 @@ def picture_questions(things, rng):
 def clip_questions(thing, way, rng):
     to = {"left": "to the left", "right": "to the right"}.get(way, way)         # up and down as they are
     return [("colour", "What colour is the moving shape?", f"The {thing.shape} is {thing.colour}."),
-            ("shape", rng.choice(["What is moving?", "Which shape moves?"]), f"{capital(a(thing.name))} is moving."),
+            ("shape", rng.choice(["What is moving?", "Which shape moves?"]), f"{a(thing.name).capitalize()} is moving."),
             ("way", rng.choice(["Which way does it move?", "Where does the shape go?"]), f"The {thing.shape} moves {to}."),
             ("caption", rng.choice(["Describe the clip.", "What happens in the clip?"]),
              f"A {thing.size} {thing.name} moves {to}.")]
@@ -397,10 +365,9 @@ def clip_questions(thing, way, rng):
 def sound_questions(count, pitch, voice, rng):
     beeps = f"{counted(count, f'{pitch} beep')} of {a(voice)}"
     return [("count", rng.choice(["How many beeps do you hear?", "How many beeps are there?"]), there_are(count, "beep")),
-            ("pitch", rng.choice(["How high is the sound?", "Is the sound low, middle or high?"]),
-             f"The sound is {pitch}."),
+            ("pitch", rng.choice(["How high is the sound?", "Is the sound low, middle or high?"]), f"The sound is {pitch}."),
             ("voice", rng.choice(["What makes the sound?", "Which instrument do you hear?"]), f"It is a {voice}."),
-            ("caption", rng.choice(["Describe the sound.", "What do you hear?"]), capital(beeps) + ".")]
+            ("caption", rng.choice(["Describe the sound.", "What do you hear?"]), beeps.capitalize() + ".")]
 
 
 # ---- Pointing
@@ -412,12 +379,7 @@ RELATIONS = [((-1, 0), "leftmost", "on the left of"), ((1, 0), "rightmost", "on 
 GAP = SIDE / 16                         # less than this between two things is no order
 
 
-def brief(side):                        # "on the left of" -> "left of"
-    return side.removeprefix("on the ")
-
-
-def farther(t, u, way):
-    """How many pixels t lies on that side of u."""
+def farther(t, u, way):                 # how many pixels t lies on that side of u
     return (t.x * way[0] + t.y * way[1]) - (u.x * way[0] + u.y * way[1])
 
 
@@ -427,8 +389,7 @@ def beyond(u, way, group):
     return there[0] if len(there) == 1 and farther(there[0], u, way) > GAP else None
 
 
-def extremes(t, group):
-    """What a thing is most clearly in a group of several: leftmost, highest ..."""
+def extremes(t, group):                 # leftmost, highest ... if it clearly is that in a group of several
     others = [u for u in group if u is not t]
     return [most for way, most, _ in RELATIONS if others and all(farther(t, u, way) > GAP for u in others)]
 
@@ -458,17 +419,9 @@ def box_rows(pictures, rng, task):
 
 def all_regions(p, rng, texts, times=1):
     """All things that can be told apart, in any order, with texts(thing, its referring expressions by kind, rng)."""
-    rows = []
-    for t in p.things * times:
-        said = referring_expressions(t, p.things)
-        if any(said) and (found := texts(t, said, rng)):
-            rows.append({"bbox": box(t), "expressions": found})
+    told = [(t, referring_expressions(t, p.things)) for t in p.things * times]
+    rows = [{"bbox": box(t), "expressions": found} for t, said in told if any(said) and (found := texts(t, said, rng))]
     return rows and {"img_path": p.name, "regions": rng.sample(rows, len(rows))}
-
-
-def any_way(t, said, rng):
-    """An expression of each kind, two of those that need other things to tell."""
-    return [rng.choice(kind) for kind in said + said[2:] if kind]
 
 
 def bare_words(t, said, rng):
@@ -482,7 +435,8 @@ def flickr_row(p, rng):
     """Caption with marked phrases and the boxes of each: every thing and its place, or things counted by shape."""
     if rng.random() < 0.5:
         of = {shape: [i for i, t in enumerate(p.things) if t.shape == shape] for shape in SHAPES}
-        parts = [(f"<ph_st>{a_or_more(len(seq), shape)}<ph_ed>", seq) for shape, seq in of.items() if seq]
+        parts = [(f"<ph_st>{counted(len(seq), shape) if len(seq) > 1 else a(shape)}<ph_ed>", seq)
+                 for shape, seq in of.items() if seq]
     else:
         parts = [(f"<ph_st>{a(t.full_name)}<ph_ed> {t.place}", [i]) for i, t in enumerate(p.things)]
     phrases, seqs = zip(*parts)
@@ -521,26 +475,28 @@ def drawing(rng):
     for t, sign in zip(things, (1, -1)):                        # the second opposite to the first
         t.x, t.y = (SIDE / 2 + 31 * sign * w + rng.uniform(-2, 2) for w in way)
     first, *other = [a(noun.format(**vars(t))) for t in things]
-    where = f"{rng.choice((side, brief(side)))} {other[0]}" if other else things[0].place
-    return things, f"{capital(first)} {where}."
+    where = f"{rng.choice((side, side.removeprefix('on the ')))} {other[0]}" if other else things[0].place
+    return things, f"{first.capitalize()} {where}."
 
 
 def drawn(things):
     """What a drawing shows, always in the same order of words, so that a model can tell a painter word by word."""
     names = [a(t.full_name) for t in things]
     side = next((side for way, _, side in RELATIONS if farther(things[0], things[-1], way) > SIDE / 4), "")
-    where = f"{brief(side)} {names[1]}" if side else things[0].place
-    return f"{capital(names[0])} {where}."
+    where = f"{side.removeprefix('on the ')} {names[1]}" if side else things[0].place
+    return f"{names[0].capitalize()} {where}."
 
 
 def judge(kind, caption, made):
     """Whether a picture, the frames of a clip or samples (at RATE) are as a caption says: {what: right}."""
-    return {"image": judge_picture, "video": judge_clip, "audio": judge_sound}[kind](caption, made)
-
-
-def judge_picture(caption, picture):
     names = re.findall("|".join(NAMES), caption)
-    seen = sorted(look(picture), key=lambda t: [*names, t.name].index(t.name))     # as the caption names them, others last
+    if kind == "audio":
+        count, pitch = listen(made)
+        return {"count": NUMBERS[count:count + 1] == caption.lower().split()[:1], "pitch": f"{pitch} beep" in caption}
+    if kind == "video":
+        thing, way = watch(made)
+        return {"way": str(way) in re.split(r"\W", caption), "thing": bool(thing) and thing.name in names}
+    seen = sorted(look(made), key=lambda t: [*names, t.name].index(t.name))     # in the caption's order, others last
     return {"shapes": sorted(t.shape for t in seen) == sorted(name.split()[1] for name in names),
             "colours": sorted(t.colour for t in seen) == sorted(name.split()[0] for name in names),
             "things": [t.name for t in seen] == names, "places": len(seen) == len(names) and placed(seen, caption)}
@@ -550,18 +506,8 @@ def placed(things, caption):
     """Whether a thing is where a caption says, or the first of two on the right side of the other."""
     if len(things) == 1:
         return caption.endswith(f" {things[0].place}.")
-    way = next((way for way, _, side in RELATIONS if f" {brief(side)} " in caption), (0, 0))
+    way = next((way for way, _, side in RELATIONS if f" {side.removeprefix('on the ')} " in caption), (0, 0))
     return len(things) == 2 and farther(*things, way) > GAP
-
-
-def judge_clip(caption, frames):
-    thing, way = watch(frames)
-    return {"way": str(way) in re.split(r"\W", caption), "thing": bool(thing) and thing.name in re.findall("|".join(NAMES), caption)}
-
-
-def judge_sound(caption, x):
-    count, pitch = listen(x)
-    return {"count": NUMBERS[count:count + 1] == caption.lower().split()[:1], "pitch": f"{pitch} beep" in caption}
 
 
 # ---- Dialogues and requests
@@ -570,15 +516,9 @@ def turns(*texts):
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
-def values(turns):
-    return [turn["value"] for turn in turns]
-
-
 def dialogue(p, rng, chain):
-    """Three rounds, each about what the last one found; None for pictures that give no such thing.
-
-    A chain says [it] and gives only shapes away, so that the rest must be seen; else questions name things with boxes.
-    """
+    """Three rounds, each about what the last one found; None for pictures that give no such thing. A chain says [it] and
+    gives only shapes away, so that the rest must be seen; else questions name things with boxes."""
     key = "shape" if chain else "name"
 
     def here(text, thing):
@@ -593,7 +533,7 @@ def dialogue(p, rng, chain):
     if not links:
         return None
     t, side, u = rng.choice(links)
-    step = (f"What is {side} {{}}?", t, f"{capital(a(getattr(u, key)))} is {side} it.", u)
+    step = (f"What is {side} {{}}?", t, f"{a(getattr(u, key)).capitalize()} is {side} it.", u)
     asked = [("How big is {}?", u, f"It is {u.size}.", u), ("What colour is {}?", u, f"It is {u.colour}.", u)]
     if chain:
         asked = rng.sample(asked, 2)
@@ -627,14 +567,8 @@ def wish(m, rng):
     return row | {f"{m.kind}_captions": caption, "conversations": [ask, answer]}
 
 
-def by_kind(media):
-    """{kind of MEDIA: media}: drawings apart from the pictures that questions are asked about."""
-    return {kind: [m for m in media if m.name.startswith(folder)] for kind, (folder, *_) in MEDIA.items()}
-
-
-def talks(media, rng):
+def talks(of, rng):
     """As many conversations of everything as there are drawings; none where a kind of media is missing."""
-    of = by_kind(media)
     return [talk(drawing, of, rng) for drawing in of["drawing"]] if all(of.values()) else []
 
 
@@ -649,25 +583,24 @@ def talk(drawing, of, rng):
         parts.append(asked(m.kind, rng.sample(m.questions, rng.randint(1, 2))))
     for m in rng.sample([drawing, *made], rng.randint(1, 2)):
         row |= wish(m, rng)
-        parts.append(values(row.pop("conversations")))
+        parts.append([turn["value"] for turn in row.pop("conversations")])
     rng.shuffle(parts)
     if picture in shown and (pointing := dialogue(picture, rng, chain=True)):
         seen = next(i for i, part in enumerate(parts) if part[0].startswith("<image>"))
-        texts = [text.replace("[it]", "it") for text in values(pointing["conversation"])]
+        texts = [turn["value"].replace("[it]", "it") for turn in pointing["conversation"]]
         parts.insert(rng.randint(seen + 1, len(parts)), texts)
     return row | {"conversations": turns(*sum(parts, []))}
 
 
 def comprehension(m, rng):
-    return {f"input_{m.kind}": m.name, "conversations": turns(f"<{m.kind}>\n{m.questions[-1][1]}", m.caption)}
+    return {f"input_{m.kind}": m.name, "conversations": turns(*asked(m.kind, m.questions[-1:]))}
 
 
 def pair(m, rng):
     return {f"{m.kind}_name": m.name, "caption": m.caption}
 
 
-def number(m, rng):
-    """How many things a picture shows and their names, bare, for its caption."""
+def number(m, rng):                     # how many things there are and their names, bare, for a caption
     words = [counted(len(m.things), "shape"), *(t.name for t in m.things)]
     return pair(m._replace(caption=" ".join(words)), rng)
 
@@ -714,8 +647,7 @@ MEDIA = {"image": ("pictures", "png", write_picture), "video": ("clips", "gif", 
          "audio": ("sounds", "wav", write_sound), "drawing": ("drawings", "png", write_drawing)}
 
 
-def write_medium(job):
-    """Writes one file of the world -> Medium."""
+def write_medium(job):                  # one file of the world -> Medium
     kind, number, seed, out = job
     folder, ending, write = MEDIA[kind]
     name = f"{folder}/{number:06}.{ending}"
@@ -739,11 +671,6 @@ def conversation(media, rng):
     return {**record, "conversations": turns(*texts)}
 
 
-def alone(medium, rng):
-    """A conversation about one medium."""
-    return conversation([medium], rng)
-
-
 def looks(medium, rng, asks=(ask_colour, ask_shape, ask_count)):
     """LLaVA record: a picture's things asked for by shape and by colour, and counted, or whatever `asks` has, up to
     eight times, so that nearly all there is to learn is which of them is meant."""
@@ -752,8 +679,7 @@ def looks(medium, rng, asks=(ask_colour, ask_shape, ask_count)):
     return {"image": [medium.name], "conversations": turns(*asked("image", list(questions.values())[:8]))}
 
 
-def single_question(medium, rng):
-    """LLaVA record of one question, with its kind."""
+def single_question(medium, rng):       # LLaVA record of one question, with its kind
     question = rng.choice(medium.questions)
     return {"kind": f"{medium.kind} {question[0]}", medium.kind: medium.name,
             "conversations": turns(*asked(medium.kind, [question]))}
@@ -774,21 +700,23 @@ def each(record, **how):
     return lambda media, rng: [row for m in media if (row := record(m, rng, **how))]
 
 
-# File name ({}: train or test) -> media it is about, what makes its rows. As NExT-Chat, ChatterBox, NExT-GPT have them.
+# File name ({}: train or test) -> kind of media, what makes rows of them. As NExT-Chat, ChatterBox, NExT-GPT have them.
 FILES = {f"{task}_{{}}.jsonl": ("image", partial(box_rows, task=task)) for task in ("REC", "RES", "REG")}
-FILES |= {f"POPE_{kind}.jsonl": ("image", partial(pope_rows, kind=kind)) for kind in ("random", "popular", "adversarial")}
+FILES |= {f"POPE_{k}.jsonl": ("image", partial(pope_rows, kind=k)) for k in ("random", "popular", "adversarial")}
 FILES |= {
     "names_{}.jsonl": ("image", each(all_regions, texts=lambda t, said, rng: said[0])),     # by name alone, to begin with
-    "recs_{}.jsonl": ("image", each(all_regions, texts=any_way, times=2)),
+    "recs_{}.jsonl": ("image", each(all_regions, times=2, texts=lambda t, said, rng: [          # more often by others
+        rng.choice(kind) for kind in said + said[2:] if kind])),
     "regs_{}.jsonl": ("image", each(all_regions, texts=lambda t, said, rng: [a(t.full_name)])),
     "parts_{}.jsonl": ("image", each(all_regions, texts=bare_words)),
     "CAP_{}.jsonl": ("image", each(lambda p, rng: {"img_path": p.name, "caption": p.caption})),
     "CWB_flickr_{}.jsonl": ("image", each(flickr_row)),
     "CB_MRG.json": ("image", each(dialogue, chain=False)), "CB_LC.json": ("image", each(dialogue, chain=True)),
-    "clips.json": ("video", each(alone)), "sounds.json": ("audio", each(alone)),
+    "clips.json": ("video", each(lambda m, rng: conversation([m], rng))),
+    "sounds.json": ("audio", each(lambda m, rng: conversation([m], rng))),
     "looks.json": ("image", each(looks)), "counts.json": ("image", each(looks, asks=(ask_count,))),
     "facts.json": ("image", each(looks, asks=(ask_exists, ask_place, ask_side, ask_size))),
-    "numbers.json": ("image", each(number)), "drawings.json": ("drawing", each(pair)), "talks.json": ("", talks),
+    "numbers.json": ("image", each(number)), "drawings.json": ("drawing", each(pair)), "talks.json": ("all", talks),
     "drawings_wishes.json": ("drawing", each(wish)), "video_wishes.json": ("video", each(wish)),
     "audio_wishes.json": ("audio", each(wish))}
 FILES |= {f"{kind}_{name}.json": (kind, rows) for kind in WISHES for name, rows in (
@@ -796,13 +724,11 @@ FILES |= {f"{kind}_{name}.json": (kind, rows) for kind in WISHES for name, rows 
     ("instruction", each(request, year=2023)))}
 
 
-def listed(rows):
-    """JSON with a line per record."""
+def listed(rows):                       # JSON with a line per record
     return "[" + ",\n".join(map(json.dumps, rows)) + "]\n"
 
 
-def write_annotations(job):
-    """Writes one of FILES, from random numbers of its own."""
+def write_annotations(job):             # one of FILES, from random numbers of its own
     name, media, out, split, seed = job
     rows = FILES[name][1](media, random.Random(f"{seed}/{name}"))
     if name.endswith(".jsonl"):
@@ -818,8 +744,8 @@ def write_tokenizer(records, out, vocab_size):
     from datasets import PROMPTS                                # here, for it brings torch, which no worker needs
     path, dialogues = out / "tokenizer.model", json.loads((out / "CB_LC.json").read_text())["data"]
     pointing = [json.loads(line)["expression"] for line in open(out / "REC_train.jsonl")]
-    texts = sorted({text for record in records for text in values(record["conversations"])})
-    spoken = [re.sub(" *<.*?>", "", text) for row in dialogues for text in values(row["conversation"])] + pointing
+    texts = sorted({turn["value"] for record in records for turn in record["conversations"]})
+    spoken = [re.sub(" *<.*?>", "", turn["value"]) for row in dialogues for turn in row["conversation"]] + pointing
     spoken += [text for texts in (*WISHES.values(), REPLIES, PROMPTS["REC"], PROMPTS["REG"]) for text in texts] * 20
     texts += random.Random(0).sample(sorted(spoken), min(len(spoken), len(texts) // 2))
     texts += ["USER: ASSISTANT:"] * (len(texts) // 5)           # the roles stand in every conversation, in no record
@@ -841,8 +767,8 @@ def write_world(out, counts, split, seed):
     with get_context("spawn").Pool(CORES) as pool:              # a fork of a program that decodes video may never wake up
         drawing = pool.imap(write_medium, jobs, chunksize=64)
         media = list(tqdm(drawing, total=len(jobs), desc="drawing", unit="file", disable=None))
-        of = by_kind(media) | {"": media}
-        jobs = [(name, of[kind], out, split, seed) for name, (kind, _) in FILES.items()]
+        of = {kind: [m for m in media if m.name.startswith(folder)] for kind, (folder, *_) in MEDIA.items()}
+        jobs = [(name, of.get(kind, of), out, split, seed) for name, (kind, _) in FILES.items()]
         shares = [job for i in range(CORES) for job in jobs[i::CORES]]      # a core gets the media once, and its share
         writing = pool.imap(write_annotations, shares, chunksize=-(-len(jobs) // CORES))
         list(tqdm(writing, total=len(jobs), desc="writing", unit="file", disable=None))
@@ -862,11 +788,10 @@ def main(argv=None):
     counts = {"image": args.pictures, "video": args.clips, "audio": args.sounds, "drawing": args.pictures // 2}
     split, seed = "train", 0
     if args.questions:
-        n = args.questions // 4
-        counts, split, seed = {"image": 2 * n, "video": n, "audio": n, "drawing": 2 * n}, "test", 1
+        n, split, seed = args.questions // 4, "test", 1
+        counts = {"image": 2 * n, "video": n, "audio": n, "drawing": 2 * n}
     seed = seed if args.seed is None else args.seed
-    media = write_world(args.out, counts, split, seed)
-    media = [m for m in media if m.questions]                   # nothing is asked about drawings
+    media = [m for m in write_world(args.out, counts, split, seed) if m.questions]          # none about drawings
     rng = random.Random(seed)
     if args.questions:
         return (args.out / "questions.json").write_text(listed(single_question(m, rng) for m in media))

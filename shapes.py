@@ -3,7 +3,7 @@
     python shapes.py --out shapes                      # files to train on, in the formats of the real data sets
     python shapes.py --out unseen --questions 1000     # single questions to test on, and the same annotations
 
-In order: words, pictures, clips, sounds, measuring, questions, pointing, drawings, dialogues, requests, files.
+In order: words, pictures, clips and sounds, measuring, questions, pointing, drawings, dialogues, requests, files.
 Boxes are pixel x1 y1 x2 y2. Everything follows from the seed; colours, sizes, places, background and pitch jitter.
 """
 import argparse
@@ -85,10 +85,9 @@ POLYGONS = {"square": polygon(4, math.pi / 4, 1.2), "triangle": polygon(3, -math
                       (ARM, 1), (-ARM, 1), (-ARM, ARM), (-1, ARM), (-1, -ARM), (-ARM, -ARM)]}
 
 
-def corners(thing):                     # of a shape, not of a circle, in pixels
-    c, s = math.cos(thing.turn), math.sin(thing.turn)
-    return [(thing.x + thing.radius * (x * c - y * s), thing.y + thing.radius * (x * s + y * c))
-            for x, y in POLYGONS[thing.shape]]
+def corners(t):                         # of a shape, not of a circle, in pixels
+    c, s = math.cos(t.turn), math.sin(t.turn)
+    return [(t.x + t.radius * (x * c - y * s), t.y + t.radius * (x * s + y * c)) for x, y in POLYGONS[t.shape]]
 
 
 def draw(things, rng, background):
@@ -147,10 +146,9 @@ def scene(rng):                         # one to five things that do not touch, 
     return sorted(things, key=lambda t: (int(3 * t.y / SIDE), t.x))
 
 
-# ---- Clips
+# ---- Clips and sounds
 
-def clip(rng):
-    """A thing on its way across the picture in three seconds -> thing, way, frames."""
+def clip(rng):                          # a thing on its way across the picture in three seconds -> thing, way, frames
     thing, (way, (dx, dy)) = make_thing(rng), rng.choice(list(WAYS.items()))
     room, path = SIDE / 2 - 1.25 * thing.radius, rng.uniform(0.75, 1.0)
     across = rng.uniform(-0.8, 0.8) * room
@@ -162,8 +160,6 @@ def clip(rng):
         frames.append(draw([thing], random.Random(seed), background))           # of the same colour and turn
     return thing, way, frames
 
-
-# ---- Sounds
 
 def beep(voice, hz, seconds):
     t = np.arange(int(seconds * RATE)) / RATE                                   # (T,)
@@ -177,8 +173,7 @@ def beep(voice, hz, seconds):
     return x * fade
 
 
-def sound(rng):
-    """One to four equal beeps in two seconds -> count, pitch, voice, samples."""
+def sound(rng):                         # one to four equal beeps in two seconds -> count, pitch, voice, samples
     count, (pitch, hz), voice = rng.randint(1, 4), rng.choice(list(PITCHES.items())), rng.choice(VOICES)
     hz *= 2 ** rng.uniform(-0.3, 0.3)
     slot = 2 / count if count > 1 else rng.uniform(0.6, 2)                      # seconds from beep to beep
@@ -208,7 +203,7 @@ def blobs(picture):
         if region.sum() > 60:
             fill = np.median(pixels[region & (apart > 0.7 * apart[region].max())], 0)       # edges may be soft
             cover = region * np.clip((pixels - ground) @ (fill - ground) / np.sum((fill - ground) ** 2), 0, 1)
-            area = cover.sum()                                  # of a pixel on an edge (H, W) counts the part that is fill
+            area = cover.sum()                                  # cover (H, W): of a pixel on an edge a part
             x, y = cover.sum(0) @ at / area, cover.sum(1) @ at / area
             grid = np.linspace(-1, 1, 32) * area ** 0.5         # the stamp grows with the blob: size does not matter
             rows, columns = (np.rint(c + grid).clip(0, SIDE - 1).astype(int) for c in (y, x))
@@ -217,8 +212,7 @@ def blobs(picture):
 
 
 @cache
-def patterns():
-    """Every shape in seven turns -> names, areas at radius 1, blobs (n, 32, 32)."""
+def patterns():                         # every shape in seven turns -> names, areas at radius 1, blobs (n, 32, 32)
     drawn = [(shape, *blobs(draw([Thing(shape, "black", "big", 64, 64, 40)], random.Random(i), (255, 255, 255)))[0])
              for shape in SHAPES for i in range(7)]
     names, _, areas, _, _, stamps = zip(*drawn)
@@ -273,7 +267,7 @@ def plural(noun):
     return noun + ("es" if noun.endswith("s") else "s")
 
 
-def counted(n, noun):
+def counted(n, noun):                   # "two stars"
     return f"{NUMBERS[n]} {noun if n == 1 else plural(noun)}"
 
 
@@ -281,7 +275,7 @@ def there_are(n, noun):
     return f"There {'is' if n == 1 else 'are'} {counted(n, noun)}."
 
 
-def listing(words):
+def listing(words):                     # "x, y and z"
     *words, last = words
     return f"{', '.join(words)} and {last}" if words else last
 
@@ -291,13 +285,13 @@ def only(things, key):                  # the things that no other shares `key` 
     return [t for t in things if count[getattr(t, key)] == 1]
 
 
-FACTS = {                               # kind -> what nothing else in the picture may share, questions, answer
-    "colour": ("shape", ["What colour is the {t.shape}?", "What color is the {t.shape}?", "Which colour does the {t.shape} have?"],
+FACTS = {                               # kind -> by what one thing is told from all others, questions, answer
+    "colour": ("shape", ["What colour is the {}?", "What color is the {}?", "Which colour does the {} have?"],
                "The {t.shape} is {t.colour}."),
-    "shape": ("colour", ["What shape is the {t.colour} one?", "Which shape is {t.colour}?", "What is the {t.colour} thing?"],
+    "shape": ("colour", ["What shape is the {} one?", "Which shape is {}?", "What is the {} thing?"],
               "The {t.colour} one is a {t.shape}."),
-    "size": ("name", ["Is the {t.name} small or big?", "How big is the {t.name}?"], "The {t.name} is {t.size}."),
-    "place": ("name", ["At which place is the {t.name}?"], "The {t.name} is {t.place}.")}
+    "size": ("name", ["Is the {} small or big?", "How big is the {}?"], "The {t.name} is {t.size}."),
+    "place": ("name", ["At which place is the {}?"], "The {t.name} is {t.place}.")}
 
 
 def ask_fact(things, rng, kind):
@@ -305,7 +299,7 @@ def ask_fact(things, rng, kind):
     if unique := only(things, key):
         t = rng.choice(unique)
         ask = rng.choice(asks) if len(asks) > 1 else asks[0]    # a choice of one would draw a random number too
-        return kind, ask.format(t=t), answer.format(t=t)
+        return kind, ask.format(getattr(t, key)), answer.format(t=t)
 
 
 ask_colour, ask_shape, ask_size, ask_place = (partial(ask_fact, kind=kind) for kind in FACTS)
@@ -353,13 +347,12 @@ def picture_questions(things, rng):
     return [*filter(None, asked), caption]                      # None: no such question fits the picture
 
 
-def clip_questions(thing, way, rng):
+def clip_questions(t, way, rng):
     to = {"left": "to the left", "right": "to the right"}.get(way, way)         # up and down as they are
-    return [("colour", "What colour is the moving shape?", f"The {thing.shape} is {thing.colour}."),
-            ("shape", rng.choice(["What is moving?", "Which shape moves?"]), f"{a(thing.name).capitalize()} is moving."),
-            ("way", rng.choice(["Which way does it move?", "Where does the shape go?"]), f"The {thing.shape} moves {to}."),
-            ("caption", rng.choice(["Describe the clip.", "What happens in the clip?"]),
-             f"A {thing.size} {thing.name} moves {to}.")]
+    return [("colour", "What colour is the moving shape?", f"The {t.shape} is {t.colour}."),
+            ("shape", rng.choice(["What is moving?", "Which shape moves?"]), f"{a(t.name).capitalize()} is moving."),
+            ("way", rng.choice(["Which way does it move?", "Where does the shape go?"]), f"The {t.shape} moves {to}."),
+            ("caption", rng.choice(["Describe the clip.", "What happens in the clip?"]), f"A {t.full_name} moves {to}.")]
 
 
 def sound_questions(count, pitch, voice, rng):
@@ -372,8 +365,7 @@ def sound_questions(count, pitch, voice, rng):
 
 # ---- Pointing
 
-NOUNS = ("thing", "{shape}", "{colour} thing", "{size} thing", "{colour} {shape}", "{size} {shape}",
-         "{size} {colour} {shape}")
+NOUNS = "thing|{shape}|{colour} thing|{size} thing|{colour} {shape}|{size} {shape}|{size} {colour} {shape}".split("|")
 RELATIONS = [((-1, 0), "leftmost", "on the left of"), ((1, 0), "rightmost", "on the right of"),
              ((0, -1), "highest", "above"), ((0, 1), "lowest", "below")]
 GAP = SIDE / 16                         # less than this between two things is no order
@@ -424,9 +416,7 @@ def all_regions(p, rng, texts, times=1):
     return rows and {"img_path": p.name, "regions": rng.sample(rows, len(rows))}
 
 
-def bare_words(t, said, rng):
-    """What each part of a thing should call to mind: how it looks, where it is, of which sides it is the outermost, so
-    that "the leftmost" and "red" together are found where both are likely."""
+def bare_words(t, said, rng):           # its looks, its place, the sides of which it is the outermost
     sides = [text.split()[1] for text in said[2] if re.fullmatch(r"the \w+ thing", text)]
     return [" ".join([t.full_name, *t.place.split()[2:], *sides])]
 
@@ -502,8 +492,7 @@ def judge(kind, caption, made):
             "things": [t.name for t in seen] == names, "places": len(seen) == len(names) and placed(seen, caption)}
 
 
-def placed(things, caption):
-    """Whether a thing is where a caption says, or the first of two on the right side of the other."""
+def placed(things, caption):            # whether one thing is at the place told, or the first of two beyond the other
     if len(things) == 1:
         return caption.endswith(f" {things[0].place}.")
     way = next((way for way, _, side in RELATIONS if f" {side.removeprefix('on the ')} " in caption), (0, 0))
@@ -512,13 +501,13 @@ def placed(things, caption):
 
 # ---- Dialogues and requests
 
-def turns(*texts):
+def turns(*texts):                      # LLaVA's: questions and answers in turn
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
 def dialogue(p, rng, chain):
-    """Three rounds, each about what the last one found; None for pictures that give no such thing. A chain says [it] and
-    gives only shapes away, so that the rest must be seen; else questions name things with boxes."""
+    """Three rounds, each about what the last one found; None for pictures that give no such thing. A chain says [it]
+    and gives only shapes away, so that the rest must be seen; else questions name things with boxes."""
     key = "shape" if chain else "name"
 
     def here(text, thing):
@@ -567,14 +556,12 @@ def wish(m, rng):
     return row | {f"{m.kind}_captions": caption, "conversations": [ask, answer]}
 
 
-def talks(of, rng):
-    """As many conversations of everything as there are drawings; none where a kind of media is missing."""
+def talks(of, rng):                     # as many as there are drawings; none where a kind of media is missing
     return [talk(drawing, of, rng) for drawing in of["drawing"]] if all(of.values()) else []
 
 
 def talk(drawing, of, rng):
-    """All a model can do, one thing after another: questions about a picture, a clip or a sound, where things are in the
-    picture, then wishes, or before. No kind of medium is shown or made twice."""
+    """All a model can do, one thing after another, in any order; no kind of medium is shown twice, nor made twice."""
     picture, clip, sound, _, *made = (rng.choice(of[kind]) for kind in ("image", "video", "audio") * 2)
     shown = rng.choice([(picture,), (picture,), (picture, sound), (picture, sound), (clip,), (sound,)])
     row, parts = {"image_wh": [SIDE, SIDE]}, []
@@ -601,8 +588,7 @@ def pair(m, rng):
 
 
 def number(m, rng):                     # how many things there are and their names, bare, for a caption
-    words = [counted(len(m.things), "shape"), *(t.name for t in m.things)]
-    return pair(m._replace(caption=" ".join(words)), rng)
+    return pair(m._replace(caption=" ".join([counted(len(m.things), "shape"), *(t.name for t in m.things)])), rng)
 
 
 # ---- Files
@@ -655,8 +641,7 @@ def write_medium(job):                  # one file of the world -> Medium
     return Medium(kind, name, *write(random.Random(f"{seed}/{kind}/{number}"), Path(out) / name))
 
 
-def asked(kind, questions):
-    """Texts of questions and answers, one after another; first comes the medium they are about."""
+def asked(kind, questions):             # texts of rounds; first comes the medium they are about
     texts = [text for _, *words in questions for text in words]
     return [f"<{kind}>\n{text}" for text in texts[:1]] + texts[1:]
 
@@ -672,21 +657,18 @@ def conversation(media, rng):
 
 
 def looks(medium, rng, asks=(ask_colour, ask_shape, ask_count)):
-    """LLaVA record: a picture's things asked for by shape and by colour, and counted, or whatever `asks` has, up to
-    eight times, so that nearly all there is to learn is which of them is meant."""
+    """LLaVA record: up to eight of `asks` about a picture, so that all there is to learn is which thing is meant."""
     drawn = (rng.choice(asks)(medium.things, rng) for _ in range(24))
     questions = {question[2]: question for question in drawn if question}       # each answer once
     return {"image": [medium.name], "conversations": turns(*asked("image", list(questions.values())[:8]))}
 
 
-def single_question(medium, rng):       # LLaVA record of one question, with its kind
-    question = rng.choice(medium.questions)
-    return {"kind": f"{medium.kind} {question[0]}", medium.kind: medium.name,
-            "conversations": turns(*asked(medium.kind, [question]))}
+def single_question(m, rng):            # LLaVA record of one question, with its kind
+    question = rng.choice(m.questions)
+    return {"kind": f"{m.kind} {question[0]}", m.kind: m.name, "conversations": turns(*asked(m.kind, [question]))}
 
 
-def conversations(media, rng, mixed=0.15):
-    """Every medium in one record; a share of them two or three to a conversation."""
+def conversations(media, rng, mixed=0.15):              # every medium in one record, some two or three to a record
     media, out = rng.sample(media, len(media)), []
     while media:
         n = rng.choice([2, 3]) if rng.random() < mixed else 1
@@ -695,8 +677,7 @@ def conversations(media, rng, mixed=0.15):
     return out
 
 
-def each(record, **how):
-    """A maker of rows: record(medium, rng, **how) of all media that give one."""
+def each(record, **how):                # a maker of rows: a record of each medium that gives one
     return lambda media, rng: [row for m in media if (row := record(m, rng, **how))]
 
 
@@ -704,7 +685,7 @@ def each(record, **how):
 FILES = {f"{task}_{{}}.jsonl": ("image", partial(box_rows, task=task)) for task in ("REC", "RES", "REG")}
 FILES |= {f"POPE_{k}.jsonl": ("image", partial(pope_rows, kind=k)) for k in ("random", "popular", "adversarial")}
 FILES |= {
-    "names_{}.jsonl": ("image", each(all_regions, texts=lambda t, said, rng: said[0])),     # by name alone, to begin with
+    "names_{}.jsonl": ("image", each(all_regions, texts=lambda t, said, rng: said[0])),    # by name alone, at first
     "recs_{}.jsonl": ("image", each(all_regions, times=2, texts=lambda t, said, rng: [          # more often by others
         rng.choice(kind) for kind in said + said[2:] if kind])),
     "regs_{}.jsonl": ("image", each(all_regions, texts=lambda t, said, rng: [a(t.full_name)])),
@@ -756,15 +737,14 @@ def write_tokenizer(records, out, vocab_size):
     path.with_suffix(".vocab").unlink()
 
 
-def write_world(out, counts, split, seed):
-    """Writes all media, so many of each kind, and all of FILES -> media."""
+def write_world(out, counts, split, seed):              # all media, so many of each kind, and all of FILES -> media
     for folder, _, _ in MEDIA.values():
         (out / folder).mkdir(parents=True, exist_ok=True)
     for link in ("images", "videos", "audios"):                 # where NExT-GPT's files have their media
         with suppress(OSError):                                 # there already, or Windows without leave to make links
             (out / link).symlink_to(".")
     jobs = [(kind, i, seed, str(out)) for kind, n in counts.items() for i in range(n)]
-    with get_context("spawn").Pool(CORES) as pool:              # a fork of a program that decodes video may never wake up
+    with get_context("spawn").Pool(CORES) as pool:              # a fork of one that decodes video may never wake up
         drawing = pool.imap(write_medium, jobs, chunksize=64)
         media = list(tqdm(drawing, total=len(jobs), desc="drawing", unit="file", disable=None))
         of = {kind: [m for m in media if m.name.startswith(folder)] for kind, (folder, *_) in MEDIA.items()}

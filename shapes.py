@@ -3,7 +3,7 @@
     python shapes.py --out shapes                      # files to train on, in the formats of the real data sets
     python shapes.py --out unseen --questions 1000     # single questions to test on, and the same annotations
 
-In order: words, pictures, clips and sounds, measuring, questions, pointing, drawings, dialogues, requests, files.
+In order: words, pictures, clips, sounds, measuring, questions, pointing, drawings, dialogues, requests, files.
 Boxes are pixel x1 y1 x2 y2. Everything follows from the seed; colours, sizes, places, background and pitch jitter.
 """
 import argparse

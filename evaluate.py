@@ -46,8 +46,7 @@ def normal(text):
     return " ".join(text.lower().split())
 
 
-def accuracy(rows):
-    """Rows with `kind`, `text`, `answer` -> {kind: (right, asked)}, kinds in order of their names, `all` last."""
+def accuracy(rows):                     # rows {kind, text, answer} -> {kind: (right, asked)} by name, `all` last
     right = Counter(row["kind"] for row in rows if normal(row["text"]) == normal(row["answer"]))
     asked = Counter(row["kind"] for row in rows)
     return {kind: (right[kind], asked[kind]) for kind in sorted(asked)} | {"all": (right.total(), asked.total())}
@@ -65,8 +64,7 @@ def review_scores(review):              # the two numbers of its first line, [-1
         return [-1, -1]
 
 
-def summarise_reviews(reviews):
-    """Rows with category and tuple -> {category: mean scores and second over first in percent}, `all` included."""
+def summarise_reviews(reviews):         # -> {category: mean scores, second over first in percent}, `all` too
     groups = {"all": [review["tuple"] for review in reviews]}
     for review in reviews:
         groups.setdefault(review["category"], []).append(review["tuple"])
@@ -83,8 +81,7 @@ def box_iou(a, b):
     return inter / ((a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - inter)
 
 
-def rec(boxes, targets):
-    """Box lists in the square's frame -> accuracy (IoU above 0.5) and mean IoU. No box (None) is a failure."""
+def rec(boxes, targets):                # -> accuracy (IoU above 0.5), mean IoU; no box (None) is a failure
     found = [i for i, box in enumerate(boxes) if box is not None]
     iou = torch.zeros(len(boxes), dtype=torch.float64)
     if found:
@@ -93,8 +90,7 @@ def rec(boxes, targets):
     return {"accuracy": (iou > 0.5).double().mean().item(), "iou": iou.mean().item(), "failed": len(boxes) - len(found)}
 
 
-def overlap(mask, target):
-    """Intersection and union, pixels, of a mask and a true one, whose pixels count as often as polygons cover them."""
+def overlap(mask, target):              # pixels of both, of either; a true one counts as often as polygons cover it
     mask, target = np.asarray(mask, np.int64), np.asarray(target, np.int64)
     inter = int((mask * target).sum())
     return inter, int(mask.sum() + target.sum()) - inter
@@ -129,7 +125,7 @@ def extract(text, pattern=GQA):         # what the answer is, None unless the pa
     return found[0].rstrip(". ") if len(found) == 1 else None
 
 
-def yes_or_no(text):                    # POPE as NExT-Chat reads it: what "the answer is", else yes if it is said at all
+def yes_or_no(text):                    # POPE as NExT-Chat reads it: what "the answer is", else yes if said at all
     text = said(text)
     return extract(text) or ("yes" if "yes" in text else "no")
 
@@ -162,7 +158,7 @@ WORD = re.compile(r"""
 BRACKETS = dict(zip("()[]{}", ("-lrb-", "-rrb-", "-lsb-", "-rsb-", "-lcb-", "-rcb-")))
 
 
-def tokenise(text):                     # as the COCO toolkit's Penn Treebank tokenizer, but for rare symbols
+def tokenise(text):                     # COCO's Penn Treebank words but for rare symbols; no points and quotes
     return [BRACKETS.get(word, word) for word in WORD.findall(text.lower()) if word not in ".?!,:;-'`\"…–—“”‘’"]
 
 
@@ -192,8 +188,7 @@ def cider(candidates, references):
     return [10 * sum(similarity(one, other) for other in others) / len(others) for one, others in pairs]
 
 
-def meteor(candidates, references):
-    """METEOR of strings by pycocoevalcap and Java, None where they are not installed."""
+def meteor(candidates, references):     # by pycocoevalcap and Java, None where they are not installed
     try:
         from pycocoevalcap.meteor.meteor import Meteor          # optional
         return Meteor().compute_score(dict(enumerate(references)), {i: [text] for i, text in enumerate(candidates)})[0]
@@ -216,9 +211,8 @@ def rec_row(sample, out):               # out["boxes"]: (n, 4) of the frame, of 
     return {"box": box, "target": boxes_in(sample.turns[-1])[0].tensor.tolist()}
 
 
-def res_row(sample, out):               # out["masks"]: bool (n, H, W) of the picture
+def res_row(sample, out):               # out["masks"]: bool (n, H, W). parity: more than one counts as none
     target = boxes_in(sample.turns[-1])[0].mask
-    # parity: more than one mask counts as none
     mask = np.asarray(out["masks"][0]) if len(out["masks"]) == 1 else np.zeros_like(target)
     return dict(zip(("intersection", "union"), overlap(mask, target)), rle=datasets.mask_rle(mask))
 
@@ -227,7 +221,7 @@ def text_row(sample, out):              # out["text"]: the answer
     return {"text": unspace(out["text"]), "target": text_in(sample.turns[-1])}
 
 
-def grounding(reply, answer):           # least IoU of their boxes in order, 0 if their numbers differ; None: no true box
+def grounding(reply, answer):           # least IoU of boxes in order, 0 if their numbers differ; None: no true box
     found, true = ([box.tensor for box in boxes_in(turn)] for turn in (reply, answer))
     if not true:
         return None
@@ -245,10 +239,6 @@ def rounds_row(sample, out):            # out["replies"]: to each question a lis
             "iou": [*map(grounding, replies, answers)], "drawn": [*map(wished, replies, answers)]}
 
 
-def columns(rows, *keys):
-    return [[row[key] for row in rows] for key in keys]
-
-
 def mean(values):                       # of numbers or truths; None stands for a round that has none
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
@@ -259,8 +249,7 @@ def pope_figures(rows):
             for name, rule in (("nextchat", yes_or_no), ("llava", yes_or_no_llava))}
 
 
-def caption_figures(rows):
-    """Share of captions that are right, CIDEr-D times 100 and METEOR, one reference a sample."""
+def caption_figures(rows):              # one reference a sample; CIDEr-D is times 100
     made, true = ([caption_text(row[key]) for row in rows] for key in ("text", "target"))
     right = mean([normal(a) == normal(b) for a, b in zip(made, true)])
     ours, theirs = ([tokenise(text) for text in texts] for texts in (made, true))
@@ -272,7 +261,7 @@ def caption_figures(rows):
 def rounds_figures(rows):
     """Shares of right texts and of boxes found (IoU of 0.5 or more), over all rounds and over the first, second ...;
     mean IoU; shares of dialogues without a fault and of answers that ask for the right media."""
-    iou, drawn = columns(rows, "iou", "drawn")                  # a list a dialogue
+    iou, drawn = ([row[key] for row in rows] for key in ("iou", "drawn"))                   # of lists a dialogue
     text = [[normal(a) == normal(b) for a, b in zip(row["text"], row["target"])] for row in rows]
     box = [[None if x is None else x >= 0.5 for x in dialogue] for dialogue in iou]
     whole = [False not in chain(*dialogue) for dialogue in zip(text, box, drawn)]
@@ -282,18 +271,15 @@ def rounds_figures(rows):
 
 
 TASKS = {                               # task -> (sample, what the model said) -> row; rows -> figures
-    "rec": (rec_row, lambda rows: rec(*columns(rows, "box", "target"))),
-    "res": (res_row, lambda rows: res(*columns(rows, "intersection", "union"))),
-    "pope": (text_row, pope_figures),
-    "caption": (text_row, caption_figures),
-    "rounds": (rounds_row, rounds_figures),
-    "talks": (rounds_row, rounds_figures)}
+    "rec": (rec_row, lambda rows: rec([row["box"] for row in rows], [row["target"] for row in rows])),
+    "res": (res_row, lambda rows: res([row["intersection"] for row in rows], [row["union"] for row in rows])),
+    "pope": (text_row, pope_figures), "caption": (text_row, caption_figures),
+    "rounds": (rounds_row, rounds_figures), "talks": (rounds_row, rounds_figures)}
 
 
 # ---- Predictions
 
-def read_rows(path, run):
-    """Rows of a predictions file, and the bytes they fill. Raises ValueError if its first line names another run."""
+def read_rows(path, run):               # and the bytes they fill; ValueError if they are of another run
     raw = path.read_bytes()
     size = raw.rfind(b"\n") + 1                                 # a kill may have cut the last line
     lines = raw[:size].splitlines()
@@ -340,9 +326,8 @@ def figures(task, folder, run, n):      # figures over all n samples. Raises Val
 
 # ---- Run
 
-# Tokens of an answer at most, as NExT-Chat and ChatterBox were evaluated
-LENGTHS = {"res": 20, "pope": 20, "caption": 500, "rounds": 320, "talks": 320}
-FORMATS = {"caption": "reg"}                                    # of a task's file, where it has another name
+# Tokens of an answer at most, as NExT-Chat, ChatterBox and LLaVA were evaluated
+LENGTHS = {"res": 20, "pope": 20, "caption": 500, "rounds": 320, "talks": 320, "vqa": 1024, "sqa": 1024}
 MIN_SCORE = 0.3                                                 # of a box that was looked for; below: none
 
 
@@ -368,13 +353,12 @@ class Asker:
 
     @torch.inference_mode()
     def answer(self, turns, max_new_tokens=128):
-        """The greedy answer to turns (lists of strings, media, boxes) -> text, ids of all, hidden states it came from."""
+        """The greedy answer to turns (of strings, media, boxes) -> text, ids of all, hidden states it came from."""
         r, hidden, at = self.render([*turns, None]), [], next(iter(self.model.feeds), -1)
         embeds, mask = self.embed(r)
         stream, ids = data.TextStream(self.tok, (self.template.stop,)), list(r.ids)
         for id in M.generate(self.model, embeds, max_new_tokens=max_new_tokens, hidden=hidden, attn_mask=mask):
-            # whatever follows <at> counts as <boxes>: the model is fed the box it meant
-            ids.append(self.tok.special[self.system.box[-1]] if ids[-1] == at else id)
+            ids.append(self.tok.special[self.system.box[-1]] if ids[-1] == at else id)      # <boxes> is after <at>
             if id in self.signals:                              # to painters, no text
                 stream.flush()
             else:
@@ -400,8 +384,7 @@ class Asker:
         found = M.read_out(self.model, ids, hidden, "at", start, image=image)
         return data.Geometry(*picture.size).masks_to_pixels(found[1]).cpu() if found else torch.zeros(0)
 
-    def boxes_of(self, turns, ids, hidden):
-        """Boxes (n, 4) of an answer: said at its `<at>`, or looked for where the question asked for it (ChatterBox)."""
+    def boxes_of(self, turns, ids, hidden):             # (n, 4): said at `<at>`, or looked for where that is asked
         start = len(ids) - len(hidden)                          # of the answer
         if "at" in self.model.writers and (found := M.read_out(self.model, ids, hidden, "at", start)):
             return found[0]
@@ -422,8 +405,7 @@ class Asker:
         wishes = [data.Signal(name) for name in cfg.projections for _ in M.signal_runs(said, cfg.signal(name))[0]]
         return [part for pair in zip_longest(texts, boxes) for part in pair if part] + wishes
 
-    def converse(self, turns, max_new_tokens):
-        """Replies to all questions of a dialogue, each after what the model replied before, as in a chat."""
+    def converse(self, turns, max_new_tokens):          # replies to all questions, each after those before
         said, replies = [], []
         for question, answer in zip(turns[::2], turns[1::2]):
             if "vg" in self.model.writers:
@@ -452,11 +434,10 @@ def read_samples(args):                 # of a task's file
     media = args.media or args.questions.parent
     if args.task in SOURCES:
         return SOURCES[args.task](args.questions, media)
-    return datasets.Rows(args.questions, FORMATS.get(args.task, args.task), media, prompts, args.seed)
+    return datasets.Rows(args.questions, {"caption": "reg"}.get(args.task, args.task), media, prompts, args.seed)
 
 
-def run_task(asker, args):
-    """Predict this rank's share of what is not predicted yet; print and write the figures once all is there."""
+def run_task(asker, args):              # this rank's share; prints and writes the figures once all is there
     if args.task == "rec" and "at" not in asker.model.writers:
         raise ValueError(f"{args.weights}: this model says no boxes")
     if args.task == "res" and not asker.model.cfg.sam:
@@ -493,8 +474,7 @@ def ask_all(asker, args):               # ask the questions of a file, print how
 
 # ---- Answer files, ScienceQA, a judge
 
-def question_samples(path, media, read=dict):
-    """Rows {question_id, image, text}, as `read` makes them of records -> Samples, pictures below the questions."""
+def question_samples(path, media, read=dict):           # rows {question_id, image, text} -> Samples, pictures come last
     samples = []
     for i, record in enumerate(data.read_records(path)):
         with data.naming(path, i, record):
@@ -526,13 +506,14 @@ def choice(row):                        # number of the choice committed to. par
     return number if number < row["choices"] else random.Random(str(row["question_id"])).randrange(row["choices"])
 
 
-def science_figures(rows):
-    """Percent right of all questions, of those with a picture and of those without; the number that named no choice."""
-    groups = {"accuracy": rows, "image": [row for row in rows if row.get("image")],
-              "text": [row for row in rows if not row.get("image")]}
-    right = {name: sum(choice(row) == row["target"] for row in group) for name, group in groups.items()}
-    percent = {name: round(100 * right[name] / len(group), 2) if group else None for name, group in groups.items()}
-    return {**percent, "unclear": sum(len(choices(row["text"])) != 1 for row in rows)}
+def percent(rows):                      # of right choices, None of no rows
+    return round(100 * sum(choice(row) == row["target"] for row in rows) / len(rows), 2) if rows else None
+
+
+def science_figures(rows):              # of all, with a picture, without; how many answers named no choice
+    seen, blind = [row for row in rows if row.get("image")], [row for row in rows if not row.get("image")]
+    return {"accuracy": percent(rows), "image": percent(seen), "text": percent(blind),
+            "unclear": sum(len(choices(row["text"])) != 1 for row in rows)}
 
 
 def write_answers(folder, run):         # answers.jsonl of a finished run, with the keys that LLaVA's judges read
@@ -545,7 +526,6 @@ def write_answers(folder, run):         # answers.jsonl of a finished run, with 
 
 SOURCES = {"vqa": question_samples, "sqa": science_samples, "talks": partial(datasets.Dialogs, learn=False)}
 TASKS |= {"vqa": (question_row, lambda rows: {}), "sqa": (question_row, science_figures)}
-LENGTHS |= {"vqa": 1024, "sqa": 1024}
 
 
 def review_prompt(question, answers, rule, context):            # parity: the originals' layout
@@ -560,10 +540,8 @@ def review_prompt(question, answers, rule, context):            # parity: the or
 
 
 def review_requests(questions, answers, rules, contexts=None):
-    """What a judge is asked about two lists of answers. Raises ValueError naming the question where rows do not fit.
-
-    rules: {category: {role, prompt}}; contexts: rows {image, captions, instances}, or None for text alone.
-    """
+    """What a judge is asked about two lists of answers. rules: {category: {role, prompt}}; contexts: rows {image,
+    captions, instances}, or None for text alone. Raises ValueError naming the question where rows do not fit."""
     first, second = ({row["question_id"]: row for row in rows} for rows in answers)
     seen, out = {row["image"]: row for row in contexts or ()}, []
     default = rules.get("default") if contexts is None else None                            # of an unknown category
@@ -582,11 +560,10 @@ def review_requests(questions, answers, rules, contexts=None):
 
 
 def review(requests, command, path):
-    """Have any program judge: it reads lines of JSON requests and writes a line {id, content} for each, in any order.
-    Its replies become rows of the review file at `path`, each as it comes; what stands there is not asked again."""
+    """Have any program judge: it reads lines of JSON requests, writes a line {id, content} for each, in any order."""
     path.touch()
     done = data.read_records(path)
-    known = {row["id"] for row in done}
+    known = {row["id"] for row in done}                         # is not asked again
     asked = {row["id"]: row for row in requests if row["id"] not in known}
     with TemporaryFile("w+") as file, open(path, "ab") as out:  # a file: a pipe could fill up while the judge writes
         file.writelines(json.dumps(row) + "\n" for row in asked.values())

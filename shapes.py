@@ -235,8 +235,8 @@ def look(picture):
 
 def watch(frames):
     """The thing that most frames show and the way it goes; None for what cannot be told."""
-    looks = map(look, frames[::max(len(frames) // 4, 1)] + frames[-1:])         # five frames are enough
-    seen = [things[0] for things in looks if len(things) == 1]
+    shown = map(look, frames[::max(len(frames) // 4, 1)] + frames[-1:])         # five frames are enough
+    seen = [things[0] for things in shown if len(things) == 1]
     if not seen:
         return None, None
     thing = max(seen, key=lambda t: sum((t.name, t.size) == (u.name, u.size) for u in seen))
@@ -689,7 +689,7 @@ FILES |= {
     "recs_{}.jsonl": ("image", each(all_regions, times=2, texts=lambda t, said, rng: [          # more often by others
         rng.choice(kind) for kind in said + said[2:] if kind])),
     "regs_{}.jsonl": ("image", each(all_regions, texts=lambda t, said, rng: [a(t.full_name)])),
-    "parts_{}.jsonl": ("image", each(all_regions, texts=bare_words)),
+    "parts_{}.jsonl": ("image", each(all_regions, texts=bare_words)),           # what each word alone calls to mind
     "CAP_{}.jsonl": ("image", each(lambda p, rng: {"img_path": p.name, "caption": p.caption})),
     "CWB_flickr_{}.jsonl": ("image", each(flickr_row)),
     "CB_MRG.json": ("image", each(dialogue, chain=False)), "CB_LC.json": ("image", each(dialogue, chain=True)),

@@ -748,7 +748,7 @@ def write_world(out, counts, split, seed):              # all media, so many of 
         drawing = pool.imap(write_medium, jobs, chunksize=64)
         media = list(tqdm(drawing, total=len(jobs), desc="drawing", unit="file", disable=None))
         of = {kind: [m for m in media if m.name.startswith(folder)] for kind, (folder, *_) in MEDIA.items()}
-        jobs = [(name, of.get(kind, of), out, split, seed) for name, (kind, _) in FILES.items()]
+        jobs = [(name, of.get(kind, of), out, split, seed) for name, (kind, _) in FILES.items()]      # all: every kind
         shares = [job for i in range(CORES) for job in jobs[i::CORES]]      # a core gets the media once, and its share
         writing = pool.imap(write_annotations, shares, chunksize=-(-len(jobs) // CORES))
         list(tqdm(writing, total=len(jobs), desc="writing", unit="file", disable=None))

@@ -185,7 +185,7 @@ def decode(side, s, quantize=""):       # peers stay in floats, which is what th
     if s.device == "cuda" or quantize:
         M.fuse(model)                   # as chat.py does
     size = sum(x.nbytes for name, x in model.llm.state_dict().items() if not name.startswith("embed"))
-    return Job(lambda: answer(model, ids, NEW, side), NEW, bytes=NEW * size)                # a token reads all weights once
+    return Job(lambda: answer(model, ids, NEW, side), NEW, bytes=NEW * size)            # a token reads all weights once
 
 
 FIRST = """
@@ -297,8 +297,8 @@ def train(side, s):                     # AdamW on every weight, in float32 with
 
 
 def fine_tune(side, s):
-    """Our update of every weight beside transformers' Trainer (which needs accelerate), in float32 with autocast to another
-    --dtype; half of a row is to be learned, as an answer is. In a run of STEPS what surrounds them hardly counts."""
+    """Our update of every weight beside transformers' Trainer (which needs accelerate), in float32 with autocast to
+    another --dtype; half of a row is learned, as an answer is. In a run of STEPS what surrounds them hardly counts."""
     model, ids = load(s, "small", side, torch.float32).train().requires_grad_(), tokens(s, *FINE_TUNE)
     labels, bf16 = ids.clone(), s.dtype == torch.bfloat16
     labels[:, :FINE_TUNE[1] // 2] = data.IGNORE
@@ -392,12 +392,12 @@ def limits(s):
 def peak(s):                            # bytes at most, of this process or one that it started; on a GPU of tensors
     if s.device == "cuda":
         return torch.cuda.max_memory_allocated()
-    own = int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])    # getrusage has the parent's
+    own = int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])     # not the parent's
     return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024
 
 
 def serve(case, side, s):
-    """One side in a process of its own: it answers a line of input by the seconds of so many runs, facts or peak bytes."""
+    """One side in a process of its own: it answers lines of input by the seconds of so many runs, facts, peak bytes."""
     out, sys.stdout = sys.stdout, sys.stderr                # what others print is no answer
     if side == "ours" and case.build not in (conversion, train, fine_tune):
         M.keep_memory()                                     # as chat.py does
@@ -428,17 +428,17 @@ def started(name, side, s):             # what serve answers: a function of a li
 
 
 def measure(name, s):
-    """In turn -> {side: seconds per run, one per round}, {side: (amount, bytes, flops) of a run}, {side: peak bytes}."""
+    """-> {side: seconds per run, one per round}, {side: (amount, bytes, flops) of a run}, {side: peak bytes}."""
     if CASES[name].checkpoint:
         folder_of(s, CASES[name].checkpoint, "ours")        # so that no side's memory counts the making of it
     sides, facts, often, times = {}, {}, {}, {}
     for side in ("ours", *CASES[name].peers):
         sides[side] = started(name, side, s)
         facts[side] = sides[side]("facts")                  # when this is answered, it is built
-    for side, ask in sides.items():     # warmed up
+    for side, ask in sides.items():     # to warm up
         took = min(ask(1), ask(1))
         often[side], times[side] = math.ceil(0.05 / took) if s.device == "cuda" else 1, []      # short kernels
-    for _ in range(s.rounds):
+    for _ in range(s.rounds):           # in turn
         for side, ask in sides.items():
             times[side].append(ask(often[side]))
     return times, facts, {side: ask("peak") for side, ask in sides.items()}

@@ -43,7 +43,7 @@ UNET = G.UNetConfig(48, (48, 64), (2, 4), (False, True), n_resnet=1, context_dim
 PATCH = G.VAEConfig(patch=4, scale=1.5)
 VOCODER = G.VocoderConfig(mel_bins=32, rate=8000, width=32, up_rates=(5, 4, 4), up_kernels=(15, 8, 8), kernels=(3, 7),
                           dilations=(1, 3))
-# At the last step nothing of a picture may be left: what is still to be seen there would be believed more than the caption,
+# At the last step nothing of a picture may be left: what is still seen there would be believed more than the caption,
 # also where it is chance (Lin et al. 2023, Common diffusion noise schedules and sample steps are flawed).
 HOW = {"scheduler": "dpm", "clean": True, "steps": 20, "guidance": 1.5, "beta_end": 0.03}
 PAINTERS = {
@@ -146,8 +146,8 @@ def fit_vocoder(vocoder, mels, voice, *how):
 # ---- UNet and text tower
 
 def fit_unet(painter, learned, media, ids, nothing, fast, *how):
-    """Teach what is learned of a painter the clean latents at a random step. media (n, ...); ids (n, T) of their captions;
-    nothing (1, T) of no text; how: what `fit` takes from its steps on."""
+    """Teach what is learned of a painter the clean latents at a random step. media (n, ...); ids (n, T) of their
+    captions; nothing (1, T) of no text; how: what `fit` takes from its steps on."""
     cfg = painter.cfg
     levels = G.signal_levels(cfg.beta_start, cfg.beta_end)                                  # (1000,) from 1 to 0
 
@@ -161,7 +161,7 @@ def fit_unet(painter, learned, media, ids, nothing, fast, *how):
 
     def loss_of(rows):
         told = torch.where(torch.rand(len(rows), 1) < 0.1, nothing, ids[rows])              # guidance needs no text too
-        x = painter.vae.encode(pixels(media[rows]))                                         # (B, C, h, w) or (B, F, ...)
+        x = painter.vae.encode(pixels(media[rows]))                                 # (B, C, h, w) or (B, F, C, h, w)
         x = x.transpose(1, 2).contiguous() if cfg.unet.video else x                         # (B, C, F, h, w)
         t, noise = torch.randint(1000, (len(rows),)), torch.randn_like(x)
         with torch.autocast("cpu", torch.bfloat16, enabled=fast):

@@ -154,9 +154,9 @@ def fit_unet(painter, learned, media, ids, nothing, fast, *how):
     def error(ids, x, t, noise):
         told = painter.text(ids)
         told = {"text": painter.unet.read(told)} if cfg.unet.context_dim else {"classes": told}
-        a = levels[t].view(-1, *[1] * (x.ndim - 1))                                         # (B, 1, 1, 1)
+        a = levels[t].view(-1, *[1] * (x.ndim - 1))                                         # (B, 1, ...)
         wrong = painter.unet(a.sqrt() * x + (1 - a).sqrt() * noise, t, **told) - x
-        return ((a / (1 - a)).clamp(1, 5) * wrong ** 2).mean()                              # by the signal left
+        return ((a / (1 - a)).clamp(1, 5) * wrong ** 2).mean()                              # 1 to 5, by signal left
     quick = torch.compile(error) if fast else error
 
     def loss_of(rows):
@@ -229,7 +229,7 @@ def judge(kind, captions, made):
 
 
 def tile(made):
-    """A picture of a picture, of four frames of a clip, or of the mel frames of a sound; 128 pixels high."""
+    """A picture of a picture, of four frames of a clip, or of the log-mel frames of a sound; 128 pixels high."""
     if isinstance(made, list):
         frames = made[::max(len(made) // 4, 1)][:4]
         made = Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames], axis=1))

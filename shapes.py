@@ -127,7 +127,7 @@ def paper(rng):                         # a light background colour
     return tuple(grey + rng.randint(-8, 8) for _ in range(3))
 
 
-def make_thing(rng):
+def make_thing(rng):                    # of any kind, wholly inside the picture
     size = rng.choice(list(SIZES))
     radius = SIZES[size] * rng.uniform(0.92, 1.08)
     edge = 1.25 * radius                # no corner reaches farther, however it is turned
@@ -161,7 +161,7 @@ def clip(rng):                          # a thing on its way across the picture 
     return thing, way, frames
 
 
-def beep(voice, hz, seconds):
+def beep(voice, hz, seconds):           # samples in -1..1, (T,)
     t = np.arange(int(seconds * RATE)) / RATE                                   # (T,)
     if voice == "flute":                # a pure tone
         x = np.sin(2 * np.pi * hz * t)
@@ -263,7 +263,7 @@ def a(name):                            # none of the names begins with a u
     return ("an " if name[0] in "aeio" else "a ") + name
 
 
-def plural(noun):
+def plural(noun):                       # star -> stars, cross -> crosses
     return noun + ("es" if noun.endswith("s") else "s")
 
 
@@ -294,7 +294,7 @@ FACTS = {                               # kind -> by what one thing is told from
     "place": ("name", ["At which place is the {}?"], "The {t.name} is {t.place}.")}
 
 
-def ask_fact(things, rng, kind):
+def ask_fact(things, rng, kind):        # None where nothing can be told from all others
     key, asks, answer = FACTS[kind]
     if unique := only(things, key):
         t = rng.choice(unique)
@@ -317,7 +317,7 @@ def ask_count(things, rng):
     return "count", ask.format(plural(noun)), there_are(n, noun)
 
 
-def ask_exists(things, rng):
+def ask_exists(things, rng):            # half and more of what is asked for is there
     names = {t.name for t in things}
     if rng.random() < 0.5:
         name = rng.choice(sorted(names))
@@ -336,11 +336,11 @@ def ask_side(things, rng):
         return "side", f"Is the {t.name} left or right of the {u.name}?", f"The {t.name} is on the {side}."
 
 
-def describe(things):
+def describe(things):                   # a picture's caption: everything in it and where
     return listing([f"{a(t.full_name)} {t.place}" for t in things]).capitalize() + "."
 
 
-def picture_questions(things, rng):
+def picture_questions(things, rng):     # all that fit, in any order, then the caption's
     kinds = [ask_colour, ask_shape, ask_count, ask_size, ask_place, ask_exists, ask_side]
     asked = [ask(things, rng) for ask in rng.sample(kinds, len(kinds))]
     caption = "caption", rng.choice(["Describe the picture.", "What is in the picture?"]), describe(things)
@@ -583,7 +583,7 @@ def comprehension(m, rng):
     return {f"input_{m.kind}": m.name, "conversations": turns(*asked(m.kind, m.questions[-1:]))}
 
 
-def pair(m, rng):
+def pair(m, rng):                       # a caption pair of NExT-GPT's
     return {f"{m.kind}_name": m.name, "caption": m.caption}
 
 

@@ -72,7 +72,8 @@ UNETS = {                               # ours, diffusers' class and what it is 
                   (4, 24, 40, 72), (77, 1024)),
     "audioldm": (G.AUDIOLDM.unet, "UNet2DConditionModel", AUDIO, (8, 128, 16), (512,)),
 }
-PEERS = {"Llama": "LlamaForCausalLM", "CLIPVision": "CLIPVisionModel"}
+LLAMA = ("LlamaConfig", "LlamaForCausalLM")             # transformers' classes of a checkpoint
+PEERS = {"llm": LLAMA, "small": LLAMA, "clip": ("CLIPVisionConfig", "CLIPVisionModel")}
 VAE = dict(block_out_channels=G.SD15.vae.widths, layers_per_block=2, down_block_types=["DownEncoderBlock2D"] * 4,
            up_block_types=["UpDecoderBlock2D"] * 4)
 PROMPT, NEW, TRAIN = 512, 32, (2, 256)  # tokens of a prompt, of an answer, of a training batch
@@ -107,54 +108,54 @@ def make(package, name, *args, **more):
 
 def folder_of(s, name, side):
     """The folder of a random checkpoint in theirs or our format, made where it is absent."""
-    kind, sizes = {"llm": ("Llama", LLM[s.device]), "small": ("Llama", SMALL_LLM), "clip": ("CLIPVision", CLIP)}[name]
+    sizes = {"llm": LLM[s.device], "small": SMALL_LLM, "clip": CLIP}[name]
     sizes = sizes | {"num_hidden_layers": s.layers or sizes["num_hidden_layers"]}
     home = s.folder / f"{name}-{s.device}-{sizes['num_hidden_layers']}-{str(s.dtype)[6:]}"
-    if not (home / "ours").exists():
+    if not (home / "ours").exists():    # which is written last
+        config, model = PEERS[name]
         torch.manual_seed(0)
-        made = make("transformers", PEERS[kind], make("transformers", f"{kind}Config", **sizes))
+        made = make("transformers", model, make("transformers", config, **sizes))
         made.to(s.dtype).save_pretrained(home / "transformers")
         convert_weights.convert([home / "transformers"], home / "ours")
     return home / side
 
 
-def load(s, name, side, dtype=None, quantize=""):
-    """A side's model in eval mode on the device."""
+def load(s, name, side, dtype=None, quantize=""):       # a side's model in eval mode on the device
     folder, dtype = folder_of(s, name, side), dtype or s.dtype
     if side == "ours":
         return M.load(folder, s.device, dtype, quantize)
     import transformers
-    kind = getattr(transformers, PEERS["CLIPVision" if name == "clip" else "Llama"])
-    return kind.from_pretrained(folder, dtype=dtype).to(s.device).eval()
+    return getattr(transformers, PEERS[name][1]).from_pretrained(folder, dtype=dtype).to(s.device).eval()
 
 
 def shared(side, s, name, ours, theirs, names=()):
     """A side's module in eval mode, from functions that make them; both hold the same random tensors."""
-    with torch.device("meta"):
+    with torch.device("meta"):          # no memory but that of the shared tensors
         model = ours()
         if name not in s.shared:
             torch.manual_seed(0)
             s.shared[name] = {key: torch.empty(x.shape, dtype=s.dtype, device=s.device).uniform_(-0.05, 0.05)
                               for key, x in model.state_dict().items()}
-        state, model = s.shared[name], model if side == "ours" else theirs()
-    for ours, theirs in names if side != "ours" else ():
-        state = {re.sub(ours, theirs, key): x for key, x in state.items()}
+        state = s.shared[name]
+        if side != "ours":
+            model = theirs()
+            for old, new in names:
+                state = {re.sub(old, new, key): x for key, x in state.items()}
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
-def noise(s, *shape):
+def noise(s, *shape):                   # made on the CPU, so that every device gets the same
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(s.device, s.dtype)
 
 
-def tokens(s, rows, n):
+def tokens(s, rows, n):                 # (rows, n), none of the special three
     g = torch.Generator().manual_seed(1)
     return torch.randint(3, 32000, (rows, n), generator=g).to(s.device)
 
 
-def n_weight(model, *without):
-    """Weights that every token meets."""
-    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(without or ("-",)))
+def n_weight(model, *without):          # weights that every token meets
+    return sum(p.numel() for name, p in model.named_parameters() if not name.startswith(without))
 
 
 # ---- Cases
@@ -168,25 +169,23 @@ def prefill(side, s):
                flops=2 * PROMPT * n_weight(llm, "embed", "lm_head"))
 
 
-def answer(model, ids, n, side):
-    """Greedy answer of exactly n tokens."""
+def answer(model, ids, n, side):        # greedy answer of exactly n tokens
     if side != "ours":
         return model.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
     return list(M.generate(model, model.llm.embed(ids), max_new_tokens=n))
 
 
-def decode(side, s, quantize=""):
-    """Peers stay in floats, which is what their users have without a further package."""
+def decode(side, s, quantize=""):       # peers stay in floats, which is what their users have without a further package
     ids = tokens(s, 1, 8)
     if side != "ours":
         model = load(s, "llm", side)
         return Job(lambda: answer(model, ids, NEW, side), NEW)
     model = load(s, "llm", side, quantize=quantize)
-    model.cfg = replace(model.cfg, eos=())
+    model.cfg = replace(model.cfg, eos=())                      # random weights may say anything, also the end
     if s.device == "cuda" or quantize:
         M.fuse(model)                   # as chat.py does
     size = sum(x.nbytes for name, x in model.llm.state_dict().items() if not name.startswith("embed"))
-    return Job(lambda: answer(model, ids, NEW, side), NEW, bytes=NEW * size)
+    return Job(lambda: answer(model, ids, NEW, side), NEW, bytes=NEW * size)            # a token reads all weights once
 
 
 FIRST = """
@@ -208,23 +207,27 @@ print(it.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)[0, -1]
 """}
 
 
+def forget(folder):                     # its files go out of the page cache
+    for path in folder.iterdir():
+        with open(path) as file:
+            os.fsync(file.fileno())     # what is not written yet would stay
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def start(side, s, cold):
     """A program from its start to the first token: Python, imports, weights out of the page cache or from the disk."""
     ids, folder = tokens(s, 1, 8)[0].tolist(), folder_of(s, "llm", side).resolve()
     command = [sys.executable, "-c", STARTS[side], folder, s.device, str(s.dtype)[6:], s.threads, *ids]
+    home = HERE if side == "ours" else s.folder                 # where datasets.py is not taken for the package
 
     def run():
-        for path in folder.iterdir() if cold else ():
-            with open(path) as file:
-                os.fsync(file.fileno())
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        home = HERE if side == "ours" else s.folder         # where datasets.py is no package that transformers knows
+        if cold:
+            forget(folder)
         return torch.tensor(float(subprocess.run(map(str, command), cwd=home, check=True, capture_output=True).stdout))
     return Job(run, 1, disk=True)
 
 
-def conversion(side, s):
-    """Of a language model; nobody else does it."""
+def conversion(side, s):                # of a language model; nobody else does it
     source = folder_of(s, "llm", "transformers")
     size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     return Job(lambda: convert_weights.convert([source], s.folder / "converted", overwrite=True), size / 1e9, disk=True)
@@ -241,37 +244,35 @@ def clip(side, s, batch):
     return Job(lambda: tower(x), batch, flops=2 * n_token * n_weight(tower.blocks))
 
 
-def sam(side, s):
-    """SAM's image encoder."""
+def sam(side, s):                       # SAM's image encoder
     n = s.layers or SAM.n_layer
     cfg = replace(SAM, n_layer=n, global_layers=tuple(i for i in SAM.global_layers if i < n) or (n - 1,))
-
     sizes = dict(hidden_size=cfg.dim, num_hidden_layers=n, num_attention_heads=cfg.n_head, mlp_dim=cfg.mlp_dim,
                  image_size=cfg.image_size, window_size=cfg.window, global_attn_indexes=cfg.global_layers)
     model = shared(side, s, "sam", lambda: vision.SAMImageEncoder(cfg), lambda: make(
         "transformers", "SamVisionModel", make("transformers", "SamVisionConfig", **sizes)), SAM_NAMES)
     x = noise(s, 1, 3, cfg.image_size, cfg.image_size)
-    return Job((lambda: model(x)) if side == "ours" else (lambda: model(x).last_hidden_state), 1)
+    if side == "ours":
+        return Job(lambda: model(x), 1)
+    return Job(lambda: model(x).last_hidden_state, 1)
 
 
 def unet(side, s, name):
     """A step with guidance, two samples; what a prompt needs once is not in it. --layers: sides of a quarter."""
     cfg, kind, sizes, shape, prompt = UNETS[name]
-    shape = [*shape[:-2], *(n // (4 if s.layers else 1) for n in shape[-2:])]
+    shape = [*shape[:-2], *(n // 4 for n in shape[-2:])] if s.layers else [*shape]
     if cfg.video and s.device == "cpu":
         shape[1] = 4                    # frames
     model = shared(side, s, name, lambda: G.UNet(cfg), lambda: make("diffusers", kind, **sizes))
-    x, prompt = noise(s, 2, *shape), noise(s, 2, *prompt)
+    x, prompt = noise(s, 2, *shape), noise(s, 2, *prompt)       # (B, C, H, W) or (B, C, F, H, W); (B, T, C) or (B, C)
     if side == "ours":
         told = {"text": model.read(prompt)} if cfg.context_dim else {"classes": prompt}
         return Job(lambda: model(x, 500, **told), 1)
-    told = {"encoder_hidden_states": prompt if cfg.context_dim else None}
-    told |= {} if cfg.context_dim else {"class_labels": prompt}
-    return Job(lambda: model(x, 500, return_dict=False, **told)[0], 1)
+    text, classes = (prompt, None) if cfg.context_dim else (None, prompt)
+    return Job(lambda: model(x, 500, encoder_hidden_states=text, class_labels=classes, return_dict=False)[0], 1)
 
 
-def vae(side, s):
-    """Latents to a picture. --layers: of a quarter of its sides."""
+def vae(side, s):                       # latents to a picture. --layers: of a quarter of its sides
     model = shared(side, s, "vae", lambda: G.VAE(G.SD15.vae), lambda: make("diffusers", "AutoencoderKL", **VAE))
     x = noise(s, 1, 4, *[16 if s.layers else 64] * 2)
     if side == "ours":
@@ -279,8 +280,7 @@ def vae(side, s):
     return Job(lambda: model.decode(x / G.SD15.vae.scale).sample, 1)
 
 
-def train(side, s):
-    """Forward, backward, AdamW on every weight, float32 with autocast to another --dtype."""
+def train(side, s):                     # AdamW on every weight, in float32 with autocast to another --dtype
     model, ids = load(s, "small", side, torch.float32).train().requires_grad_(), tokens(s, *TRAIN)
     opt = torch.optim.AdamW(model.parameters(), lr=1e-5)
 
@@ -292,14 +292,13 @@ def train(side, s):
         loss.backward()
         opt.step()
         opt.zero_grad()
-    n = n_weight(model, "llm.embed", "model.embed")
+    n = n_weight(model, "llm.embed", "model.embed")             # a product forward, two backward, 2 operations each
     return Job(run, math.prod(TRAIN), flops=6 * n * math.prod(TRAIN))
 
 
 def fine_tune(side, s):
-    """Every weight in float32 as a user would have it: our update beside transformers' Trainer (which needs accelerate), both
-    with AdamW, clipping and autocast to another --dtype, the second half of each row to be learned, as an answer is. A run is
-    STEPS of them, so that what the Trainer does around them hardly counts."""
+    """Our update of every weight beside transformers' Trainer (which needs accelerate), in float32 with autocast to
+    another --dtype; half of a row is learned, as an answer is. In a run of STEPS what surrounds them hardly counts."""
     model, ids = load(s, "small", side, torch.float32).train().requires_grad_(), tokens(s, *FINE_TUNE)
     labels, bf16 = ids.clone(), s.dtype == torch.bfloat16
     labels[:, :FINE_TUNE[1] // 2] = data.IGNORE
@@ -315,8 +314,9 @@ def fine_tune(side, s):
         import transformers
         transformers.trainer.is_datasets_available = lambda: False          # the datasets.py here is not the package
         options = transformers.TrainingArguments(
-            str(s.folder / "trainer"), per_device_train_batch_size=len(ids), max_steps=STEPS, learning_rate=1e-5, report_to=[],
-            use_cpu=s.device == "cpu", bf16=bf16, save_strategy="no", logging_strategy="no", disable_tqdm=True)
+            str(s.folder / "trainer"), per_device_train_batch_size=len(ids), max_steps=STEPS, learning_rate=1e-5,
+            use_cpu=s.device == "cpu", bf16=bf16, report_to=[], save_strategy="no", logging_strategy="no",
+            disable_tqdm=True)
         rows = [{"input_ids": row, "labels": answer} for row, answer in zip(ids.cpu(), labels.cpu())]
         run = transformers.Trainer(model, options, train_dataset=rows * STEPS).train
     return Job(torch.enable_grad()(run), STEPS * math.prod(FINE_TUNE), flops=flops)
@@ -325,7 +325,7 @@ def fine_tune(side, s):
 def fused_attention(side, s, hd, causal, backward):
     """16 k tokens of 2048 / hd heads at length 4096; flops count what causal attention needs."""
     B, nh, T = 4, 2048 // hd, 4096
-    q, k, v, do = torch.randn(4, B, nh, T, hd, device=s.device, dtype=torch.bfloat16)
+    q, k, v, do = torch.randn(4, B, nh, T, hd, device=s.device, dtype=torch.bfloat16)       # each (B, nh, T, hd)
     q, k, v = (x.requires_grad_(backward) for x in (q, k, v))
     peer = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}.get(side)
 
@@ -338,7 +338,7 @@ def fused_attention(side, s, hd, causal, backward):
     out, flops = forward(), 4 * B * nh * T * T * hd / (2 if causal else 1)
     if not backward:
         return Job(forward, flops / 1e12, flops=flops)
-    flops *= 2.5
+    flops *= 2.5                        # five products where forward has two
     return Job(lambda: torch.autograd.grad(out, (q, k, v), do, retain_graph=True), flops / 1e12, flops=flops)
 
 
@@ -367,31 +367,37 @@ CASES = {
 
 # ---- Measuring
 
-def seconds(job, s, n=1):
-    """Of one run, over n of them."""
-    clock = time.process_time if s.device == "cpu" and s.threads == 1 and not job.disk else time.perf_counter
-    if s.device == "cuda":
-        torch.cuda.synchronize()
+def seconds(job, s, n=1):               # of one run, over n of them
+    alone = s.device == "cpu" and s.threads == 1 and not job.disk
+    clock = time.process_time if alone else time.perf_counter
+    wait = torch.cuda.synchronize if s.device == "cuda" else lambda: None       # kernels run on after the call
+    wait()
     begin = clock()
     for _ in range(n):
         job.run()
-    if s.device == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return (clock() - begin) / n
 
 
 def limits(s):
     """Bytes per second of products of a vector and matrices that no cache holds, operations per second of a large."""
     n = 2048 if s.device == "cpu" else 16384
-    weights = torch.randn(16, n, n, device=s.device, dtype=s.dtype)
+    weights = torch.randn(16, n, n, device=s.device, dtype=s.dtype)             # (16, n, n)
     read = Job(lambda: [F.linear(weights[0, :1], w) for w in weights], 1)
     multiply = Job(lambda: weights[0, :, :n // 2] @ weights[1, :n // 2], 1)
     best = [min(seconds(job, s) for _ in range(s.rounds)) for job in (read, multiply)]
-    return weights.nbytes / best[0], n ** 3 / best[1]
+    return weights.nbytes / best[0], n ** 3 / best[1]           # (n, n / 2) times (n / 2, n)
+
+
+def peak(s):                            # bytes at most, of this process or one that it started; on a GPU of tensors
+    if s.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    own = int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])     # not the parent's
+    return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024
 
 
 def serve(case, side, s):
-    """One side in a process of its own: for each line of input it prints the seconds of so many runs, or facts, or peak bytes."""
+    """One side in a process of its own: it answers lines of input by the seconds of so many runs, facts, peak bytes."""
     out, sys.stdout = sys.stdout, sys.stderr                # what others print is no answer
     if side == "ours" and case.build not in (conversion, train, fine_tune):
         M.keep_memory()                                     # as chat.py does
@@ -399,11 +405,8 @@ def serve(case, side, s):
     for line in sys.stdin:
         if line == "facts\n":
             answer = job[1:4]
-        elif line == "peak\n" and s.device == "cuda":
-            answer = torch.cuda.max_memory_allocated()
-        elif line == "peak\n":                              # of itself, where getrusage counts the parent's; of what it started
-            own = int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
-            answer = max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024
+        elif line == "peak\n":
+            answer = peak(s)
         else:
             answer = seconds(job, s, int(line))
         print(json.dumps(answer), file=out, flush=True)
@@ -411,8 +414,7 @@ def serve(case, side, s):
             return
 
 
-def started(name, side, s):
-    """What serve answers: a function of a line."""
+def started(name, side, s):             # what serve answers: a function of a line
     command = [sys.executable, __file__, f"--{s.device}", "--only", name, "--side", side, "--threads", str(s.threads),
                "--layers", str(s.layers), "--folder", str(s.folder), "--dtype", str(s.dtype)[6:]]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -426,17 +428,17 @@ def started(name, side, s):
 
 
 def measure(name, s):
-    """{side: seconds per run, one per round}, {side: (amount, bytes, flops) of a run}, {side: peak bytes}: warmed up, then in turn."""
+    """-> {side: seconds per run, one per round}, {side: (amount, bytes, flops) of a run}, {side: peak bytes}."""
     if CASES[name].checkpoint:
         folder_of(s, CASES[name].checkpoint, "ours")        # so that no side's memory counts the making of it
-    sides, facts = {}, {}
+    sides, facts, often, times = {}, {}, {}, {}
     for side in ("ours", *CASES[name].peers):
         sides[side] = started(name, side, s)
         facts[side] = sides[side]("facts")                  # when this is answered, it is built
-    warm = {side: min(ask(1) for _ in range(2)) for side, ask in sides.items()}
-    often = {side: math.ceil(0.05 / took) if s.device == "cuda" else 1 for side, took in warm.items()}  # short kernels
-    times = {side: [] for side in sides}
-    for _ in range(s.rounds):
+    for side, ask in sides.items():     # to warm up
+        took = min(ask(1), ask(1))
+        often[side], times[side] = math.ceil(0.05 / took) if s.device == "cuda" else 1, []      # short kernels
+    for _ in range(s.rounds):           # in turn
         for side, ask in sides.items():
             times[side].append(ask(often[side]))
     return times, facts, {side: ask("peak") for side, ask in sides.items()}
@@ -444,22 +446,20 @@ def measure(name, s):
 
 # ---- Report
 
-def row(name, s, roof):
-    """A line of the table per peer (one with dashes where there is none)."""
+def row(name, s, roof):                 # a line of the table per peer (one with dashes where there is none)
     case, (times, facts, peaks) = CASES[name], measure(name, s)
-    took, (amount, read, flops) = statistics.median(times["ours"]), facts["ours"]
+    median = {side: statistics.median(taken) for side, taken in times.items()}
+    took, (amount, read, flops) = median["ours"], facts["ours"]
     share = f"{100 * max(read / roof[0], flops / roof[1]) / took:.0f}%" if read or flops else "-"
     spread = 100 * (max(times["ours"]) / min(times["ours"]) - 1)
-    for peer in case.peers or ("-",):
-        theirs = statistics.median(times[peer]) if peer in times else None
-        rate, faster, theirs_gib = ((f"{facts[peer][0] / theirs:.4g}", f"{theirs / took:.2f}", f"{peaks[peer] / 2 ** 30:.2f}")
-                                    if theirs else ("-", "-", "-"))
+    theirs = {peer: (f"{facts[peer][0] / slow:.4g}", f"{slow / took:.2f}", f"{peaks[peer] / 2 ** 30:.2f}")
+              for peer, slow in median.items() if peer != "ours"}
+    for peer, (rate, faster, gib) in (theirs or {"-": ("-",) * 3}).items():
         yield (f"| {name} | {amount / took:.4g} {case.unit}/s | {rate} | {peer} | {faster} | {share} "
-               f"| {spread:.0f}% | {peaks['ours'] / 2 ** 30:.2f} | {theirs_gib} | {s.rounds}, {datetime.date.today()} |")
+               f"| {spread:.0f}% | {peaks['ours'] / 2 ** 30:.2f} | {gib} | {s.rounds}, {datetime.date.today()} |")
 
 
-def machine(s):
-    """The machine in words."""
+def machine(s):                         # the machine in words
     if s.device == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     lines = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -472,8 +472,9 @@ def write(s, roof, rows):
     path, mark = HERE / "BENCHMARKS.md", f"{s.device}, {s.layers} layers" if s.layers else s.device
     old = path.read_text() if path.exists() else "# Benchmarks\n\nThe docstring of bench.py says how they are made.\n"
     found = re.search(f"<!-- {mark} -->.*<!-- /{mark} -->", old, re.S)
-    new, kept = {line.split()[1] for line in rows}, found[0].splitlines() if found else []
-    rows = rows + [line for line in kept if line.startswith("| ") and line.split()[1] in set(CASES) - new]
+    older = set(CASES) - {line.split()[1] for line in rows}     # no rows of cases that are gone
+    kept = found[0].splitlines() if found else []
+    rows = rows + [line for line in kept if line.startswith("| ") and line.split()[1] in older]
     rows.sort(key=lambda line: list(CASES).index(line.split()[1]))
     text = "\n".join([
         f"<!-- {mark} -->", f"`python bench.py {shlex.join(sys.argv[1:])}`, {machine(s)}, {str(s.dtype)[6:]}; it reads "
@@ -483,8 +484,7 @@ def write(s, roof, rows):
     path.write_text(old.replace(found[0], text) if found else f"{old}\n{text}\n")
 
 
-def native(device):
-    """The name of the floats that a device is quickest in."""
+def native(device):                     # the name of the floats that a device is quickest in
     can = torch.cpu.get_capabilities()
     return "bfloat16" if device == "cuda" or can.get("avx512_bf16") or can.get("amx_bf16") else "float32"
 

@@ -27,7 +27,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -46,33 +46,28 @@ def normal(text):
     return " ".join(text.lower().split())
 
 
-def accuracy(rows):
-    """Rows with `kind`, `text`, `answer` -> {kind: (right, asked)}, kinds in order of their names, `all` last."""
+def accuracy(rows):                     # rows {kind, text, answer} -> {kind: (right, asked)} by name, `all` last
     right = Counter(row["kind"] for row in rows if normal(row["text"]) == normal(row["answer"]))
     asked = Counter(row["kind"] for row in rows)
     return {kind: (right[kind], asked[kind]) for kind in sorted(asked)} | {"all": (right.total(), asked.total())}
 
 
-def choices(text):
-    """ScienceQA: the letters an answer commits to; it counts if there is exactly one."""
+def choices(text):                      # ScienceQA: the letters an answer commits to; it counts if there is exactly one
     return re.findall(r"The answer is ([A-Z]).", text)
 
 
-def review_scores(review):
-    """The two scores in the first line of a judge's review, [-1, -1] if it does not hold exactly two numbers."""
+def review_scores(review):              # the two numbers of its first line, [-1, -1] if it has not exactly two
     try:
         first, second = (float(x) for x in review.split("\n")[0].replace(",", " ").split(" "))
         return [first, second]
-    except ValueError:
+    except ValueError:                  # parity: "8, 9" too, which splits into three
         return [-1, -1]
 
 
-def summarise_reviews(reviews):
-    """Rows with category and tuple -> {category: mean scores and second over first in percent}, `all` included."""
-    groups = {"all": []}
+def summarise_reviews(reviews):         # -> {category: mean scores, second over first in percent}, `all` too
+    groups = {"all": [review["tuple"] for review in reviews]}
     for review in reviews:
-        for name in ("all", review["category"]):
-            groups.setdefault(name, []).append(review["tuple"])
+        groups.setdefault(review["category"], []).append(review["tuple"])
     means = {name: [round(sum(column) / len(rows), 3) for column in zip(*rows)] for name, rows in groups.items()}
     return {name: {"mean": mean, "ratio": round(100 * mean[1] / mean[0], 1)} for name, mean in means.items()}
 
@@ -81,23 +76,21 @@ def summarise_reviews(reviews):
 
 def box_iou(a, b):
     """Boxes (n, 4) and (n, 4) xyxy -> (n,). parity: invalid boxes are taken as they are."""
-    side = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0)
+    side = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0)         # (n, 2)
     inter = side.prod(1)
     return inter / ((a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - inter)
 
 
-def rec(boxes, targets):
-    """Box lists in the square's frame -> accuracy (IoU above 0.5) and mean IoU. No box (None) is a failure."""
+def rec(boxes, targets):                # -> accuracy (IoU above 0.5), mean IoU; no box (None) is a failure
     found = [i for i, box in enumerate(boxes) if box is not None]
     iou = torch.zeros(len(boxes), dtype=torch.float64)
     if found:
-        a, b = (torch.tensor([rows[i] for i in found], dtype=torch.float64) for rows in (boxes, targets))
+        a, b = (torch.tensor([rows[i] for i in found], dtype=torch.float64) for rows in (boxes, targets))       # (m, 4)
         iou[found] = box_iou(a, b)
     return {"accuracy": (iou > 0.5).double().mean().item(), "iou": iou.mean().item(), "failed": len(boxes) - len(found)}
 
 
-def overlap(mask, target):
-    """Intersection and union, pixels, of a mask and a true one, whose pixels count as often as polygons cover them."""
+def overlap(mask, target):              # pixels of both, of either; a true one counts as often as polygons cover it
     mask, target = np.asarray(mask, np.int64), np.asarray(target, np.int64)
     inter = int((mask * target).sum())
     return inter, int(mask.sum() + target.sum()) - inter
@@ -105,10 +98,9 @@ def overlap(mask, target):
 
 def res(intersections, unions):
     """Pixel counts a sample -> ciou (of the sums), miou (mean), giou (LISA's mean: 1 where both are empty), failed."""
-    i, u = np.array(intersections, float), np.array(unions, float)
-    means = {"miou": i / u.clip(1), "giou": np.where(u == 0, 1, i / (u + 1e-5))}
-    return {"ciou": float(i.sum() / max(u.sum(), 1)), **{name: float(values.mean()) for name, values in means.items()},
-            "failed": int((i == 0).sum())}
+    i, u = np.array(intersections, float), np.array(unions, float)                          # (n,)
+    return {"ciou": float(i.sum() / max(u.sum(), 1)), "miou": float((i / u.clip(1)).mean()),
+            "giou": float(np.where(u == 0, 1, i / (u + 1e-5)).mean()), "failed": int((i == 0).sum())}
 
 
 # ---- Answers
@@ -118,32 +110,27 @@ GQA, POINT_QA = re.compile(r"(?:[Tt]he answer is|Answer:) (.+)"), re.compile(r"T
 UNSPACE = {" " + end: end for end in ".?!,"} | {" ' ": "'"} | {f" {end}": end for end in ("n't", "'m", "'s", "'ve", "'re")}
 
 
-def unspace(text):
-    """Take away the blanks that decoding leaves before points and shortened words."""
+def unspace(text):                      # take away the blanks that decoding leaves before points and shortened words
     for old, new in UNSPACE.items():
         text = text.replace(old, new)
     return text
 
 
-def said(text):
-    """Only the last answer of a whole conversation, lower-cased if there was more than it."""
+def said(text):                         # only the last answer of a whole conversation, lower-cased if there was more
     return text.rsplit(ROLE, 1)[1].lower() if ROLE in text else text
 
 
-def extract(text, pattern=GQA):
-    """What the answer is, None unless the pattern fits exactly once."""
+def extract(text, pattern=GQA):         # what the answer is, None unless the pattern fits exactly once
     found = pattern.findall(text)
     return found[0].rstrip(". ") if len(found) == 1 else None
 
 
-def yes_or_no(text):
-    """POPE as NExT-Chat reads it: what "the answer is", else yes if that word stands anywhere."""
+def yes_or_no(text):                    # POPE as NExT-Chat reads it: what "the answer is", else yes if said at all
     text = said(text)
     return extract(text) or ("yes" if "yes" in text else "no")
 
 
-def yes_or_no_llava(text):
-    """POPE as LLaVA reads it: no if the first sentence holds a no or not."""
+def yes_or_no_llava(text):              # POPE as LLaVA reads it: no if the first sentence holds a no or not
     return "no" if {"no", "not", "No"} & set(text.split(".")[0].replace(",", "").split(" ")) else "yes"
 
 
@@ -158,8 +145,7 @@ def pope(predictions, labels):
 
 # ---- Captions
 
-def caption_text(text):
-    """The caption in a model's output."""
+def caption_text(text):                 # the caption in a model's output
     return said(text).lower().split("</s>")[0]
 
 
@@ -172,27 +158,21 @@ WORD = re.compile(r"""
 BRACKETS = dict(zip("()[]{}", ("-lrb-", "-rrb-", "-lsb-", "-rsb-", "-lcb-", "-rcb-")))
 
 
-def tokenise(text):
-    """Lower-case words much as the Penn Treebank tokenizer of the COCO toolkit cuts them, without points and quotes.
-
-    It is not that tool: for captions with rare symbols the scores may differ a little.
-    """
+def tokenise(text):                     # COCO's Penn Treebank words but for rare symbols; no points and quotes
     return [BRACKETS.get(word, word) for word in WORD.findall(text.lower()) if word not in ".?!,:;-'`\"…–—“”‘’"]
 
 
-def ngrams(words):
-    """Counts of the 1- to 4-grams of a list of words."""
+def ngrams(words):                      # counts of the 1- to 4-grams of a list of words
     return Counter(tuple(words[i:i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
 
 
 def cider(candidates, references):
     """CIDEr-D of tokenised captions, one candidate and a list of references an image -> a score of 0 to 10 an image."""
     counts = [[ngrams(words) for words in texts] for texts in references]
-    seen = Counter(gram for texts in counts for gram in set().union(*texts))
+    seen = Counter(gram for texts in counts for gram in set().union(*texts))                # images that have it
     images = math.log(len(references))
 
-    def vector(grams):
-        """tf-idf weights of n-grams, their norms by n, the number of bigrams."""
+    def vector(grams):                  # tf-idf weights of n-grams, their norms by n, the number of bigrams
         weights = {gram: n * (images - math.log(max(seen[gram], 1))) for gram, n in grams.items()}
         norms = [math.sqrt(sum(w * w for gram, w in weights.items() if len(gram) == n)) for n in range(1, 5)]
         return weights, norms, sum(n for gram, n in grams.items() if len(gram) == 2)
@@ -200,18 +180,17 @@ def cider(candidates, references):
     def similarity(a, b):
         (wa, na, la), (wb, nb, lb) = a, b
         dots = [0.0] * 4
-        for gram, w in wa.items():
+        for gram, w in wa.items():                              # clipped: saying a word again does not help
             dots[len(gram) - 1] += min(w, wb.get(gram, 0.0)) * wb.get(gram, 0.0)
         cosines = [dot / (x * y) if x * y else dot for dot, x, y in zip(dots, na, nb)]
-        return sum(cosines) / 4 * math.exp(-(la - lb) ** 2 / 72)                            # sigma 6
+        return sum(cosines) / 4 * math.exp(-(la - lb) ** 2 / 72)                            # of lengths, sigma 6
     pairs = [(vector(ngrams(words)), [vector(grams) for grams in texts]) for words, texts in zip(candidates, counts)]
     return [10 * sum(similarity(one, other) for other in others) / len(others) for one, others in pairs]
 
 
-def meteor(candidates, references):
-    """METEOR of strings by pycocoevalcap and Java, None where they are not installed."""
+def meteor(candidates, references):     # by pycocoevalcap and Java, None where they are not installed
     try:
-        from pycocoevalcap.meteor.meteor import Meteor          # optional: never needed by anything else
+        from pycocoevalcap.meteor.meteor import Meteor          # optional
         return Meteor().compute_score(dict(enumerate(references)), {i: [text] for i, text in enumerate(candidates)})[0]
     except (ImportError, OSError):
         return None
@@ -227,51 +206,42 @@ def text_in(turn, between=""):
     return between.join(part for part in turn if isinstance(part, str))
 
 
-def rec_row(sample, out):
-    """out["boxes"]: (n, 4) of the frame, of which the first counts."""
+def rec_row(sample, out):               # out["boxes"]: (n, 4) of the frame, of which the first counts
     box = out["boxes"][0].tolist() if len(out["boxes"]) else None
     return {"box": box, "target": boxes_in(sample.turns[-1])[0].tensor.tolist()}
 
 
-def res_row(sample, out):
-    """out["masks"]: bool (n, H, W) of the picture. parity: more than one mask counts as none."""
+def res_row(sample, out):               # out["masks"]: bool (n, H, W). parity: more than one counts as none
     target = boxes_in(sample.turns[-1])[0].mask
     mask = np.asarray(out["masks"][0]) if len(out["masks"]) == 1 else np.zeros_like(target)
     return dict(zip(("intersection", "union"), overlap(mask, target)), rle=datasets.mask_rle(mask))
 
 
-def text_row(sample, out):
-    """out["text"]: the answer."""
+def text_row(sample, out):              # out["text"]: the answer
     return {"text": unspace(out["text"]), "target": text_in(sample.turns[-1])}
 
 
-def grounding(reply, answer):
-    """The least IoU of the boxes in a reply and, in their order, in the true answer; 0 if their numbers differ."""
+def grounding(reply, answer):           # least IoU of boxes in order, 0 if their numbers differ; None: no true box
     found, true = ([box.tensor for box in boxes_in(turn)] for turn in (reply, answer))
+    if not true:
+        return None
     return box_iou(torch.stack(found), torch.stack(true)).min().item() if len(found) == len(true) else 0.0
 
 
-def wishes_in(turn):
-    """What a turn asks painters for."""
-    return [part.writer for part in turn if isinstance(part, data.Signal)]
+def wished(reply, answer):              # whether both ask painters for the same; None if neither asks for anything
+    ours, true = ([part.writer for part in turn if isinstance(part, data.Signal)] for turn in (reply, answer))
+    return ours == true if ours or true else None
 
 
-def rounds_row(sample, out):
-    """out["replies"]: to each question, a list of texts, Boxes and Signals. The IoU of an answer without boxes is None, and so is
-    whether it asks for the right media, where there are none."""
+def rounds_row(sample, out):            # out["replies"]: to each question a list of texts, Boxes and Signals
     answers, replies = sample.turns[1::2], out["replies"]
     return {"text": [text_in(reply, " ") for reply in replies], "target": [text_in(answer, " ") for answer in answers],
-            "iou": [grounding(*pair) if boxes_in(pair[1]) else None for pair in zip(replies, answers)],
-            "drawn": [a == b if a or b else None for a, b in (map(wishes_in, pair) for pair in zip(replies, answers))]}
+            "iou": [*map(grounding, replies, answers)], "drawn": [*map(wished, replies, answers)]}
 
 
-def columns(rows, *keys):
-    return [[row[key] for row in rows] for key in keys]
-
-
-def mean(values):
-    """Mean of numbers or truths, None of nothing."""
-    return sum(values) / len(values) if values else None
+def mean(values):                       # of numbers or truths; None stands for a round that has none
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def pope_figures(rows):
@@ -279,73 +249,55 @@ def pope_figures(rows):
             for name, rule in (("nextchat", yes_or_no), ("llava", yes_or_no_llava))}
 
 
-def caption_figures(rows):
-    """Share of captions that are right, CIDEr-D times 100 and METEOR, one reference a sample."""
-    texts = [[caption_text(text) for text in column] for column in columns(rows, "text", "target")]
-    right = [normal(a) == normal(b) for a, b in zip(*texts)]
-    ours, theirs = ([tokenise(text) for text in column] for column in texts)
+def caption_figures(rows):              # one reference a sample; CIDEr-D is times 100
+    made, true = ([caption_text(row[key]) for row in rows] for key in ("text", "target"))
+    right = mean([normal(a) == normal(b) for a, b in zip(made, true)])
+    ours, theirs = ([tokenise(text) for text in texts] for texts in (made, true))
     scores = cider(ours, [[words] for words in theirs])
-    return {"right": sum(right) / len(right), "cider": 100 * sum(scores) / len(scores),
+    return {"right": right, "cider": 100 * sum(scores) / len(scores),
             "meteor": meteor(map(" ".join, ours), [[" ".join(words)] for words in theirs])}
 
 
 def rounds_figures(rows):
-    """Shares of right texts and of boxes found (IoU of 0.5 or more), over all rounds and over the first, second ... of the
-    dialogues; mean IoU; share of answers that ask for the right media; of dialogues that are right from beginning to end."""
-    count = max(len(row["text"]) for row in rows)
-    text, box, iou, whole = ([[] for _ in range(count)], [[] for _ in range(count)], [], [])
-    for row in rows:
-        said = [normal(a) == normal(b) for a, b in zip(row["text"], row["target"])]
-        found = [x is None or x >= 0.5 for x in row["iou"]]
-        whole.append(all(said + found) and False not in row["drawn"])
-        for i, x in enumerate(row["iou"]):
-            text[i].append(said[i])
-            if x is not None:
-                box[i].append(found[i])
-                iou.append(x)
-    return {"text": mean(sum(text, [])), "text_by_round": [*map(mean, text)], "box": mean(sum(box, [])),
-            "box_by_round": [*map(mean, box)], "iou": mean(iou), "dialogues": mean(whole),
-            "drawn": mean([x for row in rows for x in row["drawn"] if x is not None])}
+    """Shares of right texts and of boxes found (IoU of 0.5 or more), over all rounds and over the first, second ...;
+    mean IoU; shares of dialogues without a fault and of answers that ask for the right media."""
+    iou, drawn = ([row[key] for row in rows] for key in ("iou", "drawn"))                   # of lists a dialogue
+    text = [[normal(a) == normal(b) for a, b in zip(row["text"], row["target"])] for row in rows]
+    box = [[None if x is None else x >= 0.5 for x in dialogue] for dialogue in iou]
+    whole = [False not in chain(*dialogue) for dialogue in zip(text, box, drawn)]
+    return {"text": mean(chain(*text)), "text_by_round": [*map(mean, zip_longest(*text))],
+            "box": mean(chain(*box)), "box_by_round": [*map(mean, zip_longest(*box))],
+            "iou": mean(chain(*iou)), "dialogues": mean(whole), "drawn": mean(chain(*drawn))}
 
 
 TASKS = {                               # task -> (sample, what the model said) -> row; rows -> figures
-    "rec": (rec_row, lambda rows: rec(*columns(rows, "box", "target"))),
-    "res": (res_row, lambda rows: res(*columns(rows, "intersection", "union"))),
-    "pope": (text_row, pope_figures),
-    "caption": (text_row, caption_figures),
-    "rounds": (rounds_row, rounds_figures),
-    "talks": (rounds_row, rounds_figures),
-}
+    "rec": (rec_row, lambda rows: rec([row["box"] for row in rows], [row["target"] for row in rows])),
+    "res": (res_row, lambda rows: res([row["intersection"] for row in rows], [row["union"] for row in rows])),
+    "pope": (text_row, pope_figures), "caption": (text_row, caption_figures),
+    "rounds": (rounds_row, rounds_figures), "talks": (rounds_row, rounds_figures)}
 
 
 # ---- Predictions
 
-def read_rows(path, run):
-    """Rows of a predictions file, and the bytes they fill: a last line that was not written whole does not count.
-
-    Raises ValueError if its first line says that it belongs to another run.
-    """
+def read_rows(path, run):               # and the bytes they fill; ValueError if they are of another run
     raw = path.read_bytes()
-    size = raw.rfind(b"\n") + 1
+    size = raw.rfind(b"\n") + 1                                 # a kill may have cut the last line
     lines = raw[:size].splitlines()
     if lines and lines[0] != json.dumps(run).encode():
         raise ValueError(f"{path}: predictions of another run, {lines[0].decode():.200}; move them away")
     return [json.loads(line) for line in lines[1:]], size
 
 
-def append(file, row):
-    """A row that is on the disk when this returns."""
+def append(file, row):                  # on the disk when this returns
     file.write(json.dumps(row).encode() + b"\n")
     file.flush()
     os.fsync(file.fileno())
 
 
 def predict_all(samples, predict, task, folder, run, rank=0, world=1):
-    """Rows of `predict(sample)` for every world-th sample from rank on, into folder/predictions-<rank>.jsonl.
-
-    run: a dict that tells this run from others. What an earlier start finished, with any world, is not done again.
-    """
-    path = Path(folder, f"predictions-{rank}.jsonl")
+    """Rows of `predict(sample)` for every world-th sample from rank on, into folder/predictions-<rank>.jsonl. What an
+    earlier start of the same `run` (a dict that tells it from others) finished, with any world, is not done again."""
+    path, row_of = Path(folder, f"predictions-{rank}.jsonl"), TASKS[task][0]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
     done, (_, size) = {row["index"] for row in read_predictions(folder, run)}, read_rows(path, run)
@@ -356,18 +308,16 @@ def predict_all(samples, predict, task, folder, run, rank=0, world=1):
         for i in tqdm(range(rank, len(samples), world), unit="sample", disable=None):
             if i not in done:
                 sample = samples[i]
-                append(file, {"index": i, "id": sample.id, **TASKS[task][0](sample, predict(sample))})
+                append(file, {"index": i, "id": sample.id, **row_of(sample, predict(sample))})
 
 
-def read_predictions(folder, run):
-    """The rows of all ranks in the order of their samples, each once."""
+def read_predictions(folder, run):      # the rows of all ranks in the order of their samples, each once
     paths = sorted(Path(folder).glob("predictions-*.jsonl"))
     rows = {row["index"]: row for path in paths for row in read_rows(path, run)[0]}
     return [rows[i] for i in sorted(rows)]
 
 
-def figures(task, folder, run, n):
-    """Figures over all n samples. Raises ValueError if some are not there yet."""
+def figures(task, folder, run, n):      # figures over all n samples. Raises ValueError if some are not there yet
     rows = read_predictions(folder, run)
     if len(rows) != n:
         raise ValueError(f"{folder}: predictions of {len(rows)} samples, {n} are expected; start the run again")
@@ -376,9 +326,8 @@ def figures(task, folder, run, n):
 
 # ---- Run
 
-# Tokens of an answer at most, as NExT-Chat and ChatterBox were evaluated
-LENGTHS = {"res": 20, "pope": 20, "caption": 500, "rounds": 320, "talks": 320}
-FORMATS = {"caption": "reg"}                                    # of a task's file, where it has another name
+# Tokens of an answer at most, as NExT-Chat, ChatterBox and LLaVA were evaluated
+LENGTHS = {"res": 20, "pope": 20, "caption": 500, "rounds": 320, "talks": 320, "vqa": 1024, "sqa": 1024}
 MIN_SCORE = 0.3                                                 # of a box that was looked for; below: none
 
 
@@ -391,80 +340,76 @@ class Asker:
         self.system, self.spec, self.device = data.SYSTEMS[cfg.system], data.MediaSpec(**cfg.media), device
         self.tok = data.Tokenizer(folder / "tokenizer.model", cfg.added_tokens, self.system.legacy)
         self.template = data.TEMPLATES[cfg.template or self.system.template]
+        self.signals = {id for name in cfg.projections for id in cfg.signal(name)}
 
-    def embed(self, rendered):
-        """Embeddings (1, T, C) of a prompt, and its attn_mask or None."""
+    def embed(self, rendered):          # embeddings (1, T, C) of a prompt, and its attn_mask or None
         batch = data.collate([rendered._replace(labels=rendered.ids, targets=[])], self.model.cfg.n_token,
                              max_len=self.model.cfg.llm.max_len, mask_pad=self.system.mask_pad)
         batch = data.to_device(batch, self.device)
         return self.model.embed(batch.ids, batch.media, batch.slots), batch.attn_mask
 
-    def render(self, turns, train=False):
-        """Rendered turns; a last one of None asks for an answer."""
+    def render(self, turns, train=False):               # rendered turns; a last one of None asks for an answer
         return data.render(turns, self.tok, self.system, self.template, self.model.cfg.n_token, train=train)
 
     @torch.inference_mode()
     def answer(self, turns, max_new_tokens=128):
-        """The greedy answer to turns, lists of strings, media and boxes -> text, ids of all, hidden states.
-
-        Whatever id follows `<at>` counts as `<boxes>`: the model is fed the box it meant. Signals to painters are no text.
-        """
+        """The greedy answer to turns (of strings, media, boxes) -> text, ids of all, hidden states it came from."""
         r, hidden, at = self.render([*turns, None]), [], next(iter(self.model.feeds), -1)
-        signals = {id for name in self.model.cfg.projections for id in self.model.cfg.signal(name)}
         embeds, mask = self.embed(r)
         stream, ids = data.TextStream(self.tok, (self.template.stop,)), list(r.ids)
         for id in M.generate(self.model, embeds, max_new_tokens=max_new_tokens, hidden=hidden, attn_mask=mask):
-            ids.append(self.tok.special[self.system.box[-1]] if ids[-1] == at else id)
-            stream.flush() if id in signals else stream.push(ids[-1])
+            ids.append(self.tok.special[self.system.box[-1]] if ids[-1] == at else id)      # <boxes> is after <at>
+            if id in self.signals:                              # to painters, no text
+                stream.flush()
+            else:
+                stream.push(ids[-1])
             if stream.done:
                 break
         return stream.text.strip(), ids, hidden
 
     @torch.inference_mode()
     def point(self, question):
-        """The box (1, 4) of the frame that an answer begins with which says where something is.
-
-        parity: nothing is generated; the words before `<at>` are put into the model's mouth.
-        """
+        """The box (1, 4) of the frame that an answer begins with which says where something is."""
+        # parity: nothing is generated; the words before `<at>` are put into the model's mouth
         r = self.render([question, ["Answer: ", data.Box((0, 0, 0, 0), tensor=torch.zeros(4))]], train=True)
         end = r.targets[0][1] + 1
         embeds, mask = self.embed(r._replace(ids=r.ids[:end], slots=[slot for slot in r.slots if slot[1] < end]))
         return self.model.writers["at"](self.model.llm(embeds, attn_mask=mask)[:, -1]).cpu()
 
     @torch.inference_mode()
-    def segment(self, question, max_new_tokens):
-        """Bool masks (n, H, W) of the picture for the boxes in the answer to a turn."""
+    def segment(self, question, max_new_tokens):                # bool masks (n, H, W) of the picture for the boxes said
         picture = next(part for part in question if isinstance(part, data.Medium))
         _, ids, hidden = self.answer([question], max_new_tokens)
         image, start = picture.sam[None].to(self.device), len(ids) - len(hidden)
         found = M.read_out(self.model, ids, hidden, "at", start, image=image)
         return data.Geometry(*picture.size).masks_to_pixels(found[1]).cpu() if found else torch.zeros(0)
 
+    def boxes_of(self, turns, ids, hidden):             # (n, 4): said at `<at>`, or looked for where that is asked
+        start = len(ids) - len(hidden)                          # of the answer
+        if "at" in self.model.writers and (found := M.read_out(self.model, ids, hidden, "at", start)):
+            return found[0]
+        asked = [i for i, id in enumerate(ids[:start]) if id == self.tok.special.get(self.system.find)]
+        if not asked:
+            return []
+        image = next(part for part in turns[0] if isinstance(part, data.Medium)).det[None].to(self.device)
+        boxes, score = M.read_out(self.model, [*ids[:start], -1], hidden[:1], "vg", asked[-1], image=image)
+        return boxes[score > MIN_SCORE]
+
     @torch.inference_mode()
     def reply(self, turns, max_new_tokens):
-        """The greedy answer to turns as texts, Boxes and Signals; a box that is looked for (ChatterBox) comes after the text."""
+        """The greedy answer to turns as texts, Boxes and Signals; a box that is looked for comes after the text."""
         text, ids, hidden = self.answer(turns, max_new_tokens)
-        start, boxes = len(ids) - len(hidden), []
-        asked = [i for i, id in enumerate(ids[:start]) if id == self.tok.special.get(self.system.find)]
-        if "at" in self.model.writers and (found := M.read_out(self.model, ids, hidden, "at", start)):
-            boxes = found[0]
-        elif asked:
-            image = next(part for part in turns[0] if isinstance(part, data.Medium)).det[None].to(self.device)
-            boxes, score = M.read_out(self.model, [*ids[:start], -1], hidden[:1], "vg", asked[-1], image=image)
-            boxes = boxes[score > MIN_SCORE]
+        boxes = [data.Box((), tensor=box.cpu()) for box in self.boxes_of(turns, ids, hidden)]
         texts = text.split(" ".join(self.system.box)) if self.system.box else [text]
-        boxes, cfg = [data.Box((), tensor=box.cpu()) for box in boxes], self.model.cfg
-        wishes = [data.Signal(name) for name in cfg.projections for _ in M.signal_runs(ids[start:-1], cfg.signal(name))[0]]
+        said, cfg = ids[len(ids) - len(hidden):-1], self.model.cfg
+        wishes = [data.Signal(name) for name in cfg.projections for _ in M.signal_runs(said, cfg.signal(name))[0]]
         return [part for pair in zip_longest(texts, boxes) for part in pair if part] + wishes
 
-    def converse(self, turns, max_new_tokens):
-        """Replies to all questions of a dialogue, each after what the model replied before, as in a chat.
-
-        parity: ChatterBox forgets the boxes of earlier rounds, and looks for one wherever the true answer has any.
-        """
+    def converse(self, turns, max_new_tokens):          # replies to all questions, each after those before
         said, replies = [], []
         for question, answer in zip(turns[::2], turns[1::2]):
             if "vg" in self.model.writers:
+                # parity: ChatterBox forgets earlier boxes, and looks for one wherever the true answer has any
                 said = [[part for part in turn if not isinstance(part, data.Box)] for turn in said]
                 regions = [replace(part, kind="region") if isinstance(part, data.Box) else part for part in question]
                 question = regions + [data.Box((), kind="find")] * bool(boxes_in(answer))
@@ -472,8 +417,7 @@ class Asker:
             said += [question, replies[-1]]
         return replies
 
-    def predict(self, task, sample):
-        """What the model says about a sample of a task, for predict_all."""
+    def predict(self, task, sample):    # what the model says about a sample of a task, as the task's row wants it
         data.load_media(sample.turns, replace(self.spec, sam_size=self.spec.sam_size * (task == "res")))
         question = sample.turns[0]
         if task == "rec":
@@ -485,35 +429,41 @@ class Asker:
         return {"text": self.answer([question], LENGTHS[task])[0]}
 
 
-def run_task(asker, args):
-    """Predict this rank's share of what is not predicted yet; print and write the figures once all is there."""
-    if args.task == "rec" and "at" not in asker.model.writers or args.task == "res" and not asker.model.cfg.sam:
-        raise ValueError(f"{args.weights}: this model {'makes no masks' if args.task == 'res' else 'says no boxes'}")
+def read_samples(args):                 # of a task's file
     prompts = datasets.load_prompts(args.templates) if args.templates else datasets.PROMPTS
     media = args.media or args.questions.parent
-    rows = SOURCES[args.task](args.questions, media) if args.task in SOURCES else \
-        datasets.Rows(args.questions, FORMATS.get(args.task, args.task), media, prompts, args.seed)
+    if args.task in SOURCES:
+        return SOURCES[args.task](args.questions, media)
+    return datasets.Rows(args.questions, {"caption": "reg"}.get(args.task, args.task), media, prompts, args.seed)
+
+
+def run_task(asker, args):              # this rank's share; prints and writes the figures once all is there
+    if args.task == "rec" and "at" not in asker.model.writers:
+        raise ValueError(f"{args.weights}: this model says no boxes")
+    if args.task == "res" and not asker.model.cfg.sam:
+        raise ValueError(f"{args.weights}: this model makes no masks")
+    samples = read_samples(args)
     digest = hashlib.sha256(args.questions.read_bytes()).hexdigest()
     run = {"task": args.task, "weights": str(args.weights), "file": digest, "templates": str(args.templates or ""),
            "seed": args.seed}
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-    predict_all(rows, partial(asker.predict, args.task), args.task, args.out, run, rank, world)
-    if (done := len(read_predictions(args.out, run))) < len(rows):
-        return print(f"{done} of {len(rows)} samples are done, other ranks are at the rest")
-    result = json.dumps(figures(args.task, args.out, run, len(rows)))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
+    predict_all(samples, partial(asker.predict, args.task), args.task, args.out, run, rank, world)
+    if (done := len(read_predictions(args.out, run))) < len(samples):
+        return print(f"{done} of {len(samples)} samples are done, other ranks are at the rest")
+    result = json.dumps(figures(args.task, args.out, run, len(samples)))
     (args.out / "metrics.json").write_text(result)
     if args.task in ("vqa", "sqa"):
         write_answers(args.out, run)
     print(result)
 
 
-def ask_all(asker, args):
-    """Ask the questions of a file, print how many of each kind are answered right."""
+def ask_all(asker, args):               # ask the questions of a file, print how many of each kind are answered right
     rows, began = [], time.time()
     for sample in tqdm(data.Conversations(args.questions, args.media), unit="question", disable=None):
         question, [expected] = sample.turns[:2]
         data.load_media([question], asker.spec)
-        rows.append({"id": len(rows), "kind": sample.meta.get("kind", ""), "question": sample.meta["conversations"][0]["value"],
+        asked = sample.meta["conversations"][0]["value"]
+        rows.append({"id": len(rows), "kind": sample.meta.get("kind", ""), "question": asked,
                      "text": asker.answer([question])[0], "answer": expected})
     if args.out:
         args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -524,8 +474,7 @@ def ask_all(asker, args):
 
 # ---- Answer files, ScienceQA, a judge
 
-def question_samples(path, media, read=dict):
-    """Rows {question_id, image, text}, as `read` makes them of records -> Samples, pictures below the questions."""
+def question_samples(path, media, read=dict):           # rows {question_id, image, text} -> Samples, pictures come last
     samples = []
     for i, record in enumerate(data.read_records(path)):
         with data.naming(path, i, record):
@@ -551,24 +500,23 @@ def question_row(sample, out):
     return {**kept, "prompt": sample.meta["text"], "text": out["text"]}
 
 
-def choice(row):
-    """The number of the choice that an answer commits to. parity: without one, any choice, here always the same."""
+def choice(row):                        # number of the choice committed to. parity: else any, here always the same
     letters = choices(row["text"])
     number = ord(letters[0]) - ord("A") if len(letters) == 1 else row["choices"]
     return number if number < row["choices"] else random.Random(str(row["question_id"])).randrange(row["choices"])
 
 
-def science_figures(rows):
-    """Percent right of all questions, of those with a picture and of those without; the number that named no choice."""
-    right, seen = [choice(row) == row["target"] for row in rows], [bool(row.get("image")) for row in rows]
-    groups = {"accuracy": right, **{name: [r for r, s in zip(right, seen) if s == which]
-                                    for name, which in (("image", True), ("text", False))}}
-    percent = {name: round(100 * sum(group) / len(group), 2) if group else None for name, group in groups.items()}
-    return {**percent, "unclear": sum(len(choices(row["text"])) != 1 for row in rows)}
+def percent(rows):                      # of right choices, None of no rows
+    return round(100 * sum(choice(row) == row["target"] for row in rows) / len(rows), 2) if rows else None
 
 
-def write_answers(folder, run):
-    """answers.jsonl of a finished run, with the keys that LLaVA's judges read."""
+def science_figures(rows):              # of all, with a picture, without; how many answers named no choice
+    seen, blind = [row for row in rows if row.get("image")], [row for row in rows if not row.get("image")]
+    return {"accuracy": percent(rows), "image": percent(seen), "text": percent(blind),
+            "unclear": sum(len(choices(row["text"])) != 1 for row in rows)}
+
+
+def write_answers(folder, run):         # answers.jsonl of a finished run, with the keys that LLaVA's judges read
     with open(Path(folder, "answers.jsonl"), "w") as file:
         for row in read_predictions(folder, run):
             name = hashlib.sha256(json.dumps([run, row["question_id"], row["text"]]).encode()).hexdigest()[:22]
@@ -578,49 +526,46 @@ def write_answers(folder, run):
 
 SOURCES = {"vqa": question_samples, "sqa": science_samples, "talks": partial(datasets.Dialogs, learn=False)}
 TASKS |= {"vqa": (question_row, lambda rows: {}), "sqa": (question_row, science_figures)}
-LENGTHS |= {"vqa": 1024, "sqa": 1024}
+
+
+def review_prompt(question, answers, rule, context):            # parity: the originals' layout
+    text, role = "", rule["role"]
+    if context:                         # of a picture, which the judge does not see
+        boxes = "\n".join(f"{thing['category']}: {thing['bbox']}" for thing in context["instances"])
+        text = "[Context]\n{}\n\n{}\n\n".format("\n".join(context["captions"]), boxes)
+    text += f"[Question]\n{question['text']}\n\n"
+    for k, answer in enumerate(answers, 1):
+        text += f"[{role} {k}]\n{answer['text']}\n\n[End of {role} {k}]\n\n"
+    return text + f"[System]\n{rule['prompt']}\n\n"
 
 
 def review_requests(questions, answers, rules, contexts=None):
-    """What a judge is asked about two lists of answers: rows {id, question_id, answer1_id, answer2_id, category, prompt},
-    the prompt in the originals' layout.
-
-    rules: {category: {role, prompt}}; contexts: {image, captions, instances} by image, or None for text alone, where an
-    unknown category counts as `default`. Raises ValueError naming the question where rows do not fit together.
-    """
-    answers = [{row["question_id"]: row for row in rows} for rows in answers]
+    """What a judge is asked about two lists of answers. rules: {category: {role, prompt}}; contexts: rows {image,
+    captions, instances}, or None for text alone. Raises ValueError naming the question where rows do not fit."""
+    first, second = ({row["question_id"]: row for row in rows} for rows in answers)
     seen, out = {row["image"]: row for row in contexts or ()}, []
+    default = rules.get("default") if contexts is None else None                            # of an unknown category
     for i, question in enumerate(questions, 1):
         name, category = question["question_id"], question.get("category", "default")
-        if any(name not in rows for rows in answers):
+        if name not in first or name not in second:
             raise ValueError(f"question {name} has no answer in one of the files")
-        if category not in rules and (contexts is not None or "default" not in rules):
+        if category not in rules and default is None:
             raise ValueError(f"question {name}: no rule for {category!r}; there are {', '.join(rules)}")
-        rule, (one, two) = rules.get(category) or rules["default"], (rows[name] for rows in answers)
-        text, role = "", rule["role"]
-        if contexts is not None:
-            context = seen[question["image"]]
-            boxes = "\n".join(f"{thing['category']}: {thing['bbox']}" for thing in context["instances"])
-            text = "[Context]\n{}\n\n{}\n\n".format("\n".join(context["captions"]), boxes)
-        text += f"[Question]\n{question['text']}\n\n"
-        for k, answer in enumerate((one, two), 1):
-            text += f"[{role} {k}]\n{answer['text']}\n\n[End of {role} {k}]\n\n"
-        ids = {f"answer{k}_id": answer.get("answer_id", name) for k, answer in enumerate((one, two), 1)}
-        out.append({"id": i, "question_id": name, **ids, "category": category,
-                    "prompt": text + f"[System]\n{rule['prompt']}\n\n"})
+        one, two = first[name], second[name]
+        context = None if contexts is None else seen[question["image"]]
+        out.append({"id": i, "question_id": name, "answer1_id": one.get("answer_id", name),
+                    "answer2_id": two.get("answer_id", name), "category": category,
+                    "prompt": review_prompt(question, (one, two), rules.get(category, default), context)})
     return out
 
 
 def review(requests, command, path):
-    """Have any program judge: it reads a request as JSON from each line and writes {id, content} for each, in any order.
-
-    Its replies become rows of the review file at `path`, each as it comes; what stands there is not asked again.
-    """
+    """Have any program judge: it reads lines of JSON requests, writes a line {id, content} for each, in any order."""
     path.touch()
-    asked = {row["id"]: row for row in requests}
-    for row in (done := data.read_records(path)):
-        asked.pop(row["id"], None)
-    with TemporaryFile("w+") as file, open(path, "ab") as out:
+    done = data.read_records(path)
+    known = {row["id"] for row in done}                         # is not asked again
+    asked = {row["id"]: row for row in requests if row["id"] not in known}
+    with TemporaryFile("w+") as file, open(path, "ab") as out:  # a file: a pipe could fill up while the judge writes
         file.writelines(json.dumps(row) + "\n" for row in asked.values())
         file.seek(0)
         with subprocess.Popen(shlex.split(command), stdin=file, stdout=subprocess.PIPE, text=True) as judge:
@@ -634,8 +579,7 @@ def review(requests, command, path):
     return done
 
 
-def main_review(argv):
-    """Write the requests to a judge, or have it answer them, and print the mean scores."""
+def main_review(argv):                  # write the requests to a judge, or have it answer and print the mean scores
     p = argparse.ArgumentParser(description="Have a program compare two files of answers.", prog="evaluate.py review")
     add, rows = p.add_argument, data.read_records
     add("--questions", "-q", type=rows, required=True, help="jsonl {question_id, text, category, image}")

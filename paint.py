@@ -43,13 +43,13 @@ UNET = G.UNetConfig(48, (48, 64), (2, 4), (False, True), n_resnet=1, context_dim
 PATCH = G.VAEConfig(patch=4, scale=1.5)
 VOCODER = G.VocoderConfig(mel_bins=32, rate=8000, width=32, up_rates=(5, 4, 4), up_kernels=(15, 8, 8), kernels=(3, 7),
                           dilations=(1, 3))
-# At the last step nothing of a picture may be left: what is still to be seen there, in pictures that are mostly paper or in
-# eight frames alike, would be believed more than the caption, also where it is chance (Lin et al. 2023, Common diffusion
-# noise schedules and sample steps are flawed).
+# At the last step nothing of a picture may be left: what is still seen there would be believed more than the caption,
+# also where it is chance (Lin et al. 2023, Common diffusion noise schedules and sample steps are flawed).
 HOW = {"scheduler": "dpm", "clean": True, "steps": 20, "guidance": 1.5, "beta_end": 0.03}
 PAINTERS = {
     "image": G.PainterConfig(UNET, PATCH, TEXT, **HOW, size=(32, 32)),
-    "video": G.PainterConfig(replace(UNET, widths=(32, 40), n_head=(8, 4), video=True), PATCH, TEXT, **HOW, size=(8, 32, 32)),
+    "video": G.PainterConfig(replace(UNET, widths=(32, 40), n_head=(8, 4), video=True), PATCH, TEXT, **HOW,
+                             size=(8, 32, 32)),         # frames, pixels
     "audio": G.PainterConfig(
         replace(UNET, channels=16, widths=(16, 24), context_dim=0, class_dim=32), replace(PATCH, channels=1),
         replace(TEXT, out_dim=32, max_len=34), VOCODER, **HOW, size=(2.0,))}
@@ -58,22 +58,22 @@ KINDS = {"img": "image", "vid": "video", "aud": "audio"}
 
 # ---- Media
 
-def picture(image, size):
-    """uint8 (3, H, W)."""
+def picture(image, size):               # uint8 (3, H, W)
     return torch.from_numpy(np.array(image.convert("RGB").resize(size[::-1], Image.BOX))).permute(2, 0, 1)
 
 
 def read_captions(path):
     """-> the kind of media of a file, (caption, wish for it or "", path of the medium) of each."""
-    rows = json.loads(Path(path).read_text())
-    kind = re.sub("output_|_name", "", next(iter(rows[0])))
-    wishes = [row["conversations"][0]["value"] if "conversations" in row else "" for row in rows]
-    return kind, [(row.get("caption") or row[f"{kind}_captions"], wish,
-                   Path(path).parent / (row.get(f"{kind}_name") or row[f"output_{kind}"])) for row, wish in zip(rows, wishes)]
+    path = Path(path)
+    rows = json.loads(path.read_text())
+    kind = re.sub("output_|_name", "", next(iter(rows[0])))     # image_name, or output_image of a wish
+    if "conversations" not in rows[0]:
+        return kind, [(row["caption"], "", path.parent / row[f"{kind}_name"]) for row in rows]
+    return kind, [(row[f"{kind}_captions"], row["conversations"][0]["value"], path.parent / row[f"output_{kind}"])
+                  for row in rows]
 
 
-def samples(path, voice, n):
-    """(n,) at the vocoder's rate."""
+def samples(path, voice, n):            # (n,) at the vocoder's rate
     x, rate = data.read_audio(path)
     x = data.resample(x[:1], rate, voice.rate)[0]
     return F.pad(x, (0, n))[:n]
@@ -81,69 +81,64 @@ def samples(path, voice, n):
 
 def log_mel(x, voice):
     """Samples (T,) -> (T / hop, mel_bins) around -1..1: a frame every 10 ms, of the 25 ms around it."""
-    around = voice.rate // 40 - voice.hop
+    around = voice.rate // 40 - voice.hop                       # samples of a window that are not the frame's own
     mel = data.fbank(F.pad(x, (around // 2, around)), voice.mel_bins, voice.rate)
     return (mel[:len(x) // voice.hop].clamp(min=-12) + 6) / 6
 
 
-def read_media(files, kind, cfg):
-    """Media (n, ...): uint8 (n, 3, H, W) or (n, F, 3, H, W); of sounds samples (n, T)."""
-    media = []
-    for file in tqdm(files, desc="reading", disable=None):
-        if kind == "audio":
-            media.append(samples(file, cfg.vocoder, int(cfg.size[0] * cfg.vocoder.rate)))
-            continue
-        with Image.open(file) as image:
-            frames = [picture(frame, cfg.size[-2:]) for frame in ImageSequence.Iterator(image)]
-        media.append(frames[0] if kind == "image" else torch.stack(frames)[
-            torch.linspace(0, len(frames) - 1, cfg.size[0]).round().long()])
-    return torch.stack(media)
+def read_medium(file, kind, cfg):       # uint8 (3, H, W) or (F, 3, H, W); of a sound samples (T,)
+    if kind == "audio":
+        return samples(file, cfg.vocoder, int(cfg.size[0] * cfg.vocoder.rate))
+    with Image.open(file) as image:
+        frames = [picture(frame, cfg.size[-2:]) for frame in ImageSequence.Iterator(image)]
+    if kind == "image":
+        return frames[0]
+    return torch.stack(frames)[torch.linspace(0, len(frames) - 1, cfg.size[0]).round().long()]      # evenly over it
 
 
-def pixels(x):
-    """uint8 -> -1..1; mel frames stay what they are."""
+def pixels(x):                          # uint8 -> -1..1; mel frames stay what they are
     return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
 
 
 # ---- Training
 
-def start_small(model):
-    """Zero the last layer of every residual branch and of the UNet, so that training starts from plain sums; let a unit
-    vector that tells what to paint weigh as much as the time."""
-    if model.unet.class_embedding:
-        nn.init.normal_(model.unet.class_embedding.weight)
-    for name, p in model.named_parameters():
-        if any(last in name for last in (".conv2.weight", ".proj_out.weight", "conv4.3.weight", "unet.conv_out.weight")):
+def new_painter(kind, tokenizer):
+    """The last layer of every residual branch and of the UNet is zero, so that training starts from plain sums."""
+    text = replace(PAINTERS[kind].text, vocab_size=data.Tokenizer(tokenizer).sp.vocab_size())
+    painter = G.Painter(replace(PAINTERS[kind], text=text))
+    if painter.unet.class_embedding:    # of a unit vector that tells what to paint: it weighs as much as the time
+        nn.init.normal_(painter.unet.class_embedding.weight)
+    for name, p in painter.named_parameters():
+        if name.endswith((".conv2.weight", ".proj_out.weight", "conv4.3.weight", "unet.conv_out.weight")):
             nn.init.zeros_(p)
+    return painter
 
 
 def fit(parameters, loss_of, n, steps, batch, lr, name, save=None):
-    """AdamW for so many steps of random samples out of n; lr rises over a twentieth, then falls along a cosine.
-
-    save: what to call now and then and at the end.
-    """
+    """AdamW for so many steps of random samples out of n; lr rises over a twentieth, then falls along a cosine."""
     opt = torch.optim.AdamW(parameters, lr, (0.9, 0.99), weight_decay=0.01, fused=True)
     bar, mean = tqdm(range(steps), desc=name, mininterval=10), None
     for step in bar:
         for group in opt.param_groups:
             group["lr"] = lr * min(20 * (step + 1) / steps, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-        loss = loss_of(torch.randint(n, (batch,)))
+        loss = loss_of(torch.randint(n, (batch,)))              # (B,) rows
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         opt.step()
         opt.zero_grad(set_to_none=True)
-        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
+        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()                # of the last 50 or so
         bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
         if save and (step % 500 == 499 or step + 1 == steps):
             save()
 
 
 def fit_vocoder(vocoder, mels, voice, *how):
-    """A vocoder whose sounds have the log-mel frames of the originals, and the loudness of each band. Finer spectra would
-    teach it silence: it repeats itself with every frame, so that its pitches are whole multiples of the frames' rate."""
+    """A vocoder whose sounds have the log-mel frames of the originals, and the loudness of each band."""
+    # finer spectra would teach it silence: it repeats itself with every frame, so that its pitches are whole multiples
+    # of the frames' rate
     def loss_of(rows):
         made, real = torch.stack([log_mel(x, voice) for x in vocoder(mels[rows])]), mels[rows]
-        loud, want = (3 * made).exp(), (3 * real).exp()
+        loud, want = (3 * made).exp(), (3 * real).exp()         # (B, T, mel_bins), so that what is loud weighs more
         return (made - real).abs().mean() + (loud - want).abs().mean() / want.mean() / 2
     fit(list(vocoder.parameters()), loss_of, len(mels), *how)
 
@@ -151,30 +146,27 @@ def fit_vocoder(vocoder, mels, voice, *how):
 # ---- UNet and text tower
 
 def fit_unet(painter, learned, media, ids, nothing, fast, *how):
-    """Teach what is learned of a painter the clean latents at a random step, for a caption or, one time in ten, for no text.
-
-    media (n, ...); ids (n, T) of their captions; nothing (1, T) of no text. An error counts between once and five times,
-    as much as signal is left at its step. fast: in bfloat16, compiled. how: what `fit` takes from its steps on.
-    """
+    """Teach what is learned of a painter the clean latents at a random step. media (n, ...); ids (n, T) of their
+    captions; nothing (1, T) of no text; how: what `fit` takes from its steps on."""
     cfg = painter.cfg
-    levels = G.signal_levels(cfg.beta_start, cfg.beta_end)
+    levels = G.signal_levels(cfg.beta_start, cfg.beta_end)                                  # (1000,) from 1 to 0
 
     def error(ids, x, t, noise):
         told = painter.text(ids)
         told = {"text": painter.unet.read(told)} if cfg.unet.context_dim else {"classes": told}
-        a = levels[t].view(-1, *[1] * (x.ndim - 1))
+        a = levels[t].view(-1, *[1] * (x.ndim - 1))                                         # (B, 1, ...)
         wrong = painter.unet(a.sqrt() * x + (1 - a).sqrt() * noise, t, **told) - x
-        return ((a / (1 - a)).clamp(1, 5) * wrong ** 2).mean()
+        return ((a / (1 - a)).clamp(1, 5) * wrong ** 2).mean()                              # 1 to 5, by signal left
     quick = torch.compile(error) if fast else error
 
     def loss_of(rows):
-        told = torch.where(torch.rand(len(rows), 1) < 0.1, nothing, ids[rows])
-        x = painter.vae.encode(pixels(media[rows]))
+        told = torch.where(torch.rand(len(rows), 1) < 0.1, nothing, ids[rows])              # guidance needs no text too
+        x = painter.vae.encode(pixels(media[rows]))                                 # (B, C, h, w) or (B, F, C, h, w)
         x = x.transpose(1, 2).contiguous() if cfg.unet.video else x                         # (B, C, F, h, w)
         t, noise = torch.randint(1000, (len(rows),)), torch.randn_like(x)
         with torch.autocast("cpu", torch.bfloat16, enabled=fast):
             loss = quick(told, x, t, noise)
-            if cfg.unet.video:          # first frames alone too: which way it goes is hard to learn before where it starts
+            if cfg.unet.video:          # first frames alone too: where it starts is learned before which way it goes
                 loss = loss + error(told, x[:, :, :1], t, noise[:, :, :1])
         return loss
     fit(learned, loss_of, len(media), *how)
@@ -197,16 +189,16 @@ def caption_ids(cfg, folder, captions):
 # ---- Judging
 
 def shown(kind, x, rate=0):
-    """Pixels, or samples at a rate, as shapes.judge wants them: a picture, a list of pictures, or samples at its rate."""
+    """Pixels, or samples at a rate, as shapes.judge wants them: a picture, a list of them, or samples at its rate."""
     if kind == "audio":
         return data.resample(torch.as_tensor(x)[None], rate, shapes.RATE)[0].numpy()
-    frames = [Image.fromarray(np.asarray(frame)) for frame in (x if kind == "video" else [x])]
-    return frames if kind == "video" else frames[0]
+    if kind == "video":
+        return [Image.fromarray(np.asarray(frame)) for frame in x]
+    return Image.fromarray(np.asarray(x))
 
 
 @torch.no_grad()
-def paint(folder, captions):
-    """What a painter makes of captions."""
+def paint(folder, captions):            # what a painter makes of captions
     painter, out = M.load_painter(folder, dtype=torch.float32), []
     kind, rate = KINDS[painter.cfg.kind], painter.cfg.vocoder.rate if painter.cfg.vocoder else 0
     for i in tqdm(range(0, len(captions), 20), desc="painting", disable=None):
@@ -242,13 +234,12 @@ def tile(made):
         frames = made[::max(len(made) // 4, 1)][:4]
         made = Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames], axis=1))
     elif isinstance(made, np.ndarray):
-        mel = data.fbank(torch.from_numpy(made).float(), 64, shapes.RATE).T.flip(0)
+        mel = data.fbank(torch.from_numpy(made).float(), 64, shapes.RATE).T.flip(0)         # (bins, T), low ones below
         made = Image.fromarray(((mel + 16) * 10).clamp(0, 255).byte().numpy())
     return made.convert("RGB").resize((round(made.width * 128 / made.height), 128), Image.NEAREST)
 
 
-def page(made, captions, columns=4):
-    """Tiles with their captions below, as one picture."""
+def page(made, captions, columns=4):    # tiles with their captions below, as one picture
     tiles = [tile(one) for one in made]
     wide, high = max(max(t.width for t in tiles), 330) + 8, 128 + 22
     sheet = Image.new("RGB", (columns * wide, -(-len(tiles) // columns) * high), "white")
@@ -275,29 +266,31 @@ def embed(args):
 def add_writers(args):
     """A model with signal tokens and a writer for each painter that had none; all else stays bit by bit what it was."""
     old, folder = M.load(args.data), Path(args.writers)
-    signals = data.SYSTEMS[old.cfg.system].signals
     configs = (M.read_config(path.parent, G.PainterConfig) for path in folder.glob("*/config.json"))
     painters = {cfg.kind: cfg for cfg in configs}
-    kinds = [kind for kind in signals if kind in painters and kind not in old.cfg.projections]
-    if not kinds:
+    added = {kind: tokens for kind, tokens in data.SYSTEMS[old.cfg.system].signals.items()
+             if kind in painters and kind not in old.cfg.projections}
+    if not added:
         raise SystemExit(f"paint: {args.data}: has a writer for every painter in {folder}, or its system "
                          f"{old.cfg.system} no signal tokens for them")
-    names = [name for kind in kinds for name in signals[kind]]
-    size, dim = old.llm.embed.weight.shape
-    cfg = replace(
-        old.cfg, llm=replace(old.cfg.llm, vocab_size=size + len(names)),
-        writes=old.cfg.writes | {kind: signals[kind] for kind in kinds},
-        added_tokens=old.cfg.added_tokens | {name: size + i for i, name in enumerate(names)},
-        projections=old.cfg.projections | {kind: prompter(painters[kind], dim, len(signals[kind])) for kind in kinds})
     torch.manual_seed(args.seed)
-    new = M.Model(cfg)
+    new = M.Model(with_signals(old.cfg, added, painters, *old.llm.embed.weight.shape))
     M.initialise(new)
     state = new.state_dict()
     for name, x in old.state_dict().items():
-        more = state[name].to(x.dtype)[len(x):] if x.shape != state[name].shape else ()     # rows of the new tokens
-        state[name] = torch.cat([x, more]) if len(more) else x
+        if x.shape != state[name].shape:                        # rows of the new tokens, (m, C)
+            x = torch.cat([x, state[name][len(x):].to(x.dtype)])
+        state[name] = x
     M.assign(new, {name: x for name, x in state.items() if name not in M.tied(new)})
     M.save(new, args.out, [args.data / "tokenizer.model"])
+
+
+def with_signals(cfg, added, painters, size, dim):      # a config with these signal tokens too, from id `size` on
+    names = [name for tokens in added.values() for name in tokens]
+    prompters = {kind: prompter(painters[kind], dim, len(tokens)) for kind, tokens in added.items()}
+    return replace(cfg, llm=replace(cfg.llm, vocab_size=size + len(names)), writes=cfg.writes | added,
+                   added_tokens=cfg.added_tokens | {name: size + i for i, name in enumerate(names)},
+                   projections=cfg.projections | prompters)
 
 
 def prompter(cfg, dim, n_signal):
@@ -309,36 +302,47 @@ def prompter(cfg, dim, n_signal):
 
 # ---- The command
 
-def train(args):
-    """A painter from caption pairs to its weights folder."""
+def train(args):                        # a painter from caption pairs to its weights folder
     torch.manual_seed(args.seed)
     kind, rows = read_captions(args.data)
     captions, _, files = zip(*rows)
-    if args.init:
-        painter, tokenizer = M.load_painter(args.init, dtype=torch.float32), Path(args.init) / "tokenizer.model"
-    else:
-        tokenizer, text = Path(args.tokenizer), PAINTERS[kind].text
-        text = replace(text, vocab_size=data.Tokenizer(tokenizer).sp.vocab_size())
-        start_small(painter := G.Painter(replace(PAINTERS[kind], text=text)))
-    cfg, media = painter.cfg, read_media(files, kind, painter.cfg)
+    tokenizer = Path(args.init, "tokenizer.model") if args.init else Path(args.tokenizer)
+    painter = M.load_painter(args.init, dtype=torch.float32) if args.init else new_painter(kind, tokenizer)
+    cfg, learned = painter.cfg, list(painter.unet.parameters())
+    if not args.init:                   # else who prompts the painter knows its text tower and vocoder
+        learned += painter.text.parameters()
+    media = torch.stack([read_medium(file, kind, cfg) for file in tqdm(files, desc="reading", disable=None)])
     if kind == "audio":
         media = torch.stack([log_mel(x, cfg.vocoder) for x in media])[:, None]              # (n, 1, T, mel_bins)
         if not args.init:
             fit_vocoder(painter.vocoder, media[:, 0], cfg.vocoder, args.steps, 4, 2e-3, "vocoder")
     ids, nothing = (caption_ids(cfg.text, tokenizer.parent, texts) for texts in (captions, [""]))
-    learned = [*painter.unet.parameters(), *(() if args.init else painter.text.parameters())]
 
     def save():
         M.save(small(painter), args.out, [tokenizer])
     fit_unet(painter, learned, media, ids, nothing, args.fast, args.steps, args.batch, args.lr, "UNet", save)
 
 
-def small(painter):
-    """A copy for the disk: matrices in 8 bits, which paint the same, the rest in 16."""
+def small(painter):                     # a copy for the disk: matrices in 8 bits, which paint the same, the rest in 16
     copy = deepcopy(painter).half()
     for p in copy.parameters():
-        p.data = p.data.to(torch.float8_e4m3fn) if p.ndim > 1 else p.data
+        if p.ndim > 1:
+            p.data = p.data.to(torch.float8_e4m3fn)
     return copy
+
+
+def judge_file(args):                   # of what a painter, or a model, makes of captions that are not known
+    known = {caption for caption, *_ in read_captions(args.known)[1]} if args.known else ()
+    kind, rows = read_captions(args.data)
+    rows = [row for row in rows if row[0] not in known][:args.count]
+    if not rows:
+        raise SystemExit(f"paint: {args.data}: {args.known} has all its captions, so that none is left to judge by")
+    captions, wishes, _ = zip(*rows)
+    talks = "llm" in json.loads(Path(args.judge, "config.json").read_text())                # a painter has no LLM
+    made = ask(args.judge, kind, wishes) if talks else paint(args.judge, captions)
+    print(len(captions), judge(kind, captions, made))
+    if args.page:
+        page(made[:32], captions).save(args.page)
 
 
 def main(argv=None):
@@ -350,7 +354,8 @@ def main(argv=None):
     p.add_argument("--batch", type=int, default=32, help="default %(default)s")
     p.add_argument("--lr", type=float, default=2e-3, help="default %(default)s")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--init", help="a painter to go on from; text tower and vocoder stay, so that who prompts it still can")
+    p.add_argument("--init",
+                   help="a painter to go on from; text tower and vocoder stay, so that who prompts it still can")
     p.add_argument("--fast", action="store_true", help="bfloat16, compiled: for clips, where AMX and a C++ compiler are")
     p.add_argument("--judge", help="a painter to judge by captions, instead of training one; or a model, by wishes")
     p.add_argument("--embed", help="a painter whose text tower reads all captions, instead")
@@ -360,19 +365,14 @@ def main(argv=None):
     p.add_argument("--count", type=int, default=300, help="captions to judge by, default %(default)s")
     args = p.parse_args(argv)
     M.keep_memory()
-    if not args.judge:
-        return (embed if args.embed else add_writers if args.writers else train)(args)
-    known = {caption for caption, *_ in read_captions(args.known)[1]} if args.known else ()
-    kind, rows = read_captions(args.data)
-    rows = [row for row in rows if row[0] not in known][:args.count]
-    if not rows:
-        raise SystemExit(f"paint: {args.data}: {args.known} has all its captions, so that none is left to judge by")
-    captions, wishes, _ = zip(*rows)
-    talks = "llm" in json.loads(Path(args.judge, "config.json").read_text())
-    made = ask(args.judge, kind, wishes) if talks else paint(args.judge, captions)
-    print(len(captions), judge(kind, captions, made))
-    if args.page:
-        page(made[:32], captions).save(args.page)
+    if args.judge:
+        judge_file(args)
+    elif args.embed:
+        embed(args)
+    elif args.writers:
+        add_writers(args)
+    else:
+        train(args)
 
 
 if __name__ == "__main__":

@@ -17,25 +17,28 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
+from itertools import cycle
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 # ---- Words
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (50, 80, 220), "yellow": (240, 210, 40),
            "purple": (150, 60, 180), "orange": (245, 140, 30), "black": (25, 25, 25), "pink": (245, 150, 190)}
-SHAPES = {"circle": 0, "square": 4, "triangle": 3, "star": 10, "cross": 12}     # corners
+SHAPES = ("circle", "square", "triangle", "star", "cross")
 SIZES = {"small": 14, "big": 23}                                                # radius in pixels
+NAMES = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 NUMBERS = "no one two three four five".split()
-ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")
-WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")                    # thirds of a picture
+WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}        # y points down, as in all pictures
 PITCHES = {"low": 220.0, "middle": 700.0, "high": 2200.0}                       # Hz
 VOICES = ("flute", "buzzer", "bell")
-SIDE, FPS, RATE = 128, 8, 16000
+SIDE, FPS, RATE = 128, 8, 16000         # pixels of a picture, frames and samples a second
 CORES = os.cpu_count()
 
 
@@ -53,32 +56,38 @@ class Thing:
     def name(self):
         return f"{self.colour} {self.shape}"
 
+    @property
+    def full_name(self):
+        return f"{self.size} {self.name}"
+
     @cached_property
     def nouns(self):
         return [noun.format(**vars(self)) for noun in NOUNS]
 
     @property
     def place(self):
-        row, column = (words[min(int(3 * at / SIDE), 2)] for words, at in ((ROWS, self.y), (COLUMNS, self.x)))
-        return f"at the {row} {column}".replace("  ", " ").rstrip() if row or column else "in the centre"
+        row, column = (min(int(3 * at / SIDE), 2) for at in (self.y, self.x))
+        words = f"{ROWS[row]} {COLUMNS[column]}".split()                        # none, one or two
+        return " ".join(["at the", *words]) if words else "in the centre"
 
 
 # ---- Pictures
 
-def corners(thing):
-    """Corners of a shape, not of a circle, around its centre, in pixels."""
-    n = SHAPES[thing.shape]
-    if thing.shape == "cross":
-        a, b = 0.33, 1.0
-        unit = [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a),
-                (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
-    else:
-        reach = {"square": 1.2, "triangle": 1.2, "star": 1.15}[thing.shape]
-        first = math.pi / 4 if n == 4 else -math.pi / 2
-        unit = [(r * math.cos(t), r * math.sin(t)) for i in range(n)
-                for r, t in [(reach * (0.45 if n == 10 and i % 2 else 1), first + 2 * math.pi * i / n)]]
-    c, s = math.cos(thing.turn), math.sin(thing.turn)
-    return [(thing.x + thing.radius * (x * c - y * s), thing.y + thing.radius * (x * s + y * c)) for x, y in unit]
+def polygon(n, first, *reach):          # n corners from an angle on, which reach so far out in turn
+    angles = [first + 2 * math.pi * i / n for i in range(n)]
+    return [(r * math.cos(t), r * math.sin(t)) for r, t in zip(cycle(reach), angles)]
+
+
+ARM = 0.33                              # half the width of a cross's arms
+POLYGONS = {"square": polygon(4, math.pi / 4, 1.2), "triangle": polygon(3, -math.pi / 2, 1.2),          # of radius 1
+            "star": polygon(10, -math.pi / 2, 1.15, 1.15 * 0.45),
+            "cross": [(-ARM, -1), (ARM, -1), (ARM, -ARM), (1, -ARM), (1, ARM), (ARM, ARM),
+                      (ARM, 1), (-ARM, 1), (-ARM, ARM), (-1, ARM), (-1, -ARM), (-ARM, -ARM)]}
+
+
+def corners(t):                         # of a shape, not of a circle, in pixels
+    c, s = math.cos(t.turn), math.sin(t.turn)
+    return [(t.x + t.radius * (x * c - y * s), t.y + t.radius * (x * s + y * c)) for x, y in POLYGONS[t.shape]]
 
 
 def draw(things, rng, background):
@@ -100,35 +109,33 @@ def outline(thing):
     """Polygon around a drawn thing. Pillow cuts to whole fine pixels, fills half of one more left and right."""
     if thing.shape == "circle":
         ends = [(int(3 * (c - thing.radius)) / 3, (int(3 * (c + thing.radius)) + 1) / 3) for c in (thing.x, thing.y)]
-        (x, a), (y, b) = [((low + high) / 2, (high - low) / 2) for low, high in ends]
-        return [(round(x + a * math.cos(t), 2), round(y + b * math.sin(t), 2))
-                for t in (math.pi * i / 12 for i in range(24))]
-    return [(round((int(3 * x) + 0.5) / 3 + math.copysign(1 / 6, x - thing.x), 2),
-             round((int(3 * y) + 0.5) / 3 + math.copysign(1 / 20, y - thing.y), 2)) for x, y in corners(thing)]
+        (x, a), (y, b) = [((low + high) / 2, (high - low) / 2) for low, high in ends]       # centre and half axes
+        points = [(x + a * math.cos(math.pi * i / 12), y + b * math.sin(math.pi * i / 12)) for i in range(24)]
+    else:
+        points = [((int(3 * x) + 0.5) / 3 + math.copysign(1 / 6, x - thing.x),
+                   (int(3 * y) + 0.5) / 3 + math.copysign(1 / 20, y - thing.y)) for x, y in corners(thing)]
+    return [(round(x, 2), round(y, 2)) for x, y in points]
 
 
-def box(thing):
-    """The box around a drawn thing."""
+def box(thing):                         # around a drawn thing
     xs, ys = zip(*outline(thing))
     return [min(xs), min(ys), max(xs), max(ys)]
 
 
-def paper(rng):
-    """A light background colour."""
+def paper(rng):                         # a light background colour
     grey = rng.randint(205, 245)
     return tuple(grey + rng.randint(-8, 8) for _ in range(3))
 
 
-def make_thing(rng, x=None, y=None):
+def make_thing(rng):                    # of any kind, wholly inside the picture
     size = rng.choice(list(SIZES))
     radius = SIZES[size] * rng.uniform(0.92, 1.08)
-    edge = 1.25 * radius
+    edge = 1.25 * radius                # no corner reaches farther, however it is turned
     return Thing(rng.choice(list(SHAPES)), rng.choice(list(COLOURS)), size,
-                 x or rng.uniform(edge, SIDE - edge), y or rng.uniform(edge, SIDE - edge), radius)
+                 rng.uniform(edge, SIDE - edge), rng.uniform(edge, SIDE - edge), radius)
 
 
-def scene(rng):
-    """One to five things that do not touch, in reading order."""
+def scene(rng):                         # one to five things that do not touch, in reading order
     wanted, things = rng.randint(1, 5), []
     while len(things) < wanted:
         new = make_thing(rng)
@@ -139,43 +146,39 @@ def scene(rng):
     return sorted(things, key=lambda t: (int(3 * t.y / SIDE), t.x))
 
 
-# ---- Clips
+# ---- Clips and sounds
 
-def clip(rng):
-    """A thing on its way across the picture in three seconds -> thing, way, frames."""
+def clip(rng):                          # a thing on its way across the picture in three seconds -> thing, way, frames
     thing, (way, (dx, dy)) = make_thing(rng), rng.choice(list(WAYS.items()))
     room, path = SIDE / 2 - 1.25 * thing.radius, rng.uniform(0.75, 1.0)
     across = rng.uniform(-0.8, 0.8) * room
     background, seed, frames = paper(rng), rng.random(), []
     for i in range(3 * FPS):
-        along = room * path * (2 * i / (3 * FPS - 1) - 1)
-        thing.x = SIDE / 2 + (dx * along if dx else across)
-        thing.y = SIDE / 2 + (dy * along if dy else across)
-        frames.append(draw([thing], random.Random(seed), background))
+        along = room * path * (2 * i / (3 * FPS - 1) - 1)                       # from one edge to the other
+        thing.x = SIDE / 2 + dx * along + abs(dy) * across
+        thing.y = SIDE / 2 + dy * along + abs(dx) * across
+        frames.append(draw([thing], random.Random(seed), background))           # of the same colour and turn
     return thing, way, frames
 
 
-# ---- Sounds
-
-def beep(voice, hz, seconds):
-    t = np.arange(int(seconds * RATE)) / RATE
-    if voice == "flute":
+def beep(voice, hz, seconds):           # samples in -1..1, (T,)
+    t = np.arange(int(seconds * RATE)) / RATE                                   # (T,)
+    if voice == "flute":                # a pure tone
         x = np.sin(2 * np.pi * hz * t)
-    elif voice == "buzzer":
+    elif voice == "buzzer":             # a saw
         x = 2 * (hz * t % 1) - 1
-    else:
+    else:                               # a bell: partials that are no multiples, the higher the sooner gone
         x = sum(np.sin(2 * np.pi * hz * k * t) * np.exp(-t * d) / k for k, d in ((1, 9), (2.76, 14), (5.4, 22)))
-    fade = np.minimum(1, np.minimum(t, t[::-1]) / 0.01)
+    fade = np.minimum(1, np.minimum(t, t[::-1]) / 0.01)                         # no click at either end
     return x * fade
 
 
-def sound(rng):
-    """One to four equal beeps in two seconds -> count, pitch, voice, samples."""
+def sound(rng):                         # one to four equal beeps in two seconds -> count, pitch, voice, samples
     count, (pitch, hz), voice = rng.randint(1, 4), rng.choice(list(PITCHES.items())), rng.choice(VOICES)
     hz *= 2 ** rng.uniform(-0.3, 0.3)
-    slot = 2 / count if count > 1 else rng.uniform(0.6, 2)
+    slot = 2 / count if count > 1 else rng.uniform(0.6, 2)                      # seconds from beep to beep
     slot = min(slot, rng.uniform(0.4, 0.66))
-    x = np.random.RandomState(rng.randrange(2 ** 31)).randn(2 * RATE) * rng.uniform(0.001, 0.006)
+    x = np.random.RandomState(rng.randrange(2 ** 31)).randn(2 * RATE) * rng.uniform(0.001, 0.006)       # (T,), a hiss
     start = rng.uniform(0.02, 2 - count * slot + 0.02)
     for i in range(count):
         tone = beep(voice, hz, slot * 0.6) * rng.uniform(0.25, 0.6)
@@ -190,27 +193,26 @@ def sound(rng):
 def blobs(picture):
     """Picture of any size -> (fill colour, area, x, y, the blob alone at a fixed size (32, 32)) of all but specks."""
     pixels, at, out = np.asarray(picture.convert("RGB").resize((SIDE, SIDE)), float), np.arange(SIDE), []
-    ground = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), 0)
-    apart = np.linalg.norm(pixels - ground, axis=2)
-    parts = Image.fromarray((apart > 55).astype("int32"))
+    ground = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), 0)         # (3,)
+    apart = np.linalg.norm(pixels - ground, axis=2)                                                     # (H, W)
+    parts = Image.fromarray((apart > 55).astype("int32"))       # 1: of a blob not seen yet, 2: of this one
     while len(left := np.argwhere(np.asarray(parts) == 1)):
         ImageDraw.floodfill(parts, tuple(left[0, ::-1].tolist()), 2)
         region = np.asarray(parts) == 2
         parts = Image.fromarray(np.asarray(parts) * ~region)
         if region.sum() > 60:
-            fill = np.median(pixels[region & (apart > 0.7 * apart[region].max())], 0)     # edges may be soft
+            fill = np.median(pixels[region & (apart > 0.7 * apart[region].max())], 0)       # edges may be soft
             cover = region * np.clip((pixels - ground) @ (fill - ground) / np.sum((fill - ground) ** 2), 0, 1)
-            area = cover.sum()
+            area = cover.sum()                                  # cover (H, W): of a pixel on an edge a part
             x, y = cover.sum(0) @ at / area, cover.sum(1) @ at / area
-            grid = np.linspace(-1, 1, 32) * area ** 0.5
+            grid = np.linspace(-1, 1, 32) * area ** 0.5         # the stamp grows with the blob: size does not matter
             rows, columns = (np.rint(c + grid).clip(0, SIDE - 1).astype(int) for c in (y, x))
             out.append((fill, area, x + 0.5, y + 0.5, cover[np.ix_(rows, columns)]))
     return out
 
 
 @cache
-def patterns():
-    """Every shape in seven turns -> names, areas at radius 1, blobs (n, 32, 32)."""
+def patterns():                         # every shape in seven turns -> names, areas at radius 1, blobs (n, 32, 32)
     drawn = [(shape, *blobs(draw([Thing(shape, "black", "big", 64, 64, 40)], random.Random(i), (255, 255, 255)))[0])
              for shape in SHAPES for i in range(7)]
     names, _, areas, _, _, stamps = zip(*drawn)
@@ -222,7 +224,7 @@ def look(picture):
     names, areas, stamps = patterns()
     things = []
     for fill, area, x, y, seen in blobs(picture):
-        likeness = np.minimum(seen, stamps).sum((1, 2)) / np.maximum(seen, stamps).sum((1, 2))
+        likeness = np.minimum(seen, stamps).sum((1, 2)) / np.maximum(seen, stamps).sum((1, 2))          # (n,), soft IoU
         best = likeness.argmax()
         if likeness[best] > 0.7:
             radius = (area / areas[best]) ** 0.5
@@ -233,7 +235,8 @@ def look(picture):
 
 def watch(frames):
     """The thing that most frames show and the way it goes; None for what cannot be told."""
-    seen = [things[0] for frame in frames[::max(len(frames) // 4, 1)] + frames[-1:] if len(things := look(frame)) == 1]
+    shown = map(look, frames[::max(len(frames) // 4, 1)] + frames[-1:])         # five frames are enough
+    seen = [things[0] for things in shown if len(things) == 1]
     if not seen:
         return None, None
     thing = max(seen, key=lambda t: sum((t.name, t.size) == (u.name, u.size) for u in seen))
@@ -247,7 +250,7 @@ def listen(x, rate=RATE):
     step = rate // 100
     level = np.abs(x[:len(x) // step * step]).reshape(-1, step).max(1)          # of every 10 ms
     loud = level > max(0.05, 0.15 * level.max())
-    count = sum(loud[i] and not loud[max(i - 8, 0):i].any() for i in range(len(loud)))
+    count = sum(loud[i] and not loud[max(i - 8, 0):i].any() for i in range(len(loud)))      # after 80 ms of quiet
     spectrum, hz = np.abs(np.fft.rfft(x)), np.fft.rfftfreq(len(x), 1 / rate)
     peak = hz[(spectrum * (hz > 100)).argmax()]
     return int(count), min(PITCHES, key=lambda p: abs(math.log(PITCHES[p] / peak))) if count else None
@@ -256,68 +259,65 @@ def listen(x, rate=RATE):
 # ---- Questions and captions
 # Each gives (kind, question, answer). Answers name what was asked about, so that they can be checked word by word.
 
-def a(name):
+def a(name):                            # none of the names begins with a u
     return ("an " if name[0] in "aeio" else "a ") + name
 
 
-def counted(n, noun):
-    return f"{NUMBERS[n]} {noun}" + ("" if n == 1 else "es" if noun.endswith("s") else "s")
+def plural(noun):                       # star -> stars, cross -> crosses
+    return noun + ("es" if noun.endswith("s") else "s")
 
 
-def plural(n, noun):
+def counted(n, noun):                   # "two stars"
+    return f"{NUMBERS[n]} {noun if n == 1 else plural(noun)}"
+
+
+def there_are(n, noun):
     return f"There {'is' if n == 1 else 'are'} {counted(n, noun)}."
 
 
-def listing(words):
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+def listing(words):                     # "x, y and z"
+    *words, last = words
+    return f"{', '.join(words)} and {last}" if words else last
 
 
-def only(things, key):
-    """The things that no other shares `key` with."""
-    return [t for t in things if sum(getattr(u, key) == getattr(t, key) for u in things) == 1]
+def only(things, key):                  # the things that no other shares `key` with
+    count = Counter(getattr(t, key) for t in things)
+    return [t for t in things if count[getattr(t, key)] == 1]
 
 
-def ask_colour(things, rng):
-    if unique := only(things, "shape"):
+FACTS = {                               # kind -> by what one thing is told from all others, questions, answer
+    "colour": ("shape", ["What colour is the {}?", "What color is the {}?", "Which colour does the {} have?"],
+               "The {t.shape} is {t.colour}."),
+    "shape": ("colour", ["What shape is the {} one?", "Which shape is {}?", "What is the {} thing?"],
+              "The {t.colour} one is a {t.shape}."),
+    "size": ("name", ["Is the {} small or big?", "How big is the {}?"], "The {t.name} is {t.size}."),
+    "place": ("name", ["At which place is the {}?"], "The {t.name} is {t.place}.")}
+
+
+def ask_fact(things, rng, kind):        # None where nothing can be told from all others
+    key, asks, answer = FACTS[kind]
+    if unique := only(things, key):
         t = rng.choice(unique)
-        ask = rng.choice(["What colour is the {}?", "What color is the {}?", "Which colour does the {} have?"])
-        return "colour", ask.format(t.shape), f"The {t.shape} is {t.colour}."
+        ask = rng.choice(asks) if len(asks) > 1 else asks[0]    # a choice of one would draw a random number too
+        return kind, ask.format(getattr(t, key)), answer.format(t=t)
 
 
-def ask_shape(things, rng):
-    if unique := only(things, "colour"):
-        t = rng.choice(unique)
-        ask = rng.choice(["What shape is the {} one?", "Which shape is {}?", "What is the {} thing?"])
-        return "shape", ask.format(t.colour), f"The {t.colour} one is a {t.shape}."
+ask_colour, ask_shape, ask_size, ask_place = (partial(ask_fact, kind=kind) for kind in FACTS)
 
 
 def ask_count(things, rng):
-    kind = rng.choice(["all", "all", "shape", "colour"])
+    key = rng.choice(["all", "all", "shape", "colour"])
     ask = rng.choice(["How many {} are there?", "How many {} do you see?"])
-    if kind == "all":
-        return "count", ask.format("shapes"), plural(len(things), "shape")
-    words = list(SHAPES if kind == "shape" else COLOURS)
-    word = getattr(rng.choice(things), kind) if rng.random() < 0.8 else rng.choice(words)
-    n = sum(getattr(t, kind) == word for t in things)
-    if kind == "colour":
-        return "count", ask.format(f"{word} shapes"), plural(n, f"{word} shape")
-    return "count", ask.format(word + ("es" if word.endswith("s") else "s")), plural(n, word)
+    if key == "all":
+        return "count", ask.format("shapes"), there_are(len(things), "shape")
+    words = {"shape": SHAPES, "colour": COLOURS}[key]
+    word = getattr(rng.choice(things), key) if rng.random() < 0.8 else rng.choice(list(words))     # there may be none
+    n = sum(getattr(t, key) == word for t in things)
+    noun = {"shape": word, "colour": f"{word} shape"}[key]
+    return "count", ask.format(plural(noun)), there_are(n, noun)
 
 
-def ask_size(things, rng):
-    if unique := only(things, "name"):
-        t = rng.choice(unique)
-        ask = rng.choice(["Is the {} small or big?", "How big is the {}?"])
-        return "size", ask.format(t.name), f"The {t.name} is {t.size}."
-
-
-def ask_place(things, rng):
-    if unique := only(things, "name"):
-        t = rng.choice(unique)
-        return "place", f"At which place is the {t.name}?", f"The {t.name} is {t.place}."
-
-
-def ask_exists(things, rng):
+def ask_exists(things, rng):            # half and more of what is asked for is there
     names = {t.name for t in things}
     if rng.random() < 0.5:
         name = rng.choice(sorted(names))
@@ -329,118 +329,121 @@ def ask_exists(things, rng):
 
 
 def ask_side(things, rng):
-    pairs = [(t, u) for t in only(things, "name") for u in only(things, "name") if abs(t.x - u.x) > SIDE / 8]
-    if pairs:
+    unique = only(things, "name")
+    if pairs := [(t, u) for t in unique for u in unique if abs(t.x - u.x) > SIDE / 8]:
         t, u = rng.choice(pairs)
         side = "left" if t.x < u.x else "right"
         return "side", f"Is the {t.name} left or right of the {u.name}?", f"The {t.name} is on the {side}."
 
 
-def describe(things):
-    text = listing([f"{a(f'{t.size} {t.name}')} {t.place}" for t in things])
-    return text[0].upper() + text[1:] + "."
+def describe(things):                   # a picture's caption: everything in it and where
+    return listing([f"{a(t.full_name)} {t.place}" for t in things]).capitalize() + "."
 
 
-def picture_questions(things, rng):
+def picture_questions(things, rng):     # all that fit, in any order, then the caption's
     kinds = [ask_colour, ask_shape, ask_count, ask_size, ask_place, ask_exists, ask_side]
-    return [q for ask in rng.sample(kinds, len(kinds)) if (q := ask(things, rng))] + [
-        ("caption", rng.choice(["Describe the picture.", "What is in the picture?"]), describe(things))]
+    asked = [ask(things, rng) for ask in rng.sample(kinds, len(kinds))]
+    caption = "caption", rng.choice(["Describe the picture.", "What is in the picture?"]), describe(things)
+    return [*filter(None, asked), caption]                      # None: no such question fits the picture
 
 
-def clip_questions(thing, way, rng):
-    to = {"left": "to the left", "right": "to the right"}.get(way, way)
-    return [("colour", "What colour is the moving shape?", f"The {thing.shape} is {thing.colour}."),
-            ("shape", rng.choice(["What is moving?", "Which shape moves?"]), f"A{a(thing.name)[1:]} is moving."),
-            ("way", rng.choice(["Which way does it move?", "Where does the shape go?"]), f"The {thing.shape} moves {to}."),
-            ("caption", rng.choice(["Describe the clip.", "What happens in the clip?"]),
-             f"A {thing.size} {thing.name} moves {to}.")]
+def clip_questions(t, way, rng):
+    to = {"left": "to the left", "right": "to the right"}.get(way, way)         # up and down as they are
+    return [("colour", "What colour is the moving shape?", f"The {t.shape} is {t.colour}."),
+            ("shape", rng.choice(["What is moving?", "Which shape moves?"]), f"{a(t.name).capitalize()} is moving."),
+            ("way", rng.choice(["Which way does it move?", "Where does the shape go?"]), f"The {t.shape} moves {to}."),
+            ("caption", rng.choice(["Describe the clip.", "What happens in the clip?"]), f"A {t.full_name} moves {to}.")]
 
 
 def sound_questions(count, pitch, voice, rng):
-    beeps = f"{NUMBERS[count]} {pitch} beep{'s' * (count > 1)} of {a(voice)}"
-    return [("count", rng.choice(["How many beeps do you hear?", "How many beeps are there?"]), plural(count, "beep")),
-            ("pitch", rng.choice(["How high is the sound?", "Is the sound low, middle or high?"]),
-             f"The sound is {pitch}."),
+    beeps = f"{counted(count, f'{pitch} beep')} of {a(voice)}"
+    return [("count", rng.choice(["How many beeps do you hear?", "How many beeps are there?"]), there_are(count, "beep")),
+            ("pitch", rng.choice(["How high is the sound?", "Is the sound low, middle or high?"]), f"The sound is {pitch}."),
             ("voice", rng.choice(["What makes the sound?", "Which instrument do you hear?"]), f"It is a {voice}."),
-            ("caption", rng.choice(["Describe the sound.", "What do you hear?"]), beeps[0].upper() + beeps[1:] + ".")]
+            ("caption", rng.choice(["Describe the sound.", "What do you hear?"]), beeps.capitalize() + ".")]
 
 
 # ---- Pointing
 
-NOUNS = ("thing", "{shape}", "{colour} thing", "{size} thing", "{colour} {shape}", "{size} {shape}",
-         "{size} {colour} {shape}")
+NOUNS = "thing|{shape}|{colour} thing|{size} thing|{colour} {shape}|{size} {shape}|{size} {colour} {shape}".split("|")
 RELATIONS = [((-1, 0), "leftmost", "on the left of"), ((1, 0), "rightmost", "on the right of"),
              ((0, -1), "highest", "above"), ((0, 1), "lowest", "below")]
 GAP = SIDE / 16                         # less than this between two things is no order
 
 
-def along(t, way):
-    return t.x * way[0] + t.y * way[1]
+def farther(t, u, way):                 # how many pixels t lies on that side of u
+    return (t.x * way[0] + t.y * way[1]) - (u.x * way[0] + u.y * way[1])
 
 
 def beyond(u, way, group):
     """The one thing of a group that lies on that side of u; None if none or several do, or if it is hard to tell."""
-    there = [t for t in group if t is not u and along(t, way) - along(u, way) > -GAP]
-    return there[0] if len(there) == 1 and along(there[0], way) - along(u, way) > GAP else None
+    there = [t for t in group if t is not u and farther(t, u, way) > -GAP]
+    return there[0] if len(there) == 1 and farther(there[0], u, way) > GAP else None
+
+
+def extremes(t, group):                 # leftmost, highest ... if it clearly is that in a group of several
+    others = [u for u in group if u is not t]
+    return [most for way, most, _ in RELATIONS if others and all(farther(t, u, way) > GAP for u in others)]
 
 
 def referring_expressions(t, things):
     """All we can say that fits this thing alone -> lists: by name, by place, as the outermost, by another thing."""
-    nouns = [(noun, [u for u in things if noun in u.nouns]) for noun in t.nouns]            # each with all that it fits
-    return [[f"the {noun}" for noun, group in nouns if len(group) == 1],
-            [f"the {noun} {t.place}" for noun, group in nouns if all(u is t or u.place != t.place for u in group)],
-            [f"the {most} {noun}" for noun, group in nouns if len(group) > 1 for way, most, _ in RELATIONS
-             if all(along(t, way) - along(u, way) > GAP for u in group if u is not t)],
-            [f"the {noun} {side} the {u.name}" for u in only(things, "name") for way, _, side in RELATIONS
-             if beyond(u, way, [t]) for noun, group in nouns if beyond(u, way, group) is t]]
+    fits = {noun: [u for u in things if noun in u.nouns] for noun in t.nouns}
+    near = [(u, way, side) for u in only(things, "name") for way, _, side in RELATIONS if beyond(u, way, [t])]
+    return [[f"the {noun}" for noun, group in fits.items() if len(group) == 1],
+            [f"the {noun} {t.place}" for noun, group in fits.items() if [u.place for u in group].count(t.place) == 1],
+            [f"the {most} {noun}" for noun, group in fits.items() for most in extremes(t, group)],
+            [f"the {noun} {side} the {u.name}" for u, way, side in near
+             for noun, group in fits.items() if beyond(u, way, group) is t]]
 
 
 def box_rows(pictures, rng, task):
     """All things that can be told apart: for REC an expression, for REG the full name, for RES expressions and mask."""
     rows = []
-    for p, t in ((p, t) for p in pictures for t in p.things):
-        if found := [rng.choice(kind) for kind in referring_expressions(t, p.things) if kind]:
-            polygon = [v for point in outline(t) for v in point]            # x1, y1, x2, y2, ...
-            rows.append({"img_path": p.name, "bbox": box(t)} | {
-                "REC": {"expression": rng.choice(found)}, "REG": {"expression": a(f"{t.size} {t.name}")},
-                "RES": {"expressions": found, "height": SIDE, "width": SIDE, "mask": [polygon]}}[task])
+    for p in pictures:
+        for t in p.things:
+            if found := [rng.choice(kind) for kind in referring_expressions(t, p.things) if kind]:
+                told = {"REC": {"expression": rng.choice(found)}, "REG": {"expression": a(t.full_name)},
+                        "RES": {"expressions": found, "height": SIDE, "width": SIDE, "mask": [sum(outline(t), ())]}}
+                rows.append({"img_path": p.name, "bbox": box(t)} | told[task])
     return rows
 
 
 def all_regions(p, rng, texts, times=1):
     """All things that can be told apart, in any order, with texts(thing, its referring expressions by kind, rng)."""
-    rows = [{"bbox": box(t), "expressions": found} for t in p.things * times
-            if any(said := referring_expressions(t, p.things)) and (found := texts(t, said, rng))]
+    told = [(t, referring_expressions(t, p.things)) for t in p.things * times]
+    rows = [{"bbox": box(t), "expressions": found} for t, said in told if any(said) and (found := texts(t, said, rng))]
     return rows and {"img_path": p.name, "regions": rng.sample(rows, len(rows))}
 
 
-def bare_words(t, said):
-    """What each part of a thing should call to mind: how it looks, where it is, of which sides it is the outermost, so
-    that "the leftmost" and "red" together are found where both are likely."""
+def bare_words(t, said, rng):           # its looks, its place, the sides of which it is the outermost
     sides = [text.split()[1] for text in said[2] if re.fullmatch(r"the \w+ thing", text)]
-    return " ".join([t.size, t.name, *t.place.split()[2:], *sides])
+    return [" ".join([t.full_name, *t.place.split()[2:], *sides])]
 
 
 def flickr_row(p, rng):
     """Caption with marked phrases and the boxes of each: every thing and its place, or things counted by shape."""
-    parts = [(a(f"{t.size} {t.name}"), f" {t.place}", [i]) for i, t in enumerate(p.things)]
     if rng.random() < 0.5:
-        parts = [(counted(len(seq), shape) if len(seq) > 1 else a(shape), "", seq) for shape in SHAPES
-                 if (seq := [i for i, t in enumerate(p.things) if t.shape == shape])]
-    sentence = listing([f"<ph_st>{phrase}<ph_ed>{place}" for phrase, place, _ in parts])
-    return {"image_id": Path(p.name).stem, "sentence": f"The picture shows {sentence}.",
-            "boxes": [box(t) for t in p.things], "boxes_seq": [seq for *_, seq in parts]}
+        of = {shape: [i for i, t in enumerate(p.things) if t.shape == shape] for shape in SHAPES}
+        parts = [(f"<ph_st>{counted(len(seq), shape) if len(seq) > 1 else a(shape)}<ph_ed>", seq)
+                 for shape, seq in of.items() if seq]
+    else:
+        parts = [(f"<ph_st>{a(t.full_name)}<ph_ed> {t.place}", [i]) for i, t in enumerate(p.things)]
+    phrases, seqs = zip(*parts)
+    return {"image_id": Path(p.name).stem, "sentence": f"The picture shows {listing(phrases)}.",
+            "boxes": [box(t) for t in p.things], "boxes_seq": seqs}
 
 
 def pope_rows(pictures, rng, kind):
     """Two questions a picture: one after a thing in it, one after one that is not: any, a frequent or a similar one."""
     frequency, rows = Counter(t.name for p in pictures for t in p.things), []
-    names = sorted((f"{colour} {shape}" for colour in COLOURS for shape in SHAPES), key=lambda name: -frequency[name])
+    names = sorted(NAMES, key=lambda name: -frequency[name])
     for p in pictures:
         here = sorted({t.name for t in p.things})
-        similar = [name for name in names if set(name.split()) & set(" ".join(here).split())]
+        similar = [name for name in names if set(name.split()) & set(" ".join(here).split())]       # in colour or shape
         others = {"random": names, "popular": names[:10], "adversarial": similar}[kind]
-        for name, label in ((rng.choice(here), "yes"), (rng.choice([n for n in others if n not in here]), "no")):
+        absent = [name for name in others if name not in here]
+        for name, label in ((rng.choice(here), "yes"), (rng.choice(absent), "no")):
             text = f"Is there {a(name)} in the picture?"
             rows.append({"question_id": len(rows) + 1, "image": p.name, "text": text, "label": label})
     return rows
@@ -451,69 +454,81 @@ def pope_rows(pictures, rng, kind):
 
 def drawing(rng):
     """One thing at a place, or two, one beyond the other; they are big unless sizes are told -> things, caption."""
-    things, noun = [make_thing(rng) for _ in range(rng.choice((1, 2, 2)))], rng.choice(NOUNS[-3::2])
-    for t in things if "size" not in noun else ():
-        t.size, t.radius = "big", SIZES["big"] * rng.uniform(0.92, 1.08)
+    things = [make_thing(rng) for _ in range(rng.choice((1, 2, 2)))]
+    noun = rng.choice(NOUNS[-3::2])                             # colour and shape, with or without size
+    if "size" not in noun:
+        for t in things:
+            t.size, t.radius = "big", SIZES["big"] * rng.uniform(0.92, 1.08)
     way, _, side = rng.choice(RELATIONS)
     if len(things) == 1:
-        way = rng.choice((-1, 0, 1)), rng.choice((-1, 0, 1))
-    for t, sign in zip(things, (1, -1)):
+        way = rng.choice((-1, 0, 1)), rng.choice((-1, 0, 1))    # to any of the nine places
+    for t, sign in zip(things, (1, -1)):                        # the second opposite to the first
         t.x, t.y = (SIDE / 2 + 31 * sign * w + rng.uniform(-2, 2) for w in way)
-    names = [a(noun.format(**vars(t))) for t in things]
-    text = f"{rng.choice((side, side.removeprefix('on the ')))} {names[1]}" if len(things) > 1 else things[0].place
-    return things, f"{names[0].capitalize()} {text}."
+    first, *other = [a(noun.format(**vars(t))) for t in things]
+    where = f"{rng.choice((side, side.removeprefix('on the ')))} {other[0]}" if other else things[0].place
+    return things, f"{first.capitalize()} {where}."
 
 
 def drawn(things):
     """What a drawing shows, always in the same order of words, so that a model can tell a painter word by word."""
-    names = [a(f"{t.size} {t.name}") for t in things]
-    side = next((side for way, _, side in RELATIONS if along(things[0], way) - along(things[-1], way) > SIDE / 4), "")
+    names = [a(t.full_name) for t in things]
+    side = next((side for way, _, side in RELATIONS if farther(things[0], things[-1], way) > SIDE / 4), "")
     where = f"{side.removeprefix('on the ')} {names[1]}" if side else things[0].place
     return f"{names[0].capitalize()} {where}."
 
 
 def judge(kind, caption, made):
     """Whether a picture, the frames of a clip or samples (at RATE) are as a caption says: {what: right}."""
+    names = re.findall("|".join(NAMES), caption)
     if kind == "audio":
         count, pitch = listen(made)
         return {"count": NUMBERS[count:count + 1] == caption.lower().split()[:1], "pitch": f"{pitch} beep" in caption}
-    names = re.findall(f"({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})", caption)
     if kind == "video":
         thing, way = watch(made)
-        return {"way": str(way) in re.split(r"\W", caption), "thing": bool(thing) and tuple(thing.name.split()) in names}
-    seen = sorted(look(made), key=lambda t: names.index((t.colour, t.shape)) if (t.colour, t.shape) in names else 9)
-    way = next((way for way, _, side in RELATIONS if f" {side.removeprefix('on the ')} " in caption), None)
-    there = caption.endswith(f" {seen[0].place}.") if len(seen) == 1 else (
-        len(seen) == 2 and bool(way) and along(seen[0], way) - along(seen[1], way) > GAP)
-    return {"shapes": sorted(t.shape for t in seen) == sorted(shape for _, shape in names),
-            "colours": sorted(t.colour for t in seen) == sorted(colour for colour, _ in names),
-            "things": [(t.colour, t.shape) for t in seen] == names, "places": len(seen) == len(names) and there}
+        return {"way": str(way) in re.split(r"\W", caption), "thing": bool(thing) and thing.name in names}
+    seen = sorted(look(made), key=lambda t: [*names, t.name].index(t.name))     # in the caption's order, others last
+    return {"shapes": sorted(t.shape for t in seen) == sorted(name.split()[1] for name in names),
+            "colours": sorted(t.colour for t in seen) == sorted(name.split()[0] for name in names),
+            "things": [t.name for t in seen] == names, "places": len(seen) == len(names) and placed(seen, caption)}
+
+
+def placed(things, caption):            # whether one thing is at the place told, or the first of two beyond the other
+    if len(things) == 1:
+        return caption.endswith(f" {things[0].place}.")
+    way = next((way for way, _, side in RELATIONS if f" {side.removeprefix('on the ')} " in caption), (0, 0))
+    return len(things) == 2 and farther(*things, way) > GAP
 
 
 # ---- Dialogues and requests
 
-def turns(*texts):
+def turns(*texts):                      # LLaVA's: questions and answers in turn
     return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
 def dialogue(p, rng, chain):
-    """Three rounds, each about what the last one found; None for pictures that give no such thing.
+    """Three rounds, each about what the last one found; None for pictures that give no such thing. A chain says [it]
+    and gives only shapes away, so that the rest must be seen; else questions name things with boxes."""
+    key = "shape" if chain else "name"
 
-    A chain says [it] and gives only shapes away, so that the rest must be seen; else questions name things with boxes.
-    """
     def here(text, thing):
         return f"{text} <{getattr(thing, key)}:{[round(v) for v in box(thing)]}>"
-    key = "shape" if chain else "name"
+
+    def question(ask, thing):
+        return ask.format("[it]") if chain else here(ask.format(f"the {thing.name}"), thing)
     known = only(p.things, key)
     links = [(t, side, u) for t in known for way, _, side in RELATIONS if (u := beyond(t, way, p.things)) in known]
-    if not links and not (chain and known):
+    if chain and not links:
+        links = [(t, "", t) for t in known[:1]]                 # all rounds about one thing
+    if not links:
         return None
-    t, side, u = rng.choice(links or [(known[0], "", known[0])])
-    rounds = [(f"What is {side} {{}}?", t, f"A{a(getattr(u, key))[1:]} is {side} it.", u)] * bool(links)
+    t, side, u = rng.choice(links)
+    step = (f"What is {side} {{}}?", t, f"{a(getattr(u, key)).capitalize()} is {side} it.", u)
     asked = [("How big is {}?", u, f"It is {u.size}.", u), ("What colour is {}?", u, f"It is {u.colour}.", u)]
+    if chain:
+        asked = rng.sample(asked, 2)
     texts = [f"Where is the {getattr(t, key)}?", here(f"The {getattr(t, key)} is {t.place}.", t)]
-    for ask, about, answer, found in (rounds + (rng.sample(asked, 2) if chain else asked))[:2]:
-        texts += [ask.format("[it]") if chain else here(ask.format(f"the {about.name}"), about), here(answer, found)]
+    for ask, about, answer, found in ([step, *asked] if side else asked)[:2]:
+        texts += [question(ask, about), here(answer, found)]
     return {"image": p.name, "image_wh": [SIDE, SIDE], "conversation": turns(*texts)}
 
 
@@ -537,44 +552,42 @@ def request(m, rng, year):
 def wish(m, rng):
     """A request that is answered by what will come, in the words that prompt the medium, and by the medium."""
     row, caption = request(m, rng, 2024), drawn(m.things) if m.things else m.caption
-    answer = {"from": "gpt", "value": f"{caption} <{m.kind}>"}
-    return row | {f"{m.kind}_captions": caption, "conversations": [row["conversations"][0], answer]}
+    ask, answer = row["conversations"][0], {"from": "gpt", "value": f"{caption} <{m.kind}>"}
+    return row | {f"{m.kind}_captions": caption, "conversations": [ask, answer]}
 
 
-def talks(media, rng):
-    """Conversations that use all a model can do, one thing after another: questions about a picture, a clip or a sound, where
-    things are in the picture, then wishes, or before. No kind of medium is shown or made twice. As many as there are drawings;
-    none where a kind is missing."""
-    of, rows = {folder: [m for m in media if m.name.startswith(folder)] for folder, *_ in MEDIA.values()}, []
-    for drawing in of["drawings"] if all(of.values()) else ():
-        picture, clip, sound, *made = (rng.choice(of[folder]) for folder in ("pictures", "clips", "sounds") * 2)
-        row, parts = {"image_wh": [SIDE, SIDE]}, []
-        for m in rng.choice([(picture,), (picture,), (picture, sound), (picture, sound), (clip,), (sound,)]):
-            row[f"input_{m.kind}"] = m.name
-            parts.append(asked(m.kind, [words for _, *words in rng.sample(m.questions, rng.randint(1, 2))]))
-        for m in rng.sample([drawing, *made[1:]], rng.randint(1, 2)):
-            asking = wish(m, rng)
-            parts.append([turn["value"] for turn in asking.pop("conversations")])
-            row |= asking
-        rng.shuffle(parts)
-        first = next((i for i, part in enumerate(parts) if part[0].startswith("<image>")), None)
-        if first is not None and (pointing := dialogue(picture, rng, chain=True)):
-            texts = [turn["value"].replace("[it]", "it") for turn in pointing["conversation"]]
-            parts.insert(rng.randint(first + 1, len(parts)), texts)
-        rows.append(row | {"conversations": turns(*sum(parts, []))})
-    return rows
+def talks(of, rng):                     # as many as there are drawings; none where a kind of media is missing
+    return [talk(drawing, of, rng) for drawing in of["drawing"]] if all(of.values()) else []
+
+
+def talk(drawing, of, rng):
+    """All a model can do, one thing after another, in any order; no kind of medium is shown twice, nor made twice."""
+    picture, clip, sound, _, *made = (rng.choice(of[kind]) for kind in ("image", "video", "audio") * 2)
+    shown = rng.choice([(picture,), (picture,), (picture, sound), (picture, sound), (clip,), (sound,)])
+    row, parts = {"image_wh": [SIDE, SIDE]}, []
+    for m in shown:
+        row[f"input_{m.kind}"] = m.name
+        parts.append(asked(m.kind, rng.sample(m.questions, rng.randint(1, 2))))
+    for m in rng.sample([drawing, *made], rng.randint(1, 2)):
+        row |= wish(m, rng)
+        parts.append([turn["value"] for turn in row.pop("conversations")])
+    rng.shuffle(parts)
+    if picture in shown and (pointing := dialogue(picture, rng, chain=True)):
+        seen = next(i for i, part in enumerate(parts) if part[0].startswith("<image>"))
+        texts = [turn["value"].replace("[it]", "it") for turn in pointing["conversation"]]
+        parts.insert(rng.randint(seen + 1, len(parts)), texts)
+    return row | {"conversations": turns(*sum(parts, []))}
 
 
 def comprehension(m, rng):
-    return {f"input_{m.kind}": m.name, "conversations": turns(f"<{m.kind}>\n{m.questions[-1][1]}", m.caption)}
+    return {f"input_{m.kind}": m.name, "conversations": turns(*asked(m.kind, m.questions[-1:]))}
 
 
-def pair(m, rng):
+def pair(m, rng):                       # a caption pair of NExT-GPT's
     return {f"{m.kind}_name": m.name, "caption": m.caption}
 
 
-def number(m, rng):
-    """How many things a picture shows and their names, bare, for its caption."""
+def number(m, rng):                     # how many things there are and their names, bare, for a caption
     return pair(m._replace(caption=" ".join([counted(len(m.things), "shape"), *(t.name for t in m.things)])), rng)
 
 
@@ -620,8 +633,7 @@ MEDIA = {"image": ("pictures", "png", write_picture), "video": ("clips", "gif", 
          "audio": ("sounds", "wav", write_sound), "drawing": ("drawings", "png", write_drawing)}
 
 
-def write_medium(job):
-    """Writes one file of the world -> Medium."""
+def write_medium(job):                  # one file of the world -> Medium
     kind, number, seed, out = job
     folder, ending, write = MEDIA[kind]
     name = f"{folder}/{number:06}.{ending}"
@@ -629,9 +641,9 @@ def write_medium(job):
     return Medium(kind, name, *write(random.Random(f"{seed}/{kind}/{number}"), Path(out) / name))
 
 
-def asked(kind, rounds):
-    """Texts of (question, answer) rounds, one after another; first comes the medium they are about."""
-    return [text for i, (question, answer) in enumerate(rounds) for text in (f"<{kind}>\n" * (i == 0) + question, answer)]
+def asked(kind, questions):             # texts of rounds; first comes the medium they are about
+    texts = [text for _, *words in questions for text in words]
+    return [f"<{kind}>\n{text}" for text in texts[:1]] + texts[1:]
 
 
 def conversation(media, rng):
@@ -640,33 +652,23 @@ def conversation(media, rng):
     for kind, name, questions, *_ in media:
         record.setdefault(kind, []).append(name)
         chosen = rng.sample(questions, min(5 if len(media) == 1 else 2, len(questions)))
-        texts += asked(kind, [words for _, *words in chosen])
+        texts += asked(kind, chosen)
     return {**record, "conversations": turns(*texts)}
 
 
-def alone(medium, rng):
-    """A conversation about one medium."""
-    return conversation([medium], rng)
-
-
 def looks(medium, rng, asks=(ask_colour, ask_shape, ask_count)):
-    """LLaVA record: a picture's things asked for by shape and by colour, and counted, or whatever `asks` has, up to
-    eight times, so that nearly all there is to learn is which of them is meant."""
+    """LLaVA record: up to eight of `asks` about a picture, so that all there is to learn is which thing is meant."""
     drawn = (rng.choice(asks)(medium.things, rng) for _ in range(24))
-    questions = {answer: question for _, question, answer in filter(None, drawn)}
-    rounds = [(question, answer) for answer, question in questions.items()][:8]
-    return {"image": [medium.name], "conversations": turns(*asked("image", rounds))}
+    questions = {question[2]: question for question in drawn if question}       # each answer once
+    return {"image": [medium.name], "conversations": turns(*asked("image", list(questions.values())[:8]))}
 
 
-def single_question(medium, rng):
-    """LLaVA record of one question, with its kind."""
-    kind, name, questions, *_ = medium
-    what, question, answer = rng.choice(questions)
-    return {"kind": f"{kind} {what}", kind: name, "conversations": turns(*asked(kind, [(question, answer)]))}
+def single_question(m, rng):            # LLaVA record of one question, with its kind
+    question = rng.choice(m.questions)
+    return {"kind": f"{m.kind} {question[0]}", m.kind: m.name, "conversations": turns(*asked(m.kind, [question]))}
 
 
-def conversations(media, rng, mixed=0.15):
-    """Every medium in one record; a share of them two or three to a conversation."""
+def conversations(media, rng, mixed=0.15):              # every medium in one record, some two or three to a record
     media, out = rng.sample(media, len(media)), []
     while media:
         n = rng.choice([2, 3]) if rng.random() < mixed else 1
@@ -675,45 +677,39 @@ def conversations(media, rng, mixed=0.15):
     return out
 
 
-def each(media, rng, record):
-    return [row for m in media if (row := record(m, rng))]
+def each(record, **how):                # a maker of rows: a record of each medium that gives one
+    return lambda media, rng: [row for m in media if (row := record(m, rng, **how))]
 
 
-# File name ({}: train or test) -> media it is about, what makes its rows. As NExT-Chat, ChatterBox, NExT-GPT have them.
+# File name ({}: train or test) -> kind of media, what makes rows of them. As NExT-Chat, ChatterBox, NExT-GPT have them.
 FILES = {f"{task}_{{}}.jsonl": ("image", partial(box_rows, task=task)) for task in ("REC", "RES", "REG")}
-FILES |= {f"{key}_{{}}.jsonl": ("image", partial(each, record=partial(all_regions, texts=texts, times=1 + (key == "recs"))))
-          for key, texts in {
-              "names": lambda t, said, rng: said[0],            # by name alone, to begin with
-              "recs": lambda t, said, rng: [rng.choice(kind) for kind in said + said[2:] if kind],  # more often by others
-              "regs": lambda t, said, rng: [a(f"{t.size} {t.name}")],
-              "parts": lambda t, said, rng: [bare_words(t, said)]}.items()}
 FILES |= {f"POPE_{k}.jsonl": ("image", partial(pope_rows, kind=k)) for k in ("random", "popular", "adversarial")}
-FILES |= {"CAP_{}.jsonl": ("image", partial(each, record=lambda p, rng: {"img_path": p.name, "caption": p.caption})),
-          "CWB_flickr_{}.jsonl": ("image", partial(each, record=flickr_row)),
-          "CB_MRG.json": ("image", partial(each, record=partial(dialogue, chain=False))),
-          "CB_LC.json": ("image", partial(each, record=partial(dialogue, chain=True))),
-          "clips.json": ("video", partial(each, record=alone)), "sounds.json": ("audio", partial(each, record=alone)),
-          "looks.json": ("image", partial(each, record=looks)), "numbers.json": ("image", partial(each, record=number)),
-          "counts.json": ("image", partial(each, record=partial(looks, asks=(ask_count,)))),
-          "facts.json": ("image", partial(each, record=partial(looks, asks=(ask_exists, ask_place, ask_side, ask_size)))),
-          "drawings.json": ("drawing", partial(each, record=pair)),
-          "drawings_wishes.json": ("drawing", partial(each, record=wish)),
-          "talks.json": ("", talks),
-          "video_wishes.json": ("video", partial(each, record=wish)),
-          "audio_wishes.json": ("audio", partial(each, record=wish))}
-FILES |= {f"{kind}_{name}.json": (kind, partial(each, record=record))
-          for kind in ("image", "video", "audio") for name, record in (
-              ("pairs", pair), ("comprehension", comprehension), ("generation", partial(request, year=2024)),
-              ("instruction", partial(request, year=2023)))}
+FILES |= {
+    "names_{}.jsonl": ("image", each(all_regions, texts=lambda t, said, rng: said[0])),    # by name alone, at first
+    "recs_{}.jsonl": ("image", each(all_regions, times=2, texts=lambda t, said, rng: [          # more often by others
+        rng.choice(kind) for kind in said + said[2:] if kind])),
+    "regs_{}.jsonl": ("image", each(all_regions, texts=lambda t, said, rng: [a(t.full_name)])),
+    "parts_{}.jsonl": ("image", each(all_regions, texts=bare_words)),           # what each word alone calls to mind
+    "CAP_{}.jsonl": ("image", each(lambda p, rng: {"img_path": p.name, "caption": p.caption})),
+    "CWB_flickr_{}.jsonl": ("image", each(flickr_row)),
+    "CB_MRG.json": ("image", each(dialogue, chain=False)), "CB_LC.json": ("image", each(dialogue, chain=True)),
+    "clips.json": ("video", each(lambda m, rng: conversation([m], rng))),
+    "sounds.json": ("audio", each(lambda m, rng: conversation([m], rng))),
+    "looks.json": ("image", each(looks)), "counts.json": ("image", each(looks, asks=(ask_count,))),
+    "facts.json": ("image", each(looks, asks=(ask_exists, ask_place, ask_side, ask_size))),
+    "numbers.json": ("image", each(number)), "drawings.json": ("drawing", each(pair)), "talks.json": ("all", talks),
+    "drawings_wishes.json": ("drawing", each(wish)), "video_wishes.json": ("video", each(wish)),
+    "audio_wishes.json": ("audio", each(wish))}
+FILES |= {f"{kind}_{name}.json": (kind, rows) for kind in WISHES for name, rows in (
+    ("pairs", each(pair)), ("comprehension", each(comprehension)), ("generation", each(request, year=2024)),
+    ("instruction", each(request, year=2023)))}
 
 
-def listed(rows):
-    """JSON with a line per record."""
+def listed(rows):                       # JSON with a line per record
     return "[" + ",\n".join(map(json.dumps, rows)) + "]\n"
 
 
-def write_annotations(job):
-    """Writes one of FILES, from random numbers of its own."""
+def write_annotations(job):             # one of FILES, from random numbers of its own
     name, media, out, split, seed = job
     rows = FILES[name][1](media, random.Random(f"{seed}/{name}"))
     if name.endswith(".jsonl"):
@@ -726,11 +722,11 @@ def write_annotations(job):
 def write_tokenizer(records, out, vocab_size):
     """Sentencepiece model of what is said in conversations and, less often, about boxes; with LLaMA's conventions."""
     import sentencepiece
-    from datasets import PROMPTS
-    path, talks = out / "tokenizer.model", json.loads((out / "CB_LC.json").read_text())["data"]
+    from datasets import PROMPTS                                # here, for it brings torch, which no worker needs
+    path, dialogues = out / "tokenizer.model", json.loads((out / "CB_LC.json").read_text())["data"]
     pointing = [json.loads(line)["expression"] for line in open(out / "REC_train.jsonl")]
     texts = sorted({turn["value"] for record in records for turn in record["conversations"]})
-    spoken = [re.sub(" *<.*?>", "", turn["value"]) for row in talks for turn in row["conversation"]] + pointing
+    spoken = [re.sub(" *<.*?>", "", turn["value"]) for row in dialogues for turn in row["conversation"]] + pointing
     spoken += [text for texts in (*WISHES.values(), REPLIES, PROMPTS["REC"], PROMPTS["REG"]) for text in texts] * 20
     texts += random.Random(0).sample(sorted(spoken), min(len(spoken), len(texts) // 2))
     texts += ["USER: ASSISTANT:"] * (len(texts) // 5)           # the roles stand in every conversation, in no record
@@ -739,6 +735,24 @@ def write_tokenizer(records, out, vocab_size):
         model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
         hard_vocab_limit=False, character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2)
     path.with_suffix(".vocab").unlink()
+
+
+def write_world(out, counts, split, seed):              # all media, so many of each kind, and all of FILES -> media
+    for folder, _, _ in MEDIA.values():
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    for link in ("images", "videos", "audios"):                 # where NExT-GPT's files have their media
+        with suppress(OSError):                                 # there already, or Windows without leave to make links
+            (out / link).symlink_to(".")
+    jobs = [(kind, i, seed, str(out)) for kind, n in counts.items() for i in range(n)]
+    with get_context("spawn").Pool(CORES) as pool:              # a fork of one that decodes video may never wake up
+        drawing = pool.imap(write_medium, jobs, chunksize=64)
+        media = list(tqdm(drawing, total=len(jobs), desc="drawing", unit="file", disable=None))
+        of = {kind: [m for m in media if m.name.startswith(folder)] for kind, (folder, *_) in MEDIA.items()}
+        jobs = [(name, of.get(kind, of), out, split, seed) for name, (kind, _) in FILES.items()]      # all: every kind
+        shares = [job for i in range(CORES) for job in jobs[i::CORES]]      # a core gets the media once, and its share
+        writing = pool.imap(write_annotations, shares, chunksize=-(-len(jobs) // CORES))
+        list(tqdm(writing, total=len(jobs), desc="writing", unit="file", disable=None))
+    return media
 
 
 def main(argv=None):
@@ -752,32 +766,18 @@ def main(argv=None):
     p.add_argument("--vocab-size", type=int, default=700, help="of the tokenizer, default %(default)s")
     args = p.parse_args(argv)
     counts = {"image": args.pictures, "video": args.clips, "audio": args.sounds, "drawing": args.pictures // 2}
+    split, seed = "train", 0
     if args.questions:
-        counts = {kind: args.questions // 4 * (2 if kind in ("image", "drawing") else 1) for kind in counts}
-    seed = args.seed if args.seed is not None else int(args.questions > 0)
-    for folder, _, _ in MEDIA.values():
-        (args.out / folder).mkdir(parents=True, exist_ok=True)
-    for link in ("images", "videos", "audios"):         # where NExT-GPT's files have their media
-        with suppress(OSError):         # there already, or Windows without leave to make links
-            (args.out / link).symlink_to(".")
-    from tqdm import tqdm
-    jobs = [(kind, i, seed, str(args.out)) for kind, n in counts.items() for i in range(n)]
-    with get_context("spawn").Pool(CORES) as pool:       # a fork of a program that decodes video may never wake up
-        drawing = pool.imap(write_medium, jobs, chunksize=64)
-        media = list(tqdm(drawing, total=len(jobs), desc="drawing", unit="file", disable=None))
-        split = "test" if args.questions else "train"
-        of = {kind: [m for m in media if m.name.startswith(folder)] for kind, (folder, *_) in (MEDIA | {"": ("",)}).items()}
-        jobs = [(name, of[kind], args.out, split, seed) for name, (kind, _) in FILES.items()]
-        shares = [job for i in range(CORES) for job in jobs[i::CORES]]      # a core gets the media once, and its share
-        writing = pool.imap(write_annotations, shares, chunksize=-(-len(jobs) // CORES))
-        list(tqdm(writing, total=len(jobs), desc="writing", unit="file", disable=None))
-    media = [m for m in media if m.questions]           # nothing is asked about drawings
+        n, split, seed = args.questions // 4, "test", 1
+        counts = {"image": 2 * n, "video": n, "audio": n, "drawing": 2 * n}
+    seed = seed if args.seed is None else args.seed
+    media = [m for m in write_world(args.out, counts, split, seed) if m.questions]          # none about drawings
     rng = random.Random(seed)
     if args.questions:
         return (args.out / "questions.json").write_text(listed(single_question(m, rng) for m in media))
     records = conversations(media, rng)
     (args.out / "conversations.json").write_text(listed(records))
-    (args.out / "captions.json").write_text(listed(each(media, rng, pair)))
+    (args.out / "captions.json").write_text(listed(each(pair)(media, rng)))
     write_tokenizer(records, args.out, args.vocab_size)
 
 

@@ -128,19 +128,18 @@ def load(s, name, side, dtype=None, quantize=""):       # a side's model in eval
     return getattr(transformers, PEERS[name][1]).from_pretrained(folder, dtype=dtype).to(s.device).eval()
 
 
-def shared(side, s, name, ours, theirs, names=()):
+def shared(side, s, ours, theirs, names=()):
     """A side's module in eval mode, from functions that make them; both hold the same random tensors."""
-    with torch.device("meta"):          # no memory but that of the shared tensors
-        model = ours()
-        if name not in s.shared:
-            torch.manual_seed(0)
-            s.shared[name] = {key: torch.empty(x.shape, dtype=s.dtype, device=s.device).uniform_(-0.05, 0.05)
-                              for key, x in model.state_dict().items()}
-        state = s.shared[name]
-        if side != "ours":
-            model = theirs()
-            for old, new in names:
-                state = {re.sub(old, new, key): x for key, x in state.items()}
+    with torch.device("meta"):          # no memory but that of the tensors
+        mine = G.channels_last(ours())                          # as load_painter lays them out
+        model = mine if side == "ours" else theirs()
+    torch.manual_seed(0)
+    state = {}
+    for key, like in mine.state_dict().items():
+        x = torch.empty(like.shape, dtype=s.dtype, device=s.device).uniform_(-0.05, 0.05)
+        for old, new in names if side != "ours" else ():
+            key = re.sub(old, new, key)
+        state[key] = torch.empty_like(like, dtype=s.dtype, device=s.device).copy_(x) if side == "ours" else x
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -195,11 +194,6 @@ torch.set_num_threads(int(threads))
 ids = torch.tensor([[int(i) for i in ids]], device=device)
 """
 STARTS = {                              # programs that print the first token of an answer
-    "ours": FIRST + """
-import model
-it = model.load(folder, device, getattr(torch, dtype))
-print(next(model.generate(it, it.llm.embed(ids), max_new_tokens=1)))
-""",
     "transformers": FIRST + """
 from transformers import LlamaForCausalLM
 it = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
@@ -249,7 +243,7 @@ def sam(side, s):                       # SAM's image encoder
     cfg = replace(SAM, n_layer=n, global_layers=tuple(i for i in SAM.global_layers if i < n) or (n - 1,))
     sizes = dict(hidden_size=cfg.dim, num_hidden_layers=n, num_attention_heads=cfg.n_head, mlp_dim=cfg.mlp_dim,
                  image_size=cfg.image_size, window_size=cfg.window, global_attn_indexes=cfg.global_layers)
-    model = shared(side, s, "sam", lambda: vision.SAMImageEncoder(cfg), lambda: make(
+    model = shared(side, s, lambda: vision.SAMImageEncoder(cfg), lambda: make(
         "transformers", "SamVisionModel", make("transformers", "SamVisionConfig", **sizes)), SAM_NAMES)
     x = noise(s, 1, 3, cfg.image_size, cfg.image_size)
     if side == "ours":
@@ -263,7 +257,7 @@ def unet(side, s, name):
     shape = [*shape[:-2], *(n // 4 for n in shape[-2:])] if s.layers else [*shape]
     if cfg.video and s.device == "cpu":
         shape[1] = 4                    # frames
-    model = shared(side, s, name, lambda: G.UNet(cfg), lambda: make("diffusers", kind, **sizes))
+    model = shared(side, s, lambda: G.UNet(cfg), lambda: make("diffusers", kind, **sizes))
     x, prompt = noise(s, 2, *shape), noise(s, 2, *prompt)       # (B, C, H, W) or (B, C, F, H, W); (B, T, C) or (B, C)
     if side == "ours":
         told = {"text": model.read(prompt)} if cfg.context_dim else {"classes": prompt}
@@ -273,7 +267,7 @@ def unet(side, s, name):
 
 
 def vae(side, s):                       # latents to a picture. --layers: of a quarter of its sides
-    model = shared(side, s, "vae", lambda: G.VAE(G.SD15.vae), lambda: make("diffusers", "AutoencoderKL", **VAE))
+    model = shared(side, s, lambda: G.VAE(G.SD15.vae), lambda: make("diffusers", "AutoencoderKL", **VAE))
     x = noise(s, 1, 4, *[16 if s.layers else 64] * 2)
     if side == "ours":
         return Job(lambda: model.decode(x), 1)
@@ -503,7 +497,7 @@ def main():
     p.add_argument("--folder", type=Path, default=Path("runs/bench"), help="for checkpoints (default runs/bench)")
     p.add_argument("--side", help=argparse.SUPPRESS)        # what started gives
     s = SimpleNamespace(**vars(p.parse_args()))
-    s.dtype, s.shared = getattr(torch, s.dtype or native(s.device)), {}
+    s.dtype = getattr(torch, s.dtype or native(s.device))
     torch.set_num_threads(s.threads)
     torch.set_grad_enabled(False)
     if s.side:

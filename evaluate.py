@@ -413,7 +413,8 @@ class Asker:
                 said = [[part for part in turn if not isinstance(part, data.Box)] for turn in said]
                 regions = [replace(part, kind="region") if isinstance(part, data.Box) else part for part in question]
                 question = regions + [data.Box((), kind="find")] * bool(boxes_in(answer))
-            replies.append(self.reply([*said, question], max_new_tokens))
+            full = len(self.render([*said, question, None]).ids) >= self.model.cfg.llm.max_len
+            replies.append([] if full else self.reply([*said, question], max_new_tokens))       # [] is no right answer
             said += [question, replies[-1]]
         return replies
 

@@ -195,6 +195,15 @@ class CLAPText(nn.Module):
 
 # ---- Convolutions
 
+def channels_last(model):
+    """Lay the weights of convolutions out with channels innermost, as CPUs and tensor cores want them; what they compute
+    then lies so too, (N, H, W, C) in memory, through all layers. Values and shapes stay."""
+    for p in model.parameters():
+        if p.ndim > 3:
+            p.data = p.data.contiguous(memory_format=torch.channels_last if p.ndim == 4 else torch.channels_last_3d)
+    return model
+
+
 class Given(NamedTuple):
     """What the layers of a UNet are told beside their input. Those of a VAE are told nothing (None)."""
     time: torch.Tensor                  # (N, E), already through SiLU
@@ -310,7 +319,7 @@ class GEGLU(nn.Module):
     def forward(self, x):
         halves = zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2))    # of one product they would lie apart in memory
         x, gate = (F.linear(x, *half) for half in halves)
-        return x * F.gelu(gate)
+        return F.gelu(gate).mul_(x)                             # in place: these are the widest of all
 
 
 class TransformerBlock(nn.Module):
@@ -496,7 +505,7 @@ class Coder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], n_out, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))       # so through all layers: faster, in less memory
+        x = self.conv_in(x)
         for stage in (*self.down_blocks, self.mid_block, *self.up_blocks):
             x = stage(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))

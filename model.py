@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch.overrides import TorchFunctionMode
 
 from attention import attention
-from generate import OutputProjection, Painter, PainterConfig, ProjectionConfig
+from generate import OutputProjection, Painter, PainterConfig, ProjectionConfig, channels_last
 from locate import (BoxHead, DeformableAttention, Locator, LocatorConfig, RegionConfig, RegionEncoder, best_box,
                     box_loss, cycle_loss, loc_encoder, locator_losses, mask_losses)
 from quantize import join, quantize as quantize_llm
@@ -929,7 +929,7 @@ def load(folder, device="cpu", dtype=None, quantize="", build=Model, cls=ModelCo
 
 def load_painter(folder, device="cpu", dtype=None):
     """The Painter of a weights folder, as load; `save` writes one. Beside the weights lie files of its tokenizer."""
-    return load(folder, device, dtype, build=Painter, cls=PainterConfig)
+    return channels_last(load(folder, device, dtype, build=Painter, cls=PainterConfig))
 
 
 def write_tensors(path, like, values):

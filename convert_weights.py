@@ -112,111 +112,103 @@ class Refused(ValueError):
 # A row is (theirs, ours). {} is an index, {a,b} one of the words (on both sides, matched by place), * the rest;
 # ours None = dropped on purpose, with the reason. Read from right to left the same rows export.
 
-LLAMA = [
-    ("model.embed_tokens.*",                            "llm.embed.*"),
-    ("model.layers.{}.self_attn.{q,k,v,o}_proj.weight", "llm.blocks.{}.attn.w{q,k,v,o}.weight"),
+def under(theirs, ours, table):
+    """The rows of a table, each name behind a prefix."""
+    return [(theirs + row[0], row[1] and ours + row[1], *row[2:]) for row in table]
+
+
+LLAMA = under("", "llm.", [
+    ("{model.embed_tokens,model.norm,lm_head}.*",       "{embed,norm,lm_head}.*"),
+    ("model.layers.{}.self_attn.{q,k,v,o}_proj.weight", "blocks.{}.attn.w{q,k,v,o}.weight"),
     ("model.layers.{}.self_attn.rotary_emb.inv_freq",   None, "recomputed from the configuration"),
-    ("model.layers.{}.mlp.{gate,up,down}_proj.*",       "llm.blocks.{}.mlp.{gate,up,down}.*"),
-    ("model.layers.{}.{input,post_attention}_layernorm.*", "llm.blocks.{}.{attn,mlp}_norm.*"),
-    ("model.norm.*",                                    "llm.norm.*"),
-    ("lm_head.*",                                       "llm.lm_head.*"),
+    ("model.layers.{}.mlp.{gate,up,down}_proj.*",       "blocks.{}.mlp.{gate,up,down}.*"),
+    ("model.layers.{}.{input,post_attention}_layernorm.*", "blocks.{}.{attn,mlp}_norm.*"),
+])
+LORA = [                                                # of PEFT, whose adapter is named default
+    ("model.layers.{}.self_attn.{q,k,v,o}_proj.lora_{A,B}.default.weight", "llm.blocks.{}.attn.w{q,k,v,o}.lora_{A,B}"),
 ]
-CLIP = [
-    ("vision_model.embeddings.class_embedding",         "readers.clip.tower.cls"),
-    ("vision_model.embeddings.patch_embedding.*",       "readers.clip.tower.patch.*"),
-    ("vision_model.embeddings.position_embedding.*",    "readers.clip.tower.pos.*"),
-    ("vision_model.embeddings.position_ids",            None, "they count 0, 1, 2, ..."),
-    ("vision_model.{pre_layrnorm,post_layernorm}.*",    "readers.clip.tower.{pre_norm,norm}.*"),
-    ("vision_model.encoder.layers.{}.self_attn.{q_proj,k_proj,v_proj,out_proj}.*",
-     "readers.clip.tower.blocks.{}.attn.{wq,wk,wv,wo}.*"),
-    ("vision_model.encoder.layers.{}.{layer_norm1,layer_norm2,mlp}.*",
-     "readers.clip.tower.blocks.{}.{attn_norm,mlp_norm,mlp}.*"),
+CLIP_BLOCKS = [                                         # the same in its tower for pictures and in that for text
+    ("encoder.layers.{}.self_attn.{q,k,v,out}_proj.*",  "blocks.{}.attn.w{q,k,v,o}.*"),
+    ("encoder.layers.{}.{layer_norm1,layer_norm2,mlp}.*", "blocks.{}.{attn_norm,mlp_norm,mlp}.*"),
+]
+CLIP_VISION = under("vision_model.", "readers.clip.tower.", CLIP_BLOCKS + [
+    ("embeddings.class_embedding",                      "cls"),
+    ("embeddings.{patch,position}_embedding.*",         "{patch,pos}.*"),
+    ("embeddings.position_ids",                         None, "they count 0, 1, 2, ..."),
+    ("{pre_layrnorm,post_layernorm}.*",                 "{pre_norm,norm}.*"),               # layrnorm: sic
+])
+CLIP = CLIP_VISION + [
     ("text_model.*",                                    None, "text tower, no chat model reads it"),
-    ("{visual_projection,text_projection}.weight",      None, "only compares pictures with the text tower"),
-    ("logit_scale",                                     None, "only compares pictures with the text tower"),
+    ("{visual_projection.weight,text_projection.weight,logit_scale}",
+     None, "only compares pictures with the text tower"),
 ]
-MODALITY, GRID = "{vision,text,audio,depth,thermal,imu}", "{vision,audio,depth,thermal}"
 TOWER = "readers.imagebind.tower.towers."
-TRUNK, BLOCK = "modality_trunks." + MODALITY + ".blocks.{}.", TOWER + MODALITY + ".blocks.{}."
-IMAGEBIND = [
-    ("modality_preprocessors." + MODALITY + ".cls_token",                       TOWER + MODALITY + ".cls"),
-    ("modality_preprocessors.vision.rgbt_stem.proj.1.weight",                   TOWER + "vision.stem.weight"),
-    ("modality_preprocessors.{audio,thermal}.rgbt_stem.{proj,norm_layer}.*",
-     TOWER + "{audio,thermal}.{stem,stem_norm}.*"),
-    ("modality_preprocessors.depth.depth_stem.{proj,norm_layer}.*",             TOWER + "depth.{stem,stem_norm}.*"),
-    ("modality_preprocessors.imu.imu_stem.{proj,norm_layer}.*",                 TOWER + "imu.{stem,stem_norm}.*"),
-    ("modality_preprocessors.text.token_embedding.weight",                      TOWER + "text.stem.weight"),
-    ("modality_preprocessors.text.mask",                                        None, "causal mask, rebuilt"),
-    ("modality_preprocessors." + GRID + ".pos_embedding_helper.pos_embed",      TOWER + GRID + ".pos"),
-    ("modality_preprocessors.{text,imu}.pos_embed",                             TOWER + "{text,imu}.pos"),
-    ("modality_trunks." + MODALITY + ".pre_transformer_layer.0.*",              TOWER + MODALITY + ".pre_norm.*"),
-    (TRUNK + "{norm_1,norm_2,mlp,attn.out_proj}.*",     BLOCK + "{attn_norm,mlp_norm,mlp,attn.wo}.*"),
-    (TRUNK + "attn.in_proj_{weight,bias}",              BLOCK + "attn.wqkv.{weight,bias}"),
-    (TRUNK + "attn.bias_{k,v}",                         BLOCK + "attn.bias_{k,v}"),
-    ("modality_heads." + GRID + ".0.*",                                         TOWER + GRID + ".norm.*"),
-    ("modality_heads." + GRID + ".2.weight",                                    TOWER + GRID + ".head.weight"),
-    ("modality_heads.imu.{0,3}.*",                                              TOWER + "imu.{norm,head}.*"),
-    ("modality_heads.text.proj.{0,1}.*",                                        TOWER + "text.{norm,head}.*"),
-    ("modality_postprocessors." + MODALITY + ".1.log_logit_scale",              TOWER + MODALITY + ".log_scale"),
-]
-PROJECTOR = [("model.mm_projector.*",                   "readers.imagebind.projector.*")]
-CHATBIND = LLAMA + PROJECTOR
+ANY, GRID = "{vision,text,audio,depth,thermal,imu}.", "{vision,audio,depth,thermal}."  # GRID: what is cut in patches
+IMAGEBIND = under("modality_", TOWER, [
+    ("preprocessors." + ANY + "cls_token",              ANY + "cls"),
+    ("preprocessors.{vision.rgbt_stem.proj.1,text.token_embedding}.weight", "{vision,text}.stem.weight"),
+    ("preprocessors.{audio.rgbt,thermal.rgbt,depth.depth,imu.imu}_stem.{proj,norm_layer}.*",
+     "{audio,thermal,depth,imu}.{stem,stem_norm}.*"),
+    ("preprocessors.text.mask",                         None, "causal mask, rebuilt"),
+    ("preprocessors." + GRID + "pos_embedding_helper.pos_embed", GRID + "pos"),
+    ("preprocessors.{text,imu}.pos_embed",              "{text,imu}.pos"),
+    ("trunks." + ANY + "pre_transformer_layer.0.*",     ANY + "pre_norm.*"),
+    ("trunks." + ANY + "blocks.{}.{norm_1,norm_2,mlp}.*", ANY + "blocks.{}.{attn_norm,mlp_norm,mlp}.*"),
+    ("trunks." + ANY + "blocks.{}.attn.out_proj.*",     ANY + "blocks.{}.attn.wo.*"),
+    ("trunks." + ANY + "blocks.{}.attn.in_proj_{weight,bias}", ANY + "blocks.{}.attn.wqkv.{weight,bias}"),
+    ("trunks." + ANY + "blocks.{}.attn.bias_{k,v}",     ANY + "blocks.{}.attn.bias_{k,v}"),
+    ("heads." + GRID + "{0,2}.*",                       GRID + "{norm,head}.*"),            # 1 takes the class token
+    ("heads.{imu.0,imu.3,text.proj.0,text.proj.1}.*",   "{imu.norm,imu.head,text.norm,text.head}.*"),
+    ("postprocessors." + ANY + "1.log_logit_scale",     ANY + "log_scale"),
+])
+CHATBIND = LLAMA + [("model.mm_projector.*",            "readers.imagebind.projector.*")]
 LLAVA = LLAMA + [("model.mm_projector.*",               "readers.clip.projector.*")]
 SAM_PARTS = "{image_encoder,prompt_encoder,mask_decoder}.*"
 SAM = [(SAM_PARTS,                                      "writers.at.sam." + SAM_PARTS)]
-NEXTCHAT = LLAMA + [("model.vision_tower." + theirs, *rest) for theirs, *rest in CLIP if theirs[:6] == "vision"] + [
-    ("model.mm_projector.{}.*",                         "readers.clip.projector.{}.*"),
-    ("model.mm_projector.{weight,bias}",                "readers.clip.projector.{weight,bias}"),
+NEXTCHAT = LLAVA + under("model.vision_tower.", "", CLIP_VISION) + [
     ("loc_encoder.*",                                   "readers.box.*"),
     ("{loc_decoder,seg_prompt_mlp}.*",                  "writers.at.{loc_decoder,seg_prompt_mlp}.*"),
     ("sam.model.*",                                     "writers.at.sam.*"),
 ]
-LORA = [
-    ("model.layers.{}.self_attn.{q,k,v,o}_proj.lora_{A,B}.default.weight", "llm.blocks.{}.attn.w{q,k,v,o}.lora_{A,B}"),
-]
-LOCATOR, ENCODER, DECODER = "writers.vg.locator.", "transformer.encoder.", "transformer.decoder."
-GROUNDING_DINO = [
-    ("backbone.0.patch_embed.{proj,norm}.*",            LOCATOR + "swin.{patch,patch_norm}.*"),
-    ("backbone.0.layers.{}.blocks.{}.{norm1,norm2,mlp,attn.qkv,attn.proj}.*",
-     LOCATOR + "swin.stages.{}.{}.{attn_norm,mlp_norm,mlp,attn.wqkv,attn.wo}.*"),
-    ("backbone.0.layers.{}.blocks.{}.attn.relative_position_bias_table", LOCATOR + "swin.stages.{}.{}.attn.bias_table"),
-    ("backbone.0.layers.{}.blocks.{}.attn.relative_position_index", None, "recomputed from the window's size"),
-    ("backbone.0.layers.{}.downsample.*",               LOCATOR + "swin.merges.{}.*"),
-    ("backbone.0.norm{0,1,2,3}.*",                      LOCATOR + "swin.norms.{0,1,2,3}.*"),
-    ("input_proj.{}.{0,1}.*",                           LOCATOR + "input_proj.{}.{conv,norm}.*"),
-    ("transformer.level_embed",                         LOCATOR + "level_embed"),
-    ("transformer.tgt_embed.*",                         LOCATOR + "queries.*"),
-    ("transformer.{enc_output,enc_output_norm}.*",      LOCATOR + "{proposal,proposal_norm}.*"),
-    ("transformer.enc_out_bbox_embed.layers.{0,1,2}.*", LOCATOR + "proposal_box.{0,2,4}.*"),
-    (ENCODER + "fusion_layers.{}.layer_norm_{v,l}.*",   LOCATOR + "encoder.{}.fusion.{image_norm,text_norm}.*"),
-    (ENCODER + "fusion_layers.{}.gamma_{v,l}",          LOCATOR + "encoder.{}.fusion.{image_gamma,text_gamma}"),
-    (ENCODER + "fusion_layers.{}.attn.{v,l,values_v,values_l,out_v,out_l}_proj.*",
-     LOCATOR + "encoder.{}.fusion.{image_qk,text_qk,image_v,text_v,image_out,text_out}.*"),
-    (ENCODER + "text_layers.{}.self_attn.in_proj_{weight,bias}", LOCATOR + "encoder.{}.text.attn.wqkv.{weight,bias}"),
-    (ENCODER + "text_layers.{}.{self_attn.out_proj,norm1,norm2,linear1,linear2}.*",
-     LOCATOR + "encoder.{}.text.{attn.wo,attn_norm,mlp_norm,mlp.fc1,mlp.fc2}.*"),
-    (ENCODER + "layers.{}.self_attn.{sampling_offsets,attention_weights,value_proj,output_proj}.*",
-     LOCATOR + "encoder.{}.image.attn.{offsets,weights,wv,wo}.*"),
-    (ENCODER + "layers.{}.{norm1,norm2,linear1,linear2}.*",
-     LOCATOR + "encoder.{}.image.{attn_norm,mlp_norm,mlp.fc1,mlp.fc2}.*"),
-    (DECODER + "layers.{}.{self_attn,ca_text}.in_proj_{weight,bias}",
-     LOCATOR + "decoder.{}.{self_attn,text_attn}.wqkv.{weight,bias}"),
-    (DECODER + "layers.{}.{self_attn,ca_text}.out_proj.*", LOCATOR + "decoder.{}.{self_attn,text_attn}.wo.*"),
-    (DECODER + "layers.{}.cross_attn.{sampling_offsets,attention_weights,value_proj,output_proj}.*",
-     LOCATOR + "decoder.{}.attn.{offsets,weights,wv,wo}.*"),
-    (DECODER + "layers.{}.{norm1,norm2,norm3,catext_norm,linear1,linear2}.*",
-     LOCATOR + "decoder.{}.{attn_norm,self_norm,mlp_norm,text_norm,mlp.fc1,mlp.fc2}.*"),
-    (DECODER + "norm.*",                                LOCATOR + "norm.*"),
-    (DECODER + "ref_point_head.layers.{0,1}.*",         LOCATOR + "query_pos.{0,2}.*"),
-    (DECODER + "bbox_embed.0.layers.{0,1,2}.*",         LOCATOR + "box.{0,2,4}.*"),
-    (DECODER + "bbox_embed.{1,2,3,4,5}.*",              None, "all layers share the first one's"),
+LOCATOR = "writers.vg.locator."
+GROUNDING_DINO = under("", LOCATOR, under("backbone.0.", "swin.", [
+    ("patch_embed.{proj,norm}.*",                       "{patch,patch_norm}.*"),
+    ("layers.{}.blocks.{}.{norm1,norm2,mlp}.*",         "stages.{}.{}.{attn_norm,mlp_norm,mlp}.*"),
+    ("layers.{}.blocks.{}.attn.{qkv,proj}.*",           "stages.{}.{}.attn.{wqkv,wo}.*"),
+    ("layers.{}.blocks.{}.attn.relative_position_bias_table", "stages.{}.{}.attn.bias_table"),
+    ("layers.{}.blocks.{}.attn.relative_position_index", None, "recomputed from the window's size"),
+    ("layers.{}.downsample.*",                          "merges.{}.*"),
+    ("norm{0,1,2,3}.*",                                 "norms.{0,1,2,3}.*"),
+]) + under("transformer.encoder.fusion_layers.{}.", "encoder.{}.fusion.", [                 # v: vision, l: language
+    ("layer_norm_{v,l}.*",                              "{image,text}_norm.*"),
+    ("gamma_{v,l}",                                     "{image,text}_gamma"),
+    ("attn.{v,l,values_v,values_l,out_v,out_l}_proj.*", "{image_qk,text_qk,image_v,text_v,image_out,text_out}.*"),
+]) + under("transformer.encoder.text_layers.{}.", "encoder.{}.text.", [
+    ("self_attn.in_proj_{weight,bias}",                 "attn.wqkv.{weight,bias}"),
+    ("{self_attn.out_proj,norm1,norm2,linear1,linear2}.*", "{attn.wo,attn_norm,mlp_norm,mlp.fc1,mlp.fc2}.*"),
+]) + under("transformer.encoder.layers.{}.", "encoder.{}.image.", [
+    ("self_attn.{sampling_offsets,attention_weights,value_proj,output_proj}.*", "attn.{offsets,weights,wv,wo}.*"),
+    ("{norm1,norm2,linear1,linear2}.*",                 "{attn_norm,mlp_norm,mlp.fc1,mlp.fc2}.*"),
+]) + under("transformer.decoder.layers.{}.", "decoder.{}.", [
+    ("{self_attn,ca_text}.in_proj_{weight,bias}",       "{self_attn,text_attn}.wqkv.{weight,bias}"),
+    ("{self_attn,ca_text}.out_proj.*",                  "{self_attn,text_attn}.wo.*"),
+    ("cross_attn.{sampling_offsets,attention_weights,value_proj,output_proj}.*", "attn.{offsets,weights,wv,wo}.*"),
+    ("{norm1,norm2,norm3,catext_norm}.*",               "{attn_norm,self_norm,mlp_norm,text_norm}.*"),
+    ("linear{1,2}.*",                                   "mlp.fc{1,2}.*"),
+]) + [
+    ("transformer.decoder.norm.*",                      "norm.*"),
+    ("transformer.decoder.ref_point_head.layers.{0,1}.*", "query_pos.{0,2}.*"),             # Linear, ReLU, Linear
+    ("transformer.decoder.bbox_embed.0.layers.{0,1,2}.*", "box.{0,2,4}.*"),
+    ("transformer.decoder.bbox_embed.{1,2,3,4,5}.*",    None, "all layers share the first one's"),
+    ("transformer.enc_out_bbox_embed.layers.{0,1,2}.*", "proposal_box.{0,2,4}.*"),
+    ("transformer.{tgt_embed,enc_output,enc_output_norm}.*", "{queries,proposal,proposal_norm}.*"),
+    ("transformer.level_embed",                         "level_embed"),
+    ("input_proj.{}.{0,1}.*",                           "input_proj.{}.{conv,norm}.*"),
     ("bbox_embed.*",                                    None, "all layers share that of the decoder"),
     ("{bert,feat_map}.*",                               None, "text encoder; the language model writes the query"),
     ("label_enc.*",                                     None, "only for training with noised labels"),
-]
-CHATTERBOX = [("lm.base_model.model." + theirs, *ours) for theirs, *ours in LLAMA + LORA] + [
-    ("visual_grounding_model." + theirs, *ours) for theirs, *ours in GROUNDING_DINO] + [
-    ("lm.base_model.model.model.mm_projector.*",        "readers.clip.projector.*"),
+])
+CHATTERBOX = under("lm.base_model.model.", "", LLAVA + LORA) + under("visual_grounding_model.", "", GROUNDING_DINO) + [
     ("spi_module.mlvl_fuse.input_conv.{}.*",            "readers.region.inputs.{}.*"),
     ("spi_module.mlvl_fuse.fuse_convs.{}.{conv,gn}.*",  "readers.region.fuse.{}.{conv,norm}.*"),
     ("spi_module.roi_align.pconvs.{}.*",                "readers.region.pool_convs.{}.*"),
@@ -225,11 +217,9 @@ CHATTERBOX = [("lm.base_model.model." + theirs, *ours) for theirs, *ours in LLAM
     ("text_hidden_fcs.0.{0,2}.*",                       "writers.vg.query.{0,2}.*"),
     ("{tgt_align,refpoint_align}.*",                    None, "the original never uses them"),
 ]
-TABLE = CHATBIND + CLIP + IMAGEBIND + SAM               # their names never meet, so one table reads most,
 
 # A diffusion decoder is a folder of its own; theirs is the subfolder, then the key, as in unet.conv_in.weight. Where
 # old and new releases have different names, ours repeats itself.
-TOWER_TEXT, CLAP = "text_encoder.{text_model.,}", "text_encoder.text_model."           # transformers 5: no prefix
 CODER, PIXELS = "vae.{encoder,decoder}.", "vae.{encoder,decoder}.mid_block.attentions.0."
 UNCHANGED = ["unet.*", "vae.{quant_conv,post_quant_conv}.*", CODER + "mid_block.resnets.*", PIXELS + "group_norm.*",
              CODER + "{conv_in,conv_norm_out,conv_out,down_blocks,up_blocks}.*",
@@ -238,61 +228,56 @@ PAINTER = [(name, name) for name in UNCHANGED] + [
     (PIXELS + "{to_q,to_k,to_v,to_out.0,query,key,value,proj_attn}.*",
      PIXELS + "{to_q,to_k,to_v,to_out.0,to_q,to_k,to_v,to_out.0}.*"),
     ("vocoder.{mean,scale}",                            None, "statistics of speech, not used"),
-    (TOWER_TEXT + "embeddings.{position,token_type}_ids", None, "they count 0, 1, 2, ...; they are 0"),
-    (TOWER_TEXT + "{embeddings.token_embedding,embeddings.position_embedding,final_layer_norm}.*",
-     "text.{,}{embed,pos,norm}.*"),
-    (TOWER_TEXT + "encoder.layers.{}.self_attn.{q,k,v,out}_proj.*", "text.{,}blocks.{}.attn.{wq,wk,wv,wo}.*"),
-    (TOWER_TEXT + "encoder.layers.{}.{layer_norm1,layer_norm2,mlp}.*", "text.{,}blocks.{}.{attn_norm,mlp_norm,mlp}.*"),
-    (CLAP + "embeddings.{word_embeddings,position_embeddings,token_type_embeddings,LayerNorm}.*",
-     "text.{embed,pos,kind,embed_norm}.*"),
-    (CLAP + "encoder.layer.{}.attention.{self.query,self.key,self.value,output.dense,output.LayerNorm}.*",
-     "text.blocks.{}.{attn.wq,attn.wk,attn.wv,attn.wo,attn_norm}.*"),
-    (CLAP + "encoder.layer.{}.{intermediate.dense,output.dense,output.LayerNorm}.*",
-     "text.blocks.{}.{mlp.fc1,mlp.fc2,mlp_norm}.*"),
-    (CLAP + "pooler.dense.*",                           "text.pool.*"),
     ("text_encoder.text_projection.linear{1,2}.*",      "text.fc{1,2}.*"),
-]
-SIGNAL, PROJ = "gen_text_hidden_fcs{,_video,_audio}.0.", "writers.{img,vid,aud}.proj."
-OUTPUT_PROJECTION = [                                   # in NExT-GPT's own checkpoints
-    (SIGNAL + "query_embs",                             PROJ + "query_embs"),
-    (SIGNAL + "{fc,model}.*",                           PROJ + "{fc,model}.*"),
-    (SIGNAL + "tfm.{encoder,decoder}.norm.*",           PROJ + "{encoder,decoder}_norm.*"),
-    (SIGNAL + "tfm.{encoder,decoder}.layers.{}.{self,multihead}_attn.in_proj_{weight,bias}",
-     PROJ + "{encoder,decoder}.{}.{attn,cross}.wqkv.{weight,bias}"),
-    (SIGNAL + "tfm.{encoder,decoder}.layers.{}.{self_attn.out_proj,multihead_attn.out_proj,linear1,linear2}.*",
-     PROJ + "{encoder,decoder}.{}.{attn.wo,cross.wo,mlp.fc1,mlp.fc2}.*"),
-    (SIGNAL + "tfm.encoder.layers.{}.norm{1,2}.*",      PROJ + "encoder.{}.{attn,mlp}_norm.*"),
-    (SIGNAL + "tfm.decoder.layers.{}.norm{1,2,3}.*",    PROJ + "decoder.{}.{attn,cross,mlp}_norm.*"),
-]
+] + under("text_encoder.{text_model.,}", "text.{,}", CLIP_BLOCKS + [                        # transformers 5: no prefix
+    ("embeddings.{position,token_type}_ids",            None, "they count 0, 1, 2, ...; they are 0"),
+    ("{embeddings.token_embedding,embeddings.position_embedding,final_layer_norm}.*", "{embed,pos,norm}.*"),
+]) + under("text_encoder.text_model.", "text.", [       # of CLAP: a RoBERTa, which norms behind each layer
+    ("embeddings.{word,position,token_type}_embeddings.*", "{embed,pos,kind}.*"),
+    ("embeddings.LayerNorm.*",                          "embed_norm.*"),
+    ("encoder.layer.{}.attention.self.{query,key,value}.*", "blocks.{}.attn.w{q,k,v}.*"),
+    ("encoder.layer.{}.attention.output.{dense,LayerNorm}.*", "blocks.{}.{attn.wo,attn_norm}.*"),
+    ("encoder.layer.{}.{intermediate.dense,output.dense,output.LayerNorm}.*", "blocks.{}.{mlp.fc1,mlp.fc2,mlp_norm}.*"),
+    ("pooler.dense.*",                                  "pool.*"),
+])
+STACK, ATTN = "{encoder,decoder}.", "{self,multihead}_attn."
+OUTPUT_PROJECTION = under("gen_text_hidden_fcs{,_video,_audio}.0.", "writers.{img,vid,aud}.proj.", [
+    ("query_embs",                                      "query_embs"),
+    ("{fc,model}.*",                                    "{fc,model}.*"),
+    ("tfm.{encoder,decoder}.norm.*",                    "{encoder,decoder}_norm.*"),
+    ("tfm." + STACK + "layers.{}." + ATTN + "in_proj_{weight,bias}", STACK + "{}.{attn,cross}.wqkv.{weight,bias}"),
+    ("tfm." + STACK + "layers.{}." + ATTN + "out_proj.*", STACK + "{}.{attn,cross}.wo.*"),
+    ("tfm." + STACK + "layers.{}.linear{1,2}.*",        STACK + "{}.mlp.fc{1,2}.*"),
+    ("tfm.encoder.layers.{}.norm{1,2}.*",               "encoder.{}.{attn,mlp}_norm.*"),
+    ("tfm.decoder.layers.{}.norm{1,2,3}.*",             "decoder.{}.{attn,cross,mlp}_norm.*"),
+])
 # The prefix says whether the model has LoRA; {,} in our name makes nothing of either.
-LLAMA_MODEL = "llama_model.{,base_model.model.}"
-NEXTGPT = [(LLAMA_MODEL + theirs, ours and "{,}" + ours, *why) for theirs, ours, *why in LLAMA] + [
-    ("llama_model.base_model.model." + theirs, ours) for theirs, ours in LORA] + [
+NEXTGPT = under("llama_model.{,base_model.model.}", "{,}", LLAMA) + under("llama_model.base_model.model.", "", LORA) + [
     ("input_embeddings.weight",                         None, "the embedding once more"),
     ("llama_proj.*",                                    "readers.imagebind.projector.*"),
 ] + OUTPUT_PROJECTION
+TABLE = CHATBIND + CLIP + IMAGEBIND + SAM               # their names never meet, so one table reads most
 TABLES = {"llava": LLAVA, "nextchat": NEXTCHAT, "chatterbox": CHATTERBOX, "groundingdino": GROUNDING_DINO,
           "nextgpt": NEXTGPT, "painter": PAINTER}       # the rest
 
-# Names in config.json (theirs, ours), read both ways as well.
-LLM_FIELDS = [("hidden_size", "dim"), ("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head"),
-              ("num_key_value_heads", "n_kv_head"), ("intermediate_size", "mlp_dim"), ("rms_norm_eps", "norm_eps"),
-              ("max_position_embeddings", "max_len"), ("rope_theta", "rope_theta"), ("tie_word_embeddings", "tied"),
-              ("head_dim", "head_dim"), ("vocab_size", "vocab_size")]
-ROPE_FIELDS = [("factor", "rope_factor"), ("low_freq_factor", "rope_low"), ("high_freq_factor", "rope_high"),
-               ("original_max_position_embeddings", "rope_train_len")]
-CLIP_FIELDS = [("hidden_size", "dim"), ("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head"),
-               ("intermediate_size", "mlp_dim"), ("image_size", "image_size"), ("patch_size", "patch_size")]
-UNET_FIELDS = [("in_channels", "channels"), ("block_out_channels", "widths"), ("layers_per_block", "n_resnet"),
-               ("norm_num_groups", "groups"), ("projection_class_embeddings_input_dim", "class_dim")]
-VAE_FIELDS = [("in_channels", "channels"), ("latent_channels", "latent"), ("block_out_channels", "widths"),
-              ("layers_per_block", "n_resnet"), ("norm_num_groups", "groups"), ("scaling_factor", "scale")]
-TEXT_FIELDS = [("hidden_size", "dim"), ("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head"),
-               ("intermediate_size", "mlp_dim"), ("vocab_size", "vocab_size"), ("max_position_embeddings", "max_len"),
-               ("hidden_act", "act"), ("layer_norm_eps", "norm_eps")]
-VOCODER_FIELDS = [("model_in_dim", "mel_bins"), ("sampling_rate", "rate"), ("upsample_initial_channel", "width"),
-                  ("upsample_rates", "up_rates"), ("upsample_kernel_sizes", "up_kernels"),
-                  ("resblock_kernel_sizes", "kernels")]
+# Names in config.json {theirs: ours}, read both ways as well
+SIZES = {"hidden_size": "dim", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+         "intermediate_size": "mlp_dim"}
+LLM_FIELDS = SIZES | {"num_key_value_heads": "n_kv_head", "rms_norm_eps": "norm_eps", "rope_theta": "rope_theta",
+                      "max_position_embeddings": "max_len", "tie_word_embeddings": "tied", "head_dim": "head_dim",
+                      "vocab_size": "vocab_size"}
+ROPE_FIELDS = {"factor": "rope_factor", "low_freq_factor": "rope_low", "high_freq_factor": "rope_high",
+               "original_max_position_embeddings": "rope_train_len"}                        # of Llama 3
+CLIP_FIELDS = SIZES | {"image_size": "image_size", "patch_size": "patch_size"}
+TEXT_FIELDS = SIZES | {"vocab_size": "vocab_size", "max_position_embeddings": "max_len", "hidden_act": "act",
+                       "layer_norm_eps": "norm_eps"}
+CONV_FIELDS = {"in_channels": "channels", "block_out_channels": "widths", "layers_per_block": "n_resnet",
+               "norm_num_groups": "groups"}
+UNET_FIELDS = CONV_FIELDS | {"projection_class_embeddings_input_dim": "class_dim"}          # of AudioLDM's condition
+VAE_FIELDS = CONV_FIELDS | {"latent_channels": "latent", "scaling_factor": "scale"}
+VOCODER_FIELDS = {"model_in_dim": "mel_bins", "sampling_rate": "rate", "upsample_initial_channel": "width",
+                  "upsample_rates": "up_rates", "upsample_kernel_sizes": "up_kernels",
+                  "resblock_kernel_sizes": "kernels"}
 
 
 # ---- Engine
@@ -667,8 +652,8 @@ def llm_config(source, rows, c):
         raise Refused(f"{source.path}: {odd[0]} {given[odd[0]]!r} is not supported; known: {known[odd[0]]}")
     c = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": rope.get("rope_theta")} | c
     c |= {"vocab_size": rows}
-    values = {ours: c[theirs] for theirs, ours in LLM_FIELDS if c.get(theirs) is not None}
-    values |= {ours: rope[theirs] for theirs, ours in ROPE_FIELDS if scaling == "llama3"}
+    values = {ours: c[theirs] for theirs, ours in LLM_FIELDS.items() if c.get(theirs) is not None}
+    values |= {ours: rope[theirs] for theirs, ours in ROPE_FIELDS.items() if scaling == "llama3"}
     if values.get("head_dim") == values["dim"] // values["n_head"]:
         del values["head_dim"]
     bos, eos = (n if c.get(key) is None else c[key] for key, n in (("bos_token_id", 1), ("eos_token_id", 2)))
@@ -771,7 +756,7 @@ def painter_config(files, where):
             raise Refused(f"{where}: {part}: {odd[0]} {given[odd[0]]!r} is not supported; known: {known[odd[0]]}")
 
     def read(cls, part, table, **more):
-        values = {ours: files[part][theirs] for theirs, ours in table if files[part].get(theirs) is not None}
+        values = {ours: files[part][theirs] for theirs, ours in table.items() if files[part].get(theirs) is not None}
         return M.to_config(cls, values | more, f"{where}: {part}")
     text, schedule, pad = files["text_encoder"], files["scheduler"], files.get("tokenizer", {}).get("pad_token")
     end = text["vocab_size"] - 1
@@ -1092,12 +1077,12 @@ def original(name, tables=(TABLE, *TABLES.values())):
 def their_config(cfg, dtype):
     """config.json of a Hugging Face LLaMA, of ChatBind or of NExT-Chat."""
     llm = cfg.llm
-    out = {theirs: getattr(llm, ours) for theirs, ours in LLM_FIELDS} | {
+    out = {theirs: getattr(llm, ours) for theirs, ours in LLM_FIELDS.items()} | {
         "model_type": "llama", "hidden_act": "silu", "architectures": ["LlamaForCausalLM"],
         "head_dim": llm.head_dim or llm.dim // llm.n_head, "torch_dtype": str(dtype).removeprefix("torch."),
         "bos_token_id": cfg.bos, "eos_token_id": list(cfg.eos) if len(cfg.eos) > 1 else cfg.eos[0]}
     if llm.rope_factor != 1:
-        out["rope_scaling"] = {"rope_type": "llama3"} | {theirs: getattr(llm, ours) for theirs, ours in ROPE_FIELDS}
+        out["rope_scaling"] = {"rope_type": "llama3"} | {theirs: getattr(llm, ours) for theirs, ours in ROPE_FIELDS.items()}
     if cfg.system == "chatbind":
         out |= {"model_type": "llava_image_bind_select_all", "architectures": ["LlavaLlamaImageBindSelectForCausalLM"],
                 "mm_hidden_size": cfg.imagebind.out_dim}
@@ -1131,7 +1116,7 @@ def plan_export(folder, dtype="keep"):
     if cfg.llm:
         texts["config.json"] = their_config(cfg, files["model"]["model.embed_tokens.weight"].dtype)
     elif cfg.clip:
-        texts["config.json"] = {theirs: getattr(cfg.clip, ours) for theirs, ours in CLIP_FIELDS} | {
+        texts["config.json"] = {theirs: getattr(cfg.clip, ours) for theirs, ours in CLIP_FIELDS.items()} | {
             "model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"], "hidden_act": "quick_gelu"}
     return Plan(files, texts, [folder / name for name in COPIES if (folder / name).is_file()], report)
 

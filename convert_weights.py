@@ -1002,7 +1002,7 @@ class Recipe(NamedTuple):
         old = tuple(base.tensors[name].like.shape)
         if old != shape and (name not in (EMBED, HEAD) or old[1:] != shape[1:] or old[0] > shape[0]):
             return "MISMATCHED", f"{list(shape)} in the delta, {list(old)} in {base.path}"
-        self.targets[name] = Target(x, shape, torch.float16, base.tensors[name])
+        self.targets[name] = Target(x, self.shapes[name], torch.float16, base.tensors[name])
         return "merged", ""
 
     def token_rows(self, name):

@@ -6,7 +6,6 @@ Weight files are strangers' work: nothing in them is executed, every size is che
 read, changed and written one at a time, so memory does not grow with the model.
 """
 import argparse
-import glob
 import json
 import math
 import os
@@ -18,9 +17,8 @@ import sys
 import zipfile
 import zlib
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,8 +51,7 @@ Hugging Face cache. What it is follows from its keys, never from its name. Nothi
 Exit status: 0 done, 2 something is missing or does not fit, 3 a file is unsafe or damaged."""
 
 
-def gigabytes(text):
-    """'5GB' -> 5e9"""
+def gigabytes(text):                                    # '5GB' -> 5e9
     return 1e9 * float(text.upper().removesuffix("GB"))
 
 
@@ -112,111 +109,98 @@ class Refused(ValueError):
 # A row is (theirs, ours). {} is an index, {a,b} one of the words (on both sides, matched by place), * the rest;
 # ours None = dropped on purpose, with the reason. Read from right to left the same rows export.
 
-LLAMA = [
-    ("model.embed_tokens.*",                            "llm.embed.*"),
-    ("model.layers.{}.self_attn.{q,k,v,o}_proj.weight", "llm.blocks.{}.attn.w{q,k,v,o}.weight"),
+def under(theirs, ours, table):                         # the rows of a table, each name behind a prefix
+    return [(theirs + row[0], row[1] and ours + row[1], *row[2:]) for row in table]
+
+
+LLAMA = under("", "llm.", [
+    ("{model.embed_tokens,model.norm,lm_head}.*",       "{embed,norm,lm_head}.*"),
+    ("model.layers.{}.self_attn.{q,k,v,o}_proj.weight", "blocks.{}.attn.w{q,k,v,o}.weight"),
     ("model.layers.{}.self_attn.rotary_emb.inv_freq",   None, "recomputed from the configuration"),
-    ("model.layers.{}.mlp.{gate,up,down}_proj.*",       "llm.blocks.{}.mlp.{gate,up,down}.*"),
-    ("model.layers.{}.{input,post_attention}_layernorm.*", "llm.blocks.{}.{attn,mlp}_norm.*"),
-    ("model.norm.*",                                    "llm.norm.*"),
-    ("lm_head.*",                                       "llm.lm_head.*"),
+    ("model.layers.{}.mlp.{gate,up,down}_proj.*",       "blocks.{}.mlp.{gate,up,down}.*"),
+    ("model.layers.{}.{input,post_attention}_layernorm.*", "blocks.{}.{attn,mlp}_norm.*"),
+])
+LORA = [("model.layers.{}.self_attn.{q,k,v,o}_proj.lora_{A,B}.default.weight",              # PEFT's name: default
+         "llm.blocks.{}.attn.w{q,k,v,o}.lora_{A,B}")]
+CLIP_BLOCKS = [                                         # the same in its tower for pictures and in that for text
+    ("encoder.layers.{}.self_attn.{q,k,v,out}_proj.*",  "blocks.{}.attn.w{q,k,v,o}.*"),
+    ("encoder.layers.{}.{layer_norm1,layer_norm2,mlp}.*", "blocks.{}.{attn_norm,mlp_norm,mlp}.*"),
 ]
-CLIP = [
-    ("vision_model.embeddings.class_embedding",         "readers.clip.tower.cls"),
-    ("vision_model.embeddings.patch_embedding.*",       "readers.clip.tower.patch.*"),
-    ("vision_model.embeddings.position_embedding.*",    "readers.clip.tower.pos.*"),
-    ("vision_model.embeddings.position_ids",            None, "they count 0, 1, 2, ..."),
-    ("vision_model.{pre_layrnorm,post_layernorm}.*",    "readers.clip.tower.{pre_norm,norm}.*"),
-    ("vision_model.encoder.layers.{}.self_attn.{q_proj,k_proj,v_proj,out_proj}.*",
-     "readers.clip.tower.blocks.{}.attn.{wq,wk,wv,wo}.*"),
-    ("vision_model.encoder.layers.{}.{layer_norm1,layer_norm2,mlp}.*",
-     "readers.clip.tower.blocks.{}.{attn_norm,mlp_norm,mlp}.*"),
+CLIP_VISION = under("vision_model.", "readers.clip.tower.", CLIP_BLOCKS + [
+    ("embeddings.class_embedding",                      "cls"),
+    ("embeddings.{patch,position}_embedding.*",         "{patch,pos}.*"),
+    ("embeddings.position_ids",                         None, "they count 0, 1, 2, ..."),
+    ("{pre_layrnorm,post_layernorm}.*",                 "{pre_norm,norm}.*"),               # layrnorm: sic
+])
+CLIP = CLIP_VISION + [
     ("text_model.*",                                    None, "text tower, no chat model reads it"),
-    ("{visual_projection,text_projection}.weight",      None, "only compares pictures with the text tower"),
-    ("logit_scale",                                     None, "only compares pictures with the text tower"),
+    ("{visual_projection.weight,text_projection.weight,logit_scale}",
+     None, "only compares pictures with the text tower"),
 ]
-MODALITY, GRID = "{vision,text,audio,depth,thermal,imu}", "{vision,audio,depth,thermal}"
 TOWER = "readers.imagebind.tower.towers."
-TRUNK, BLOCK = "modality_trunks." + MODALITY + ".blocks.{}.", TOWER + MODALITY + ".blocks.{}."
-IMAGEBIND = [
-    ("modality_preprocessors." + MODALITY + ".cls_token",                       TOWER + MODALITY + ".cls"),
-    ("modality_preprocessors.vision.rgbt_stem.proj.1.weight",                   TOWER + "vision.stem.weight"),
-    ("modality_preprocessors.{audio,thermal}.rgbt_stem.{proj,norm_layer}.*",
-     TOWER + "{audio,thermal}.{stem,stem_norm}.*"),
-    ("modality_preprocessors.depth.depth_stem.{proj,norm_layer}.*",             TOWER + "depth.{stem,stem_norm}.*"),
-    ("modality_preprocessors.imu.imu_stem.{proj,norm_layer}.*",                 TOWER + "imu.{stem,stem_norm}.*"),
-    ("modality_preprocessors.text.token_embedding.weight",                      TOWER + "text.stem.weight"),
-    ("modality_preprocessors.text.mask",                                        None, "causal mask, rebuilt"),
-    ("modality_preprocessors." + GRID + ".pos_embedding_helper.pos_embed",      TOWER + GRID + ".pos"),
-    ("modality_preprocessors.{text,imu}.pos_embed",                             TOWER + "{text,imu}.pos"),
-    ("modality_trunks." + MODALITY + ".pre_transformer_layer.0.*",              TOWER + MODALITY + ".pre_norm.*"),
-    (TRUNK + "{norm_1,norm_2,mlp,attn.out_proj}.*",     BLOCK + "{attn_norm,mlp_norm,mlp,attn.wo}.*"),
-    (TRUNK + "attn.in_proj_{weight,bias}",              BLOCK + "attn.wqkv.{weight,bias}"),
-    (TRUNK + "attn.bias_{k,v}",                         BLOCK + "attn.bias_{k,v}"),
-    ("modality_heads." + GRID + ".0.*",                                         TOWER + GRID + ".norm.*"),
-    ("modality_heads." + GRID + ".2.weight",                                    TOWER + GRID + ".head.weight"),
-    ("modality_heads.imu.{0,3}.*",                                              TOWER + "imu.{norm,head}.*"),
-    ("modality_heads.text.proj.{0,1}.*",                                        TOWER + "text.{norm,head}.*"),
-    ("modality_postprocessors." + MODALITY + ".1.log_logit_scale",              TOWER + MODALITY + ".log_scale"),
-]
-PROJECTOR = [("model.mm_projector.*",                   "readers.imagebind.projector.*")]
-CHATBIND = LLAMA + PROJECTOR
+ANY, GRID = "{vision,text,audio,depth,thermal,imu}.", "{vision,audio,depth,thermal}."  # GRID: what is cut in patches
+IMAGEBIND = under("modality_", TOWER, [
+    ("preprocessors." + ANY + "cls_token",              ANY + "cls"),
+    ("preprocessors.{vision.rgbt_stem.proj.1,text.token_embedding}.weight", "{vision,text}.stem.weight"),
+    ("preprocessors.{audio.rgbt,thermal.rgbt,depth.depth,imu.imu}_stem.{proj,norm_layer}.*",
+     "{audio,thermal,depth,imu}.{stem,stem_norm}.*"),
+    ("preprocessors.text.mask",                         None, "causal mask, rebuilt"),
+    ("preprocessors." + GRID + "pos_embedding_helper.pos_embed", GRID + "pos"),
+    ("preprocessors.{text,imu}.pos_embed",              "{text,imu}.pos"),
+    ("trunks." + ANY + "pre_transformer_layer.0.*",     ANY + "pre_norm.*"),
+    ("trunks." + ANY + "blocks.{}.{norm_1,norm_2,mlp}.*", ANY + "blocks.{}.{attn_norm,mlp_norm,mlp}.*"),
+    ("trunks." + ANY + "blocks.{}.attn.out_proj.*",     ANY + "blocks.{}.attn.wo.*"),
+    ("trunks." + ANY + "blocks.{}.attn.in_proj_{weight,bias}", ANY + "blocks.{}.attn.wqkv.{weight,bias}"),
+    ("trunks." + ANY + "blocks.{}.attn.bias_{k,v}",     ANY + "blocks.{}.attn.bias_{k,v}"),
+    ("heads." + GRID + "{0,2}.*",                       GRID + "{norm,head}.*"),            # 1 takes the class token
+    ("heads.{imu.0,imu.3,text.proj.0,text.proj.1}.*",   "{imu.norm,imu.head,text.norm,text.head}.*"),
+    ("postprocessors." + ANY + "1.log_logit_scale",     ANY + "log_scale"),
+])
+CHATBIND = LLAMA + [("model.mm_projector.*",            "readers.imagebind.projector.*")]
 LLAVA = LLAMA + [("model.mm_projector.*",               "readers.clip.projector.*")]
-SAM_PARTS = "{image_encoder,prompt_encoder,mask_decoder}.*"
-SAM = [(SAM_PARTS,                                      "writers.at.sam." + SAM_PARTS)]
-NEXTCHAT = LLAMA + [("model.vision_tower." + theirs, *rest) for theirs, *rest in CLIP if theirs[:6] == "vision"] + [
-    ("model.mm_projector.{}.*",                         "readers.clip.projector.{}.*"),
-    ("model.mm_projector.{weight,bias}",                "readers.clip.projector.{weight,bias}"),
+SAM = under("", "writers.at.sam.", [("{image_encoder,prompt_encoder,mask_decoder}.*",) * 2])
+NEXTCHAT = LLAVA + under("model.vision_tower.", "", CLIP_VISION) + [
     ("loc_encoder.*",                                   "readers.box.*"),
     ("{loc_decoder,seg_prompt_mlp}.*",                  "writers.at.{loc_decoder,seg_prompt_mlp}.*"),
     ("sam.model.*",                                     "writers.at.sam.*"),
 ]
-LORA = [
-    ("model.layers.{}.self_attn.{q,k,v,o}_proj.lora_{A,B}.default.weight", "llm.blocks.{}.attn.w{q,k,v,o}.lora_{A,B}"),
-]
-LOCATOR, ENCODER, DECODER = "writers.vg.locator.", "transformer.encoder.", "transformer.decoder."
-GROUNDING_DINO = [
-    ("backbone.0.patch_embed.{proj,norm}.*",            LOCATOR + "swin.{patch,patch_norm}.*"),
-    ("backbone.0.layers.{}.blocks.{}.{norm1,norm2,mlp,attn.qkv,attn.proj}.*",
-     LOCATOR + "swin.stages.{}.{}.{attn_norm,mlp_norm,mlp,attn.wqkv,attn.wo}.*"),
-    ("backbone.0.layers.{}.blocks.{}.attn.relative_position_bias_table", LOCATOR + "swin.stages.{}.{}.attn.bias_table"),
-    ("backbone.0.layers.{}.blocks.{}.attn.relative_position_index", None, "recomputed from the window's size"),
-    ("backbone.0.layers.{}.downsample.*",               LOCATOR + "swin.merges.{}.*"),
-    ("backbone.0.norm{0,1,2,3}.*",                      LOCATOR + "swin.norms.{0,1,2,3}.*"),
-    ("input_proj.{}.{0,1}.*",                           LOCATOR + "input_proj.{}.{conv,norm}.*"),
-    ("transformer.level_embed",                         LOCATOR + "level_embed"),
-    ("transformer.tgt_embed.*",                         LOCATOR + "queries.*"),
-    ("transformer.{enc_output,enc_output_norm}.*",      LOCATOR + "{proposal,proposal_norm}.*"),
-    ("transformer.enc_out_bbox_embed.layers.{0,1,2}.*", LOCATOR + "proposal_box.{0,2,4}.*"),
-    (ENCODER + "fusion_layers.{}.layer_norm_{v,l}.*",   LOCATOR + "encoder.{}.fusion.{image_norm,text_norm}.*"),
-    (ENCODER + "fusion_layers.{}.gamma_{v,l}",          LOCATOR + "encoder.{}.fusion.{image_gamma,text_gamma}"),
-    (ENCODER + "fusion_layers.{}.attn.{v,l,values_v,values_l,out_v,out_l}_proj.*",
-     LOCATOR + "encoder.{}.fusion.{image_qk,text_qk,image_v,text_v,image_out,text_out}.*"),
-    (ENCODER + "text_layers.{}.self_attn.in_proj_{weight,bias}", LOCATOR + "encoder.{}.text.attn.wqkv.{weight,bias}"),
-    (ENCODER + "text_layers.{}.{self_attn.out_proj,norm1,norm2,linear1,linear2}.*",
-     LOCATOR + "encoder.{}.text.{attn.wo,attn_norm,mlp_norm,mlp.fc1,mlp.fc2}.*"),
-    (ENCODER + "layers.{}.self_attn.{sampling_offsets,attention_weights,value_proj,output_proj}.*",
-     LOCATOR + "encoder.{}.image.attn.{offsets,weights,wv,wo}.*"),
-    (ENCODER + "layers.{}.{norm1,norm2,linear1,linear2}.*",
-     LOCATOR + "encoder.{}.image.{attn_norm,mlp_norm,mlp.fc1,mlp.fc2}.*"),
-    (DECODER + "layers.{}.{self_attn,ca_text}.in_proj_{weight,bias}",
-     LOCATOR + "decoder.{}.{self_attn,text_attn}.wqkv.{weight,bias}"),
-    (DECODER + "layers.{}.{self_attn,ca_text}.out_proj.*", LOCATOR + "decoder.{}.{self_attn,text_attn}.wo.*"),
-    (DECODER + "layers.{}.cross_attn.{sampling_offsets,attention_weights,value_proj,output_proj}.*",
-     LOCATOR + "decoder.{}.attn.{offsets,weights,wv,wo}.*"),
-    (DECODER + "layers.{}.{norm1,norm2,norm3,catext_norm,linear1,linear2}.*",
-     LOCATOR + "decoder.{}.{attn_norm,self_norm,mlp_norm,text_norm,mlp.fc1,mlp.fc2}.*"),
-    (DECODER + "norm.*",                                LOCATOR + "norm.*"),
-    (DECODER + "ref_point_head.layers.{0,1}.*",         LOCATOR + "query_pos.{0,2}.*"),
-    (DECODER + "bbox_embed.0.layers.{0,1,2}.*",         LOCATOR + "box.{0,2,4}.*"),
-    (DECODER + "bbox_embed.{1,2,3,4,5}.*",              None, "all layers share the first one's"),
+LOCATOR = "writers.vg.locator."
+GROUNDING_DINO = under("", LOCATOR, under("backbone.0.", "swin.", [
+    ("patch_embed.{proj,norm}.*",                       "{patch,patch_norm}.*"),
+    ("layers.{}.blocks.{}.{norm1,norm2,mlp}.*",         "stages.{}.{}.{attn_norm,mlp_norm,mlp}.*"),
+    ("layers.{}.blocks.{}.attn.{qkv,proj}.*",           "stages.{}.{}.attn.{wqkv,wo}.*"),
+    ("layers.{}.blocks.{}.attn.relative_position_bias_table", "stages.{}.{}.attn.bias_table"),
+    ("layers.{}.blocks.{}.attn.relative_position_index", None, "recomputed from the window's size"),
+    ("layers.{}.downsample.*",                          "merges.{}.*"),
+    ("norm{0,1,2,3}.*",                                 "norms.{0,1,2,3}.*"),
+]) + under("transformer.encoder.fusion_layers.{}.", "encoder.{}.fusion.", [                 # v: vision, l: language
+    ("layer_norm_{v,l}.*",                              "{image,text}_norm.*"),
+    ("gamma_{v,l}",                                     "{image,text}_gamma"),
+    ("attn.{v,l,values_v,values_l,out_v,out_l}_proj.*", "{image_qk,text_qk,image_v,text_v,image_out,text_out}.*"),
+]) + under("transformer.encoder.text_layers.{}.", "encoder.{}.text.", [
+    ("self_attn.in_proj_{weight,bias}",                 "attn.wqkv.{weight,bias}"),
+    ("{self_attn.out_proj,norm1,norm2,linear1,linear2}.*", "{attn.wo,attn_norm,mlp_norm,mlp.fc1,mlp.fc2}.*"),
+]) + under("transformer.encoder.layers.{}.", "encoder.{}.image.", [
+    ("self_attn.{sampling_offsets,attention_weights,value_proj,output_proj}.*", "attn.{offsets,weights,wv,wo}.*"),
+    ("{norm1,norm2,linear1,linear2}.*",                 "{attn_norm,mlp_norm,mlp.fc1,mlp.fc2}.*"),
+]) + under("transformer.decoder.layers.{}.", "decoder.{}.", [
+    ("{self_attn,ca_text}.in_proj_{weight,bias}",       "{self_attn,text_attn}.wqkv.{weight,bias}"),
+    ("{self_attn,ca_text}.out_proj.*",                  "{self_attn,text_attn}.wo.*"),
+    ("cross_attn.{sampling_offsets,attention_weights,value_proj,output_proj}.*", "attn.{offsets,weights,wv,wo}.*"),
+    ("{norm1,norm2,norm3,catext_norm}.*",               "{attn_norm,self_norm,mlp_norm,text_norm}.*"),
+    ("linear{1,2}.*",                                   "mlp.fc{1,2}.*"),
+]) + [
+    ("transformer.decoder.ref_point_head.layers.{0,1}.*", "query_pos.{0,2}.*"),             # Linear, ReLU, Linear
+    ("transformer.{decoder.bbox_embed.0,enc_out_bbox_embed}.layers.{0,1,2}.*", "{box,proposal_box}.{0,2,4}.*"),
+    ("transformer.decoder.bbox_embed.{1,2,3,4,5}.*",    None, "all layers share the first one's"),
+    ("transformer.{decoder.norm,tgt_embed,enc_output,enc_output_norm}.*", "{norm,queries,proposal,proposal_norm}.*"),
+    ("transformer.level_embed",                         "level_embed"),
+    ("input_proj.{}.{0,1}.*",                           "input_proj.{}.{conv,norm}.*"),
     ("bbox_embed.*",                                    None, "all layers share that of the decoder"),
     ("{bert,feat_map}.*",                               None, "text encoder; the language model writes the query"),
     ("label_enc.*",                                     None, "only for training with noised labels"),
-]
-CHATTERBOX = [("lm.base_model.model." + theirs, *ours) for theirs, *ours in LLAMA + LORA] + [
-    ("visual_grounding_model." + theirs, *ours) for theirs, *ours in GROUNDING_DINO] + [
-    ("lm.base_model.model.model.mm_projector.*",        "readers.clip.projector.*"),
+])
+CHATTERBOX = under("lm.base_model.model.", "", LLAVA + LORA) + under("visual_grounding_model.", "", GROUNDING_DINO) + [
     ("spi_module.mlvl_fuse.input_conv.{}.*",            "readers.region.inputs.{}.*"),
     ("spi_module.mlvl_fuse.fuse_convs.{}.{conv,gn}.*",  "readers.region.fuse.{}.{conv,norm}.*"),
     ("spi_module.roi_align.pconvs.{}.*",                "readers.region.pool_convs.{}.*"),
@@ -225,11 +209,9 @@ CHATTERBOX = [("lm.base_model.model." + theirs, *ours) for theirs, *ours in LLAM
     ("text_hidden_fcs.0.{0,2}.*",                       "writers.vg.query.{0,2}.*"),
     ("{tgt_align,refpoint_align}.*",                    None, "the original never uses them"),
 ]
-TABLE = CHATBIND + CLIP + IMAGEBIND + SAM               # their names never meet, so one table reads most,
 
 # A diffusion decoder is a folder of its own; theirs is the subfolder, then the key, as in unet.conv_in.weight. Where
 # old and new releases have different names, ours repeats itself.
-TOWER_TEXT, CLAP = "text_encoder.{text_model.,}", "text_encoder.text_model."           # transformers 5: no prefix
 CODER, PIXELS = "vae.{encoder,decoder}.", "vae.{encoder,decoder}.mid_block.attentions.0."
 UNCHANGED = ["unet.*", "vae.{quant_conv,post_quant_conv}.*", CODER + "mid_block.resnets.*", PIXELS + "group_norm.*",
              CODER + "{conv_in,conv_norm_out,conv_out,down_blocks,up_blocks}.*",
@@ -238,78 +220,72 @@ PAINTER = [(name, name) for name in UNCHANGED] + [
     (PIXELS + "{to_q,to_k,to_v,to_out.0,query,key,value,proj_attn}.*",
      PIXELS + "{to_q,to_k,to_v,to_out.0,to_q,to_k,to_v,to_out.0}.*"),
     ("vocoder.{mean,scale}",                            None, "statistics of speech, not used"),
-    (TOWER_TEXT + "embeddings.{position,token_type}_ids", None, "they count 0, 1, 2, ...; they are 0"),
-    (TOWER_TEXT + "{embeddings.token_embedding,embeddings.position_embedding,final_layer_norm}.*",
-     "text.{,}{embed,pos,norm}.*"),
-    (TOWER_TEXT + "encoder.layers.{}.self_attn.{q,k,v,out}_proj.*", "text.{,}blocks.{}.attn.{wq,wk,wv,wo}.*"),
-    (TOWER_TEXT + "encoder.layers.{}.{layer_norm1,layer_norm2,mlp}.*", "text.{,}blocks.{}.{attn_norm,mlp_norm,mlp}.*"),
-    (CLAP + "embeddings.{word_embeddings,position_embeddings,token_type_embeddings,LayerNorm}.*",
-     "text.{embed,pos,kind,embed_norm}.*"),
-    (CLAP + "encoder.layer.{}.attention.{self.query,self.key,self.value,output.dense,output.LayerNorm}.*",
-     "text.blocks.{}.{attn.wq,attn.wk,attn.wv,attn.wo,attn_norm}.*"),
-    (CLAP + "encoder.layer.{}.{intermediate.dense,output.dense,output.LayerNorm}.*",
-     "text.blocks.{}.{mlp.fc1,mlp.fc2,mlp_norm}.*"),
-    (CLAP + "pooler.dense.*",                           "text.pool.*"),
     ("text_encoder.text_projection.linear{1,2}.*",      "text.fc{1,2}.*"),
-]
-SIGNAL, PROJ = "gen_text_hidden_fcs{,_video,_audio}.0.", "writers.{img,vid,aud}.proj."
-OUTPUT_PROJECTION = [                                   # in NExT-GPT's own checkpoints
-    (SIGNAL + "query_embs",                             PROJ + "query_embs"),
-    (SIGNAL + "{fc,model}.*",                           PROJ + "{fc,model}.*"),
-    (SIGNAL + "tfm.{encoder,decoder}.norm.*",           PROJ + "{encoder,decoder}_norm.*"),
-    (SIGNAL + "tfm.{encoder,decoder}.layers.{}.{self,multihead}_attn.in_proj_{weight,bias}",
-     PROJ + "{encoder,decoder}.{}.{attn,cross}.wqkv.{weight,bias}"),
-    (SIGNAL + "tfm.{encoder,decoder}.layers.{}.{self_attn.out_proj,multihead_attn.out_proj,linear1,linear2}.*",
-     PROJ + "{encoder,decoder}.{}.{attn.wo,cross.wo,mlp.fc1,mlp.fc2}.*"),
-    (SIGNAL + "tfm.encoder.layers.{}.norm{1,2}.*",      PROJ + "encoder.{}.{attn,mlp}_norm.*"),
-    (SIGNAL + "tfm.decoder.layers.{}.norm{1,2,3}.*",    PROJ + "decoder.{}.{attn,cross,mlp}_norm.*"),
-]
+] + under("text_encoder.{text_model.,}", "text.{,}", CLIP_BLOCKS + [                        # transformers 5: no prefix
+    ("embeddings.{position,token_type}_ids",            None, "they count 0, 1, 2, ...; they are 0"),
+    ("{embeddings.token_embedding,embeddings.position_embedding,final_layer_norm}.*", "{embed,pos,norm}.*"),
+]) + under("text_encoder.text_model.", "text.", [       # of CLAP: a RoBERTa, which norms behind each layer
+    ("embeddings.{word,position,token_type}_embeddings.*", "{embed,pos,kind}.*"),
+    ("embeddings.LayerNorm.*",                          "embed_norm.*"),
+    ("encoder.layer.{}.attention.self.{query,key,value}.*", "blocks.{}.attn.w{q,k,v}.*"),
+    ("encoder.layer.{}.attention.output.{dense,LayerNorm}.*", "blocks.{}.{attn.wo,attn_norm}.*"),
+    ("encoder.layer.{}.{intermediate.dense,output.dense,output.LayerNorm}.*", "blocks.{}.{mlp.fc1,mlp.fc2,mlp_norm}.*"),
+    ("pooler.dense.*",                                  "pool.*"),
+])
+STACK, ATTN = "{encoder,decoder}.", "{self,multihead}_attn."
+OUTPUT_PROJECTION = under("gen_text_hidden_fcs{,_video,_audio}.0.", "writers.{img,vid,aud}.proj.", [
+    ("query_embs",                                      "query_embs"),
+    ("{fc,model}.*",                                    "{fc,model}.*"),
+    ("tfm.{encoder,decoder}.norm.*",                    "{encoder,decoder}_norm.*"),
+    ("tfm." + STACK + "layers.{}." + ATTN + "in_proj_{weight,bias}", STACK + "{}.{attn,cross}.wqkv.{weight,bias}"),
+    ("tfm." + STACK + "layers.{}." + ATTN + "out_proj.*", STACK + "{}.{attn,cross}.wo.*"),
+    ("tfm." + STACK + "layers.{}.linear{1,2}.*",        STACK + "{}.mlp.fc{1,2}.*"),
+    ("tfm.encoder.layers.{}.norm{1,2}.*",               "encoder.{}.{attn,mlp}_norm.*"),
+    ("tfm.decoder.layers.{}.norm{1,2,3}.*",             "decoder.{}.{attn,cross,mlp}_norm.*"),
+])
 # The prefix says whether the model has LoRA; {,} in our name makes nothing of either.
-LLAMA_MODEL = "llama_model.{,base_model.model.}"
-NEXTGPT = [(LLAMA_MODEL + theirs, ours and "{,}" + ours, *why) for theirs, ours, *why in LLAMA] + [
-    ("llama_model.base_model.model." + theirs, ours) for theirs, ours in LORA] + [
+NEXTGPT = under("llama_model.{,base_model.model.}", "{,}", LLAMA) + under("llama_model.base_model.model.", "", LORA) + [
     ("input_embeddings.weight",                         None, "the embedding once more"),
     ("llama_proj.*",                                    "readers.imagebind.projector.*"),
 ] + OUTPUT_PROJECTION
+TABLE = CHATBIND + CLIP + IMAGEBIND + SAM               # their names never meet, so one table reads most
 TABLES = {"llava": LLAVA, "nextchat": NEXTCHAT, "chatterbox": CHATTERBOX, "groundingdino": GROUNDING_DINO,
           "nextgpt": NEXTGPT, "painter": PAINTER}       # the rest
-
-# Names in config.json (theirs, ours), read both ways as well.
-LLM_FIELDS = [("hidden_size", "dim"), ("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head"),
-              ("num_key_value_heads", "n_kv_head"), ("intermediate_size", "mlp_dim"), ("rms_norm_eps", "norm_eps"),
-              ("max_position_embeddings", "max_len"), ("rope_theta", "rope_theta"), ("tie_word_embeddings", "tied"),
-              ("head_dim", "head_dim"), ("vocab_size", "vocab_size")]
-ROPE_FIELDS = [("factor", "rope_factor"), ("low_freq_factor", "rope_low"), ("high_freq_factor", "rope_high"),
-               ("original_max_position_embeddings", "rope_train_len")]
-CLIP_FIELDS = [("hidden_size", "dim"), ("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head"),
-               ("intermediate_size", "mlp_dim"), ("image_size", "image_size"), ("patch_size", "patch_size")]
-UNET_FIELDS = [("in_channels", "channels"), ("block_out_channels", "widths"), ("layers_per_block", "n_resnet"),
-               ("norm_num_groups", "groups"), ("projection_class_embeddings_input_dim", "class_dim")]
-VAE_FIELDS = [("in_channels", "channels"), ("latent_channels", "latent"), ("block_out_channels", "widths"),
-              ("layers_per_block", "n_resnet"), ("norm_num_groups", "groups"), ("scaling_factor", "scale")]
-TEXT_FIELDS = [("hidden_size", "dim"), ("num_hidden_layers", "n_layer"), ("num_attention_heads", "n_head"),
-               ("intermediate_size", "mlp_dim"), ("vocab_size", "vocab_size"), ("max_position_embeddings", "max_len"),
-               ("hidden_act", "act"), ("layer_norm_eps", "norm_eps")]
-VOCODER_FIELDS = [("model_in_dim", "mel_bins"), ("sampling_rate", "rate"), ("upsample_initial_channel", "width"),
-                  ("upsample_rates", "up_rates"), ("upsample_kernel_sizes", "up_kernels"),
-                  ("resblock_kernel_sizes", "kernels")]
+# Names in config.json {theirs: ours}, read both ways as well
+SIZES = {"hidden_size": "dim", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+         "intermediate_size": "mlp_dim"}
+LLM_FIELDS = SIZES | {"num_key_value_heads": "n_kv_head", "rms_norm_eps": "norm_eps", "rope_theta": "rope_theta",
+                      "max_position_embeddings": "max_len", "tie_word_embeddings": "tied", "head_dim": "head_dim",
+                      "vocab_size": "vocab_size"}
+ROPE_FIELDS = {"factor": "rope_factor", "low_freq_factor": "rope_low", "high_freq_factor": "rope_high",
+               "original_max_position_embeddings": "rope_train_len"}                        # of Llama 3
+CLIP_FIELDS = SIZES | {"image_size": "image_size", "patch_size": "patch_size"}
+TEXT_FIELDS = SIZES | {"vocab_size": "vocab_size", "max_position_embeddings": "max_len", "hidden_act": "act",
+                       "layer_norm_eps": "norm_eps"}
+CONV_FIELDS = {"in_channels": "channels", "block_out_channels": "widths", "layers_per_block": "n_resnet",
+               "norm_num_groups": "groups"}
+UNET_FIELDS = CONV_FIELDS | {"projection_class_embeddings_input_dim": "class_dim"}          # of AudioLDM's condition
+VAE_FIELDS = CONV_FIELDS | {"latent_channels": "latent", "scaling_factor": "scale"}
+VOCODER_FIELDS = {"model_in_dim": "mel_bins", "sampling_rate": "rate", "upsample_initial_channel": "width",
+                  "upsample_rates": "up_rates", "upsample_kernel_sizes": "up_kernels",
+                  "resblock_kernel_sizes": "kernels"}
 
 
 # ---- Engine
 
-HOLES = re.compile(r"\{([^}]*)\}|(\*)")
+HOLES = re.compile(r"\{([^}]*)\}|\*")
+NO_WORDS = {"": r"\d+", None: ".+"}                     # {} and *
 
 
 @lru_cache(maxsize=None)
-def compiled(pattern):
-    """(regular expression of a row's side, words of its holes)"""
-    words, regex, at = [], "", 0
-    for hole in HOLES.finditer(pattern):
-        words.append(hole[1] and hole[1].split(","))
-        inner = r"\d+" if hole[1] == "" else ".+" if hole[2] else "|".join(map(re.escape, words[-1]))
-        regex += re.escape(pattern[at:hole.start()]) + f"({inner})"
-        at = hole.end()
-    return re.compile(regex + re.escape(pattern[at:])), words
+def compiled(pattern):                                  # (regular expression, [the words of a hole, or None])
+    text, *rest = HOLES.split(pattern)                  # text, hole, text, hole, ..., text
+    regex, words = re.escape(text), []
+    for hole, text in zip(rest[::2], rest[1::2]):
+        words.append(hole.split(",") if hole else None)
+        inside = NO_WORDS.get(hole) or "|".join(map(re.escape, words[-1]))
+        regex += f"({inside}){re.escape(text)}"
+    return re.compile(regex), words
 
 
 def rewrite(key, pattern, target):
@@ -318,21 +294,28 @@ def rewrite(key, pattern, target):
     match = regex.fullmatch(key)
     if not match:
         return None
-    groups = iter(zip(words, match.groups()))
+    out, *rest = HOLES.split(target)
+    for names, found, hole, text in zip(words, match.groups(), rest[::2], rest[1::2]):
+        out += (hole.split(",")[names.index(found)] if names else found) + text
+    return out
 
-    def fill(hole):
-        names, found = next(groups)
-        return hole[1].split(",")[names.index(found)] if names else found
-    return HOLES.sub(fill, target)
+
+def matching(key, table):                               # the rows for a key: one, or table and key do not fit
+    return [row for row in table if compiled(row[0])[0].fullmatch(key)]
 
 
 def translate(key, table):
     """Our name of their key, or None if it is dropped. Raises KeyError unless exactly one row matches."""
-    hits = [(theirs, ours) for theirs, ours, *_ in table if compiled(theirs)[0].fullmatch(key)]
-    if len(hits) != 1:
-        raise KeyError(f"{key} is matched by {len(hits)} rows" + "".join(f"; {theirs}" for theirs, _ in hits))
-    theirs, ours = hits[0]
+    rows = matching(key, table)
+    if len(rows) != 1:
+        raise KeyError(f"{key} is matched by {len(rows)} rows" + "".join(f"; {row[0]}" for row in rows))
+    theirs, ours, *_ = rows[0]
     return ours and rewrite(key, theirs, ours)
+
+
+def original(name, tables=(TABLE, *TABLES.values())):   # their name of one of our tensors, None if it has none
+    rows = (row for table in tables for row in table if row[1])
+    return next(filter(None, (rewrite(name, row[1], row[0]) for row in rows)), None)
 
 
 def rename(state, table):
@@ -353,7 +336,7 @@ WRAPPERS = "state_dict", "model", "module"              # Lightning; GroundingDI
 INDICES = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 LAYOUTS = ("model.safetensors", "diffusion_pytorch_model.safetensors", "model*.safetensors", "*.safetensors",
            "pytorch_model.bin", "diffusion_pytorch_model.bin", "pytorch_model*.bin", "*.bin", "*.pth", "*.pt", "*.ckpt")
-PAINTER_PARTS = "unet", "vae", "text_encoder", "vocoder"       # folders of a diffusion model
+PAINTER_PARTS = "unet", "vae", "text_encoder", "vocoder"        # folders of a diffusion model
 
 
 class Stored(NamedTuple):
@@ -367,13 +350,16 @@ class Stored(NamedTuple):
     @property
     def span(self):
         """Bytes from the first to the last number; more than like.nbytes if the tensor is a view of a larger one."""
+        if not self.like.numel():
+            return 0
         last = sum((n - 1) * step for n, step in zip(self.like.shape, self.like.stride()))
-        return (last + 1) * self.like.itemsize if self.like.numel() else 0
+        return (last + 1) * self.like.itemsize
 
-    def read(self):
-        """The tensor, by plain reads: mapped pages would count as memory in use."""
-        if self.value is not None or not self.span:
-            return torch.empty(self.like.shape, dtype=self.like.dtype) if self.value is None else self.value
+    def read(self):                                     # by plain reads: mapped pages would count as memory in use
+        if self.value is not None:
+            return self.value
+        if not self.span:                               # frombuffer wants at least a byte
+            return torch.empty(self.like.shape, dtype=self.like.dtype)
         data = bytearray(self.span)
         with open(self.path, "rb") as f:
             f.seek(self.start)
@@ -382,16 +368,16 @@ class Stored(NamedTuple):
         return torch.frombuffer(data, dtype=self.like.dtype).as_strided(self.like.shape, self.like.stride())
 
 
-def beside(path, name):
-    """A file of the folder that a source is, or lies in."""
+def beside(path, name):                                 # a file of the folder that a source is, or lies in
     return (path if path.is_dir() else path.parent) / name
 
 
-def read_json(path):
-    """The object in a JSON file, {} if there is no such file."""
+def read_json(path):                                    # the object in a JSON file, {} if there is no such file
+    if not path.is_file():
+        return {}
     try:
-        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:       # brackets in brackets in ...
         raise Refused(f"{path}: not JSON ({error}); download it again", 3) from None
     if not isinstance(values, dict):
         raise Refused(f"{path}: holds a {type(values).__name__} instead of an object; download it again", 3)
@@ -402,15 +388,15 @@ def open_safetensors(path):
     with safe_open(path, "np"):                         # the library checks sizes, overlaps, gaps and types; "pt" would
         pass                                            # ask for as much memory as the file is long
     with open(path, "rb") as f:
-        n = int.from_bytes(f.read(8), "little")
-        rows = json.loads(f.read(n), object_pairs_hook=list)
-    if twice := [key for key, count in Counter(key for key, _ in rows).items() if count > 1]:
-        raise ValueError(f"{twice[0]} stands in it twice")
-    out = []
-    for key, row in ((key, dict(row)) for key, row in rows if key != "__metadata__"):
-        like = torch.empty(row["shape"], dtype=DTYPES[row["dtype"]], device="meta")
-        out.append(Stored(path, key, 8 + n + row["data_offsets"][0], like))
-    return out
+        n = int.from_bytes(f.read(8), "little")         # length of the header, which the data follow
+        rows, header = json.loads(f.read(n), object_pairs_hook=list), {}
+    for key, row in rows:                               # a dict of json's would hide that a key stands there twice
+        if key in header:
+            raise ValueError(f"{key} stands in it twice")
+        header[key] = dict(row)
+    return [Stored(path, key, 8 + n + row["data_offsets"][0],
+                   torch.empty(row["shape"], dtype=DTYPES[row["dtype"]], device="meta"))
+            for key, row in header.items() if key != "__metadata__"]
 
 
 def zip_records(path):
@@ -418,55 +404,54 @@ def zip_records(path):
     records, end = {}, os.path.getsize(path)
     with zipfile.ZipFile(path) as z, open(path, "rb") as f:
         for info in z.infolist():
-            f.seek(info.header_offset + 26)
+            f.seek(info.header_offset + 26)             # of the record's own header of 30 bytes: two lengths end it
             start = info.header_offset + 30 + sum(struct.unpack("<HH", f.read(4)))      # behind name and extra field
             if info.compress_type == zipfile.ZIP_STORED and start + info.file_size <= end:
                 records[start] = info.file_size
     return records
 
 
-class Ignored:
-    """Stands for an object of DeepSpeed's settings: takes whatever the file says of it and does nothing."""
-
+class Ignored:                                          # stands for an object of DeepSpeed's settings
     def __init__(self, *args):
         pass
-
-    def __setstate__(self, state):
-        pass
+    __setstate__ = __init__                             # takes whatever the file says of it, too
 
 
-def inert(path):
-    """(Ignored, name) of each class in a zip of torch's that only describes how a model was trained."""
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    return [(Ignored, name) for name in names if name.startswith("deepspeed.") or name == "argparse.Namespace"]
-
-
-def open_pickle(path):
-    """A .bin, .pth, .pt or .ckpt file: of a zip only the places of its tensors. Only plain data is ever unpickled;
-    DeepSpeed's mp_rank_00_model_states.pt also describes its training, which is skipped without being built."""
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
-        raise Refused(f"{path}: reading such files safely needs torch 2.10 or newer; update torch or use .safetensors")
-    with open(path, "rb") as f:
-        records = zip_records(path) if f.read(2) == b"PK" else None
+def unpickle(path, zipped):
+    """What lies in a file of torch's, of which only plain data is ever unpickled. Of a zip no tensor is read."""
+    load = partial(torch.load, path, map_location="cpu", weights_only=True)
     try:
-        ignored = [] if records is None else inert(path)
-        with nullcontext() if records is None else FakeTensorMode(), torch.serialization.safe_globals(ignored):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        if not zipped:
+            return load()
+        # DeepSpeed's mp_rank_00_model_states.pt also describes its training, which is skipped without being built
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        settings = [(Ignored, name) for name in names if re.fullmatch(r"deepspeed\..*|argparse\.Namespace", name)]
+        with torch.serialization.safe_globals(settings), FakeTensorMode():              # fake: shapes and places only
+            return load()
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|class|function) ([\w.]+)", str(error))
         raise Refused(f"{path}: unsafe or damaged, not loaded: it holds more than plain tensors"
                       f"{f' ({found[1]})' if found else ''}; use a .safetensors version", 3) from None
-    for _ in WRAPPERS:
+
+
+def open_pickle(path):                                  # a .bin, .pth, .pt or .ckpt file
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        raise Refused(f"{path}: reading such files safely needs torch 2.10 or newer; update torch or use .safetensors")
+    with open(path, "rb") as f:
+        zipped = f.read(2) == b"PK"
+    records = zip_records(path) if zipped else {}
+    state = unpickle(path, zipped)
+    for _ in WRAPPERS:                                  # one may lie in another
         state = next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), state)
     out = []
     for key, x in ((key, x.detach()) for key, x in state.items() if isinstance(x, torch.Tensor)):
         like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        if records is None:
+        if not zipped:
             out.append(Stored(path, key, 0, like, x))
             continue
-        start = x.untyped_storage()._checkpoint_offset
-        out.append(Stored(path, key, start + x.storage_offset() * x.itemsize, like))
-        if start + records.get(start, -1) < out[-1].start + out[-1].span:
+        record = x.untyped_storage()._checkpoint_offset         # where torch thinks that the bytes of its storage begin
+        out.append(Stored(path, key, record + x.storage_offset() * x.itemsize, like))
+        if record + records.get(record, -1) < out[-1].start + out[-1].span:
             raise ValueError(f"{key} does not lie in a plain record of the zip")
     return out
 
@@ -479,9 +464,9 @@ def open_file(path):
         raise Refused(f"{path}: a Git-LFS pointer, not the file itself; fetch that with git lfs pull", 3)
     if head.lstrip().startswith(b"<"):
         raise Refused(f"{path}: a web page, not weights; the download needs a login or another address", 3)
-    try:
+    try:                                                # the JSON of safetensors begins behind 8 bytes of length
         found = open_safetensors(path) if path.suffix == ".safetensors" or head[8:9] == b"{" else open_pickle(path)
-        for x in found:
+        for x in found:                                 # nbytes > span: an expanded view, of few bytes but any size
             if not isinstance(x.key, str) or x.like.dtype not in CODES or x.like.nbytes > x.span:
                 raise ValueError(f"{x.key!r:.60} is no plain tensor")
         if not found:
@@ -494,22 +479,34 @@ def open_file(path):
     return found
 
 
-def open_files(path):
-    """{key: Stored} of a source: a file, the shards an index names, or what a folder has of the first of LAYOUTS."""
+def indexed(index):                                     # the files that an index names, which must lie beside it
+    names = read_json(index).get("weight_map")
+    names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
+    for name in names or ["?"]:
+        if Path(name).name != name or not (index.parent / name).is_file():      # "../x" would lead out of the folder
+            raise Refused(f"{index}: shard {name!r} is not a file of this folder; download both again", 3)
+    return [index.parent / name for name in names]
+
+
+def files_of(path):
+    """The files of a source: itself, the shards an index names, or what a folder has of the first of LAYOUTS."""
+    if path.is_file():
+        return [path]
+    for index in (path / name for name in INDICES):
+        if index.is_file():
+            return indexed(index)
+    for layout in LAYOUTS:
+        if files := sorted(path.glob(layout)):
+            return files
+    raise Refused(f"{path}: {'holds no weights' if path.is_dir() else 'no such file or folder'}; download it first")
+
+
+def open_files(path):                                   # {key: Stored} of a source; of a painter {folder.key: Stored}
     if (path / "model_index.json").is_file():
-        parts = [part for part in PAINTER_PARTS if (path / part).is_dir()]
-        return {f"{part}.{key}": x for part in parts for key, x in open_files(path / part).items()}
-    files, out = [path] if path.is_file() else [], {}
-    for index in (path / name for name in INDICES if not files and (path / name).is_file()):
-        names = read_json(index).get("weight_map")
-        names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else ["?"]
-        if bad := [name for name in names or "?" if Path(name).name != name or not (path / name).is_file()]:
-            raise Refused(f"{index}: shard {bad[0]!r} is not a file of this folder; download both again", 3)
-        files = [path / name for name in names]
-    files = files or next(filter(None, (sorted(path.glob(layout)) for layout in LAYOUTS)), [])
-    if not files:
-        raise Refused(f"{path}: {'holds no weights' if path.is_dir() else 'no such file or folder'}; download it first")
-    for x in (x for file in files for x in open_file(file)):
+        parts = {part: open_files(path / part) for part in PAINTER_PARTS if (path / part).is_dir()}
+        return {f"{part}.{key}": x for part, found in parts.items() for key, x in found.items()}
+    out = {}
+    for x in (x for file in files_of(path) for x in open_file(file)):
         if x.key in out:
             raise Refused(f"{x.key} stands in {out[x.key].path} and again in {x.path}; remove one of them")
         out[x.key] = x
@@ -520,10 +517,12 @@ def open_files(path):
 
 SIGNS = {"imagebind": "modality_", "chatterbox": r"^lm\.base_model\.", "nextchat": r"^loc_encoder\.",
          "groundingdino": r"\.fusion_layers\.", "sam": r"^mask_decoder\.", "painter": r"^unet\.",
-         "nextgpt": r"^(llama_model|llama_proj|gen_text_hidden_fcs\w*)\.",
-         "clip": r"vision_model\.|pre_layrnorm\.", "llama": r"model\.layers\.",
-         "projector": r"mm_projector\."}                # of several that fit, the first
+         "nextgpt": r"^(llama_model|llama_proj|gen_text_hidden_fcs\w*)\.", "clip": r"vision_model\.|pre_layrnorm\.",
+         "llama": r"model\.layers\.", "projector": r"mm_projector\."}       # of several that fit, the first
+SPELLINGS = {"projector": (r"^.*?(?=(mm_projector|embed_tokens)\.)", "model."),         # written with or without prefix
+             "clip": (r"^(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)", "vision_model.")}     # transformers 5
 LLMS = "llama", "llava", "chatbind", "nextchat", "chatterbox"           # kinds with a whole language model
+ADDITIONS = "delta", "projector", "nextgpt"                             # what is trained for one
 TOKENS = list(M.CHATBIND_TOKENS)                        # padding first, then the three around media
 PUBLISHED = {p.system: p.added_tokens for p in M.PRESETS.values() if p.system != "tiny"}
 EMBED, HEAD, BRIDGE = "llm.embed.weight", "llm.lm_head.weight", "readers.imagebind.projector.weight"
@@ -548,8 +547,7 @@ class Source(NamedTuple):
     tensors: dict                       # our name: Stored
     rows: list                          # of the report, for keys that have no name of ours
 
-    def json(self, name):
-        """A JSON file of its folder."""
+    def json(self, name):                               # a JSON file of its folder
         return read_json(beside(self.path, name))
 
     def shape(self, name):
@@ -557,18 +555,24 @@ class Source(NamedTuple):
             raise Refused(f"{self.path}: MISSING {name}, without which its sizes are unknown; download it again")
         return tuple(self.tensors[name].like.shape)
 
-    def depth(self, stem):
-        """Number of blocks under a name, from the highest index."""
-        found = (re.match(re.escape(stem) + r"\.blocks\.(\d+)\.", name) for name in self.tensors)
-        return 1 + max((int(match[1]) for match in found if match), default=-1)
+    def matches(self, pattern):
+        return [match for name in self.tensors if (match := re.fullmatch(pattern, name))]
+
+    def depth(self, stem):                              # number of blocks under a name, from the highest index
+        return 1 + max((int(match[1]) for match in self.matches(re.escape(stem) + r"\.blocks\.(\d+)\..*")), default=-1)
+
+    def size(self):                                     # of the language model
+        return f"{self.depth('llm')} layers of width {self.shape(EMBED)[-1]}"
 
     def tokens(self, needed=()):
         """{added token: row of its embedding}, as its files say or as published. Raises Refused if they do not fit."""
         rows = self.shape(EMBED)[0] if EMBED in self.tensors else 0
-        if self.kind == "projector":                    # trained for the last tokens
-            return {name: rows - i for i, name in enumerate(reversed(TOKENS[1:]), 1) if i <= rows}
+        if self.kind == "projector":                    # of a file of 2 rows: those around media, without the patch's
+            names = TOKENS[max(1, len(TOKENS) - rows):]
+            return dict(zip(names, range(rows - len(names), rows)))
         tokens = self.json("added_tokens.json") or PUBLISHED.get(self.kind.replace("delta", "chatbind"), {})
-        if not tokens.keys() >= set(needed) or any(type(i) is not int or not 0 <= i < rows for i in tokens.values()):
+        fit = all(type(i) is int and 0 <= i < rows for i in tokens.values())            # JSON's true is an int as well
+        if not fit or not tokens.keys() >= set(needed):
             raise Refused(f"{self.path}: added_tokens.json is missing or does not fit {rows} embedding rows; "
                           "take the one of the same download")
         return tokens
@@ -580,100 +584,104 @@ def kind_of(keys):
 
 def group(paths):
     """(path, {key: Stored}) of each source. Files whose names differ by a number and that share no key are shards."""
-    out = []
+    out = [(Path(), {})]
     for path in map(Path, paths):
-        found, (last, others) = open_files(path), out[-1] if out else (Path(), {})
-        same = path.is_file() and re.sub(r"\d", "", str(path)) == re.sub(r"\d", "", str(last))
-        if same and not found.keys() & others.keys():
+        found, (last, others) = open_files(path), out[-1]
+        alike = re.sub(r"\d", "", str(path)) == re.sub(r"\d", "", str(last))
+        if alike and path.is_file() and not found.keys() & others.keys():
             others |= found
         else:
             out.append((path, found))
-    return out
+    return out[1:]
 
 
-def open_source(path, found):
-    """The Source of one checkpoint. The norms, near 1 in a model and near 0 in a delta, are read to tell the two."""
-    kind, tensors, rows = kind_of(found), {}, []
+def translate_all(found, kind, path):                   # -> {our name: Stored}, [(fate, key, note)] of other keys
+    tensors, rest, unknown = {}, [], (None, None, "unknown to the tables")
+    for key, stored in found.items():
+        key = key.removeprefix("module.")               # some GroundingDINO files
+        if kind in SPELLINGS:
+            key = re.sub(*SPELLINGS[kind], key)
+        rows = matching(key, TABLES.get(kind, TABLE))
+        theirs, ours, *why = rows[0] if len(rows) == 1 else unknown
+        if ours is None:
+            rest.append(("dropped" if theirs else "UNEXPECTED", stored.key, *why))
+            continue
+        name = rewrite(key, theirs, ours)
+        if name in tensors:
+            raise Refused(f"{path}: {stored.key} and {tensors[name].key} both become {name}; remove one of them")
+        tensors[name] = stored
+    return tensors, rest
+
+
+def open_source(path, found):                           # -> the Source of one checkpoint
+    kind = kind_of(found)
     if kind is None:
         raise Refused(f"{path}: not a LLaMA, CLIP, SAM, GroundingDINO, ImageBind, ChatBind, NExT-Chat, ChatterBox, "
                       f"NExT-GPT or diffusion model (it holds {min(found)}); give one of those")
     if kind == "llama" and read_json(beside(path, "config.json")).get("model_type") == "llava":
         kind = "llava"                                  # its projector is for CLIP; a ChatBind's has the same name
-    table = TABLES.get(kind, TABLE)
-    for key, stored in found.items():
-        key = key.removeprefix("module.")               # some GroundingDINO files
-        if kind == "projector":                         # written with and without prefixes
-            key = re.sub(r"^.*?(mm_projector|embed_tokens)\.", r"model.\1.", key)
-        if kind == "clip" and key.startswith(("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")):
-            key = "vision_model." + key                 # transformers 5 leaves it out
-        try:
-            name = translate(key, table)
-        except KeyError:
-            rows.append(Row(str(path), kind, "UNEXPECTED", stored.key, note="unknown to the tables"))
-            continue
-        if name is None:
-            why = next(row[2] for row in table if row[1] is None and compiled(row[0])[0].fullmatch(key))
-            rows.append(Row(str(path), kind, "dropped", stored.key, note=why))
-        elif name in tensors:
-            raise Refused(f"{path}: {stored.key} and {tensors[name].key} both become {name}; remove one of them")
-        else:
-            tensors[name] = stored
-    norms = [x.read().double().mean() for name, x in tensors.items() if re.match(r"llm\..*norm\.weight", name)]
+    tensors, rest = translate_all(found, kind, path)
     if kind == "llama" and BRIDGE in tensors:
         kind = "chatbind"
-    if kind in ("llama", "chatbind") and norms and abs(sum(norms) / len(norms)) < 0.05:
-        kind = "delta"
-    return Source(path, kind, tensors, [row._replace(kind=kind) for row in rows])
+    if kind in ("llama", "chatbind"):
+        norms = [x.read().double().mean() for name, x in tensors.items() if re.match(r"llm\..*norm\.weight", name)]
+        if norms and abs(sum(norms) / len(norms)) < 0.05:                       # in a whole model they are near 1
+            kind = "delta"
+    return Source(path, kind, tensors, [Row(str(path), kind, fate, key, note=note) for fate, key, note in rest])
 
 
-def open_sources(paths, preset):
-    """{role: Source}; the role is the kind, or llm for the first whole language model. Raises Refused for what does not
-    make one model; to build a preset, parts of several models may come together."""
-    parts = {}
-    for source in (open_source(*pair) for pair in group(paths)):
-        role = "llm" if source.kind in LLMS and not (preset and "llm" in parts) else source.kind
-        if role in parts or role == getattr(parts.get("llm"), "kind", ""):
-            what = "whole language models (norm weights of a delta average 0)" if role == "llm" else f"of kind {role}"
-            first = parts.get(role, parts.get("llm"))
-            raise Refused(f"{first.path} and {source.path} are both {what}; leave one of them out")
-        parts[role] = source
-    llm, additions = parts.get("llm"), [parts[role] for role in ("delta", "projector", "nextgpt") if role in parts]
-    useless = [parts[kind] for kind in ("sam", "groundingdino") if kind in parts] + additions
+def check_parts(parts, preset):
+    """Refuse additions without what they are added to, two that exclude each other, and a painter in company."""
+    llm, additions = parts.get("llm"), [parts[kind] for kind in ADDITIONS if kind in parts]
+    useless = [parts[kind] for kind in ("sam", "groundingdino", *ADDITIONS) if kind in parts]
     if useless and not llm:
         path, kind = useless[-1].path, useless[-1].kind
         raise Refused(f"{path} is a {kind}, useless alone; name its base model too, for instance: "
                       f"convert_weights.py vicuna-7b/ {path} imagebind_huge.pth --out DIR")
-    if additions and not preset and (llm.kind != "llama" or len(additions) > 1):
+    if additions and not preset and len(additions) + (llm.kind != "llama") > 1:         # only a bare LLaMA brings none
         raise Refused(f"{llm.path} and {additions[0].path}: the projector would be given twice; leave one of them out")
     if "painter" in parts and len(parts) > 1:
         raise Refused(f"{parts['painter'].path}: a diffusion model makes a weights folder of its own; convert it alone")
+
+
+def open_sources(paths, preset):
+    """{role: Source}: its kind, or llm for the first whole language model. Of a preset others may bring parts."""
+    parts = {}
+    for source in (open_source(*pair) for pair in group(paths)):
+        role = "llm" if source.kind in LLMS and not (preset and "llm" in parts) else source.kind
+        if rivals := [part for taken, part in parts.items() if role in (taken, part.kind)]:
+            what = "whole language models (norm weights of a delta average 0)" if role == "llm" else f"of kind {role}"
+            raise Refused(f"{rivals[0].path} and {source.path} are both {what}; leave one of them out")
+        parts[role] = source
+    check_parts(parts, preset)
     return parts
 
 
 # ---- Configuration
 
-def llm_size(source):
-    return f"{source.depth('llm')} layers of width {source.shape(EMBED)[-1]}"
+def require(known, given, where):                       # known: {name: pattern of the values that we can do}
+    for key, pattern in known.items():
+        if key in given and not re.fullmatch(pattern, str(given[key])):
+            raise Refused(f"{where}: {key} {given[key]!r} is not supported; known: {pattern}")
 
 
 def llm_config(source, rows, c):
     """What their config.json says about the language model; left out values have the original LLaMA's defaults."""
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}      # the new name and the old one
     scaling = rope.get("rope_type") or rope.get("type") or "default"
     known = {"model_type": ".*" if source.kind == "nextchat" else "llama|llava.*", "hidden_act": "silu",
              "rope_scaling": "default|llama3"}
-    given = {"model_type": "llama", "hidden_act": "silu"} | c | {"rope_scaling": scaling}
-    if odd := [key for key in known if not re.fullmatch(known[key], str(given[key]))]:
-        raise Refused(f"{source.path}: {odd[0]} {given[odd[0]]!r} is not supported; known: {known[odd[0]]}")
-    c = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": rope.get("rope_theta")} | c
-    c |= {"vocab_size": rows}
-    values = {ours: c[theirs] for theirs, ours in LLM_FIELDS if c.get(theirs) is not None}
-    values |= {ours: rope[theirs] for theirs, ours in ROPE_FIELDS if scaling == "llama3"}
-    if values.get("head_dim") == values["dim"] // values["n_head"]:
+    require(known, c | {"rope_scaling": scaling}, source.path)
+    defaults = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": rope.get("rope_theta")}
+    c = {key: value for key, value in (defaults | c | {"vocab_size": rows}).items() if value is not None}
+    values = {ours: c[theirs] for theirs, ours in LLM_FIELDS.items() if theirs in c}
+    if scaling == "llama3":
+        values |= {ours: rope[theirs] for theirs, ours in ROPE_FIELDS.items()}          # all of them, or it is refused
+    if values.get("head_dim") == values["dim"] // values["n_head"]:     # LLMConfig names it only if it is another
         del values["head_dim"]
-    bos, eos = (n if c.get(key) is None else c[key] for key, n in (("bos_token_id", 1), ("eos_token_id", 2)))
+    eos = c.get("eos_token_id", 2)                      # Llama 3 ends in several ways
     return {"llm": M.to_config(M.LLMConfig, {"n_kv_head": values["n_head"]} | values, source.path),
-            "bos": int(bos), "eos": tuple(map(int, eos if isinstance(eos, list) else [eos]))}
+            "bos": int(c.get("bos_token_id", 1)), "eos": tuple(map(int, eos if isinstance(eos, list) else [eos]))}
 
 
 def closest_preset(source):
@@ -681,20 +689,19 @@ def closest_preset(source):
     size, kind = (source.depth("llm"), source.shape(EMBED)[-1]), "chatbind" if BRIDGE in source.tensors else source.kind
     fits = [p for p in M.PRESETS.values() if p.llm and (p.llm.n_layer, p.llm.dim) == size]
     if not fits:
-        raise Refused(f"{source.path}: no config.json beside it, and no preset has {llm_size(source)}; put one there")
+        raise Refused(f"{source.path}: no config.json beside it, and no preset has {source.size()}; put one there")
     return min(fits, key=lambda p: (p.system != kind, p.llm.vocab_size != source.shape(EMBED)[0]))
 
 
 def clip_config(source):
     """CLIPConfig, from shapes; heads cannot be seen in them, those of all published CLIPs are 64 wide."""
     stem, c = "readers.clip.tower", source.json("config.json") if source.kind == "clip" else {}
-    c = c.get("vision_config") or c
-    if c.get("hidden_act", "quick_gelu") != "quick_gelu":
-        raise Refused(f"{source.path}: hidden_act {c['hidden_act']!r} is not supported; known: quick_gelu")
-    dim, _, _, patch = source.shape(stem + ".patch.weight")
-    side, mlp = math.isqrt(source.shape(stem + ".pos.weight")[0] - 1), source.shape(stem + ".blocks.0.mlp.fc1.weight")
-    values = dict(image_size=side * patch, patch_size=patch, dim=dim, n_layer=source.depth(stem), mlp_dim=mlp[0],
-                  n_head=c.get("num_attention_heads", dim // 64))
+    c = c.get("vision_config") or c                     # of a whole CLIP
+    require({"hidden_act": "quick_gelu"}, c, source.path)
+    dim, _, _, patch = source.shape(stem + ".patch.weight")             # (C, 3, patch, patch)
+    side = math.isqrt(source.shape(stem + ".pos.weight")[0] - 1)        # (1 + side * side, C), 1 for the class token
+    values = dict(image_size=side * patch, patch_size=patch, dim=dim, n_head=c.get("num_attention_heads", dim // 64),
+                  n_layer=source.depth(stem), mlp_dim=source.shape(stem + ".blocks.0.mlp.fc1.weight")[0])
     return M.to_config(M.CLIPConfig, values, source.path)
 
 
@@ -704,12 +711,12 @@ def sam_config(source):
         return source.shape("writers.at.sam." + name)[axis]
     n_layer, patch = source.depth("writers.at.sam.image_encoder"), size("image_encoder.patch_embed.proj.weight", 3)
     reach = [size(f"image_encoder.blocks.{i}.attn.rel_pos_h") for i in range(n_layer)]      # 2 * side - 1 of each
-    dim = size("image_encoder.pos_embed", 3)
+    dim = size("image_encoder.pos_embed", 3)            # (1, side, side, C)
     values = dict(
         image_size=patch * size("image_encoder.pos_embed", 1), patch_size=patch, dim=dim, n_layer=n_layer,
-        n_head=dim // size("image_encoder.blocks.0.attn.rel_pos_h", 1),
-        mlp_dim=size("image_encoder.blocks.0.mlp.lin1.bias"),
-        window=(min(reach) + 1) // 2, global_layers=[i for i, n in enumerate(reach) if n > min(reach)],
+        n_head=dim // size("image_encoder.blocks.0.attn.rel_pos_h", 1),                     # (2 * side - 1, hd)
+        mlp_dim=size("image_encoder.blocks.0.mlp.lin1.bias"), window=(min(reach) + 1) // 2,
+        global_layers=[i for i, n in enumerate(reach) if n > min(reach)],                   # these see the whole image
         n_mask=source.shape(MASK_TOKENS)[0], prompt_dim=source.shape(MASK_TOKENS)[1],
         mask_dim=size("prompt_encoder.mask_downscaling.3.bias"),
         dec_mlp_dim=size("mask_decoder.transformer.layers.0.mlp.lin1.bias"),
@@ -717,13 +724,15 @@ def sam_config(source):
     return M.to_config(SAMConfig, values, source.path)
 
 
-def imagebind_config(source):
-    """ImageBindConfig, from shapes; heads are as wide as in ImageBind-Huge."""
-    towers, out_dim, stem = {}, 0, "readers.imagebind.tower.towers."
+def imagebind_config(source, unit_sounds):
+    """ImageBindConfig, from shapes; heads are as wide as in ImageBind-Huge. unit_sounds: do not scale those."""
+    towers, out_dim = {}, 0
     for kind, huge in HUGE.items():
-        if n_layer := source.depth(stem + kind):
-            out_dim, dim = source.shape(f"{stem}{kind}.head.weight")
+        if n_layer := source.depth(TOWER + kind):
+            out_dim, dim = source.shape(f"{TOWER}{kind}.head.weight")
             towers[kind] = asdict(huge) | {"dim": dim, "n_layer": n_layer, "n_head": dim * huge.n_head // huge.dim}
+    if "audio" in towers and unit_sounds:               # parity: NExT-GPT's sounds stay at unit length
+        towers["audio"]["scale"] = False
     return M.to_config(M.ImageBindConfig, {"towers": towers, "out_dim": out_dim}, source.path)
 
 
@@ -740,10 +749,19 @@ PAINTER_KNOWN = {
                   "beta_schedule": "scaled_linear", "skip_prk_steps": "True", "steps_offset": "1",
                   "set_alpha_to_one": "False", "clip_sample": "False", "prediction_type": "epsilon",
                   "timestep_spacing": "leading", "thresholding": "False"}}
+PAINTER_FILES = {part: "config.json" for part in PAINTER_PARTS} | {
+    "scheduler": "scheduler_config.json", "tokenizer": "special_tokens_map.json"}
 
 
-def unet_config(c):
-    """UNetConfig of a decoder's unet/config.json."""
+def painter_files(source):                              # {subfolder: values} of its JSON files
+    files = {part: source.json(f"{part}/{name}") for part, name in PAINTER_FILES.items()}
+    for part in ("unet", "vae", "text_encoder", "scheduler"):
+        if not files[part]:
+            raise Refused(f"{source.path}: MISSING {part}/{PAINTER_FILES[part]}; download the whole folder again")
+    return files
+
+
+def unet_config(c):                                     # what UNetConfig says in other words than unet/config.json
     video = c["down_block_types"][0].endswith("3D")
     heads, widths = c["attention_head_dim"], c["block_out_channels"]
     if video:                                           # parity: the width of a head; in the others, their number
@@ -753,86 +771,73 @@ def unet_config(c):
             "context_dim": 0 if c.get("class_embed_type") else c["cross_attention_dim"]}
 
 
-def painter_files(source):
-    """{subfolder: values} of a diffusion model's JSON files; the tokenizer's is special_tokens_map.json."""
-    names = {part: "config.json" for part in PAINTER_PARTS} | {
-        "scheduler": "scheduler_config.json", "tokenizer": "special_tokens_map.json"}
-    files = {part: values for part, name in names.items() if (values := source.json(f"{part}/{name}"))}
-    if lost := [f"{part}/{names[part]}" for part in ("unet", "vae", "text_encoder", "scheduler") if part not in files]:
-        raise Refused(f"{source.path}: MISSING {lost[0]}; download the whole folder again")
-    return files
-
-
-def painter_config(files, where):
-    """PainterConfig of a decoder's JSON files, {subfolder: values}."""
+def painter_config(files, where):                       # files: {subfolder: values} of a diffusion model's JSON
+    files = {part: {k: v for k, v in values.items() if v is not None} for part, values in files.items()}
     for part, known in PAINTER_KNOWN.items():
-        given = files.get(part, {})
-        if odd := [k for k, v in known.items() if given.get(k) is not None and not re.fullmatch(v, str(given[k]))]:
-            raise Refused(f"{where}: {part}: {odd[0]} {given[odd[0]]!r} is not supported; known: {known[odd[0]]}")
+        require(known, files.get(part, {}), f"{where}: {part}")
 
     def read(cls, part, table, **more):
-        values = {ours: files[part][theirs] for theirs, ours in table if files[part].get(theirs) is not None}
+        values = {ours: files[part][theirs] for theirs, ours in table.items() if theirs in files[part]}
         return M.to_config(cls, values | more, f"{where}: {part}")
-    text, schedule, pad = files["text_encoder"], files["scheduler"], files.get("tokenizer", {}).get("pad_token")
-    end = text["vocab_size"] - 1
-    ids = {"start": end - 1, "end": end, "pad": 0 if pad in ("!", {"content": "!"}) else end}
-    if "vocoder" in files:
+    text, schedule, vocoder = files["text_encoder"], files["scheduler"], None
+    end, pad = text["vocab_size"] - 1, files.get("tokenizer", {}).get("pad_token")
+    ids = {"start": end - 1, "end": end, "pad": 0 if pad in ("!", {"content": "!"}) else end}       # "!": ZeroScope's
+    if files.get("vocoder"):                            # sounds are prompted by a RoBERTa
         ids = {"start": 0, "end": 2, "pad": 1, "out_dim": text["projection_dim"]}
+        vocoder = read(G.VocoderConfig, "vocoder", VOCODER_FIELDS)
     return G.PainterConfig(
         read(G.UNetConfig, "unet", UNET_FIELDS, **unet_config(files["unet"])), read(G.VAEConfig, "vae", VAE_FIELDS),
-        read(G.TextConfig, "text_encoder", TEXT_FIELDS, **ids),
-        read(G.VocoderConfig, "vocoder", VOCODER_FIELDS) if "vocoder" in files else None,
+        read(G.TextConfig, "text_encoder", TEXT_FIELDS, **ids), vocoder,
         scheduler="plms" if schedule.get("skip_prk_steps") else "ddim",
         beta_start=schedule["beta_start"], beta_end=schedule["beta_end"])
 
 
 def place_tokens(source, rows, projector):
     """({added token: id}, embedding rows). A projector file alone appends the tokens it was trained with."""
-    tokens, new = source.json("added_tokens.json"), rows
+    tokens = source.json("added_tokens.json")
     if not projector or tokens.keys() >= set(TOKENS[1:]):
         return source.tokens(TOKENS[1:]), rows
     trained = projector.shape(EMBED)[0] if EMBED in projector.tensors else 2
-    new = rows + 3 if trained == 2 else trained
+    new = rows + 3 if trained == 2 else trained         # 2: only those around media, beside a third that never learned
     if new - rows not in (0, 3, 4):
         raise Refused(f"{projector.path} was trained with {trained} embedding rows, {source.path} has {rows}; "
                       "give it the language model it was trained with")
-    names = TOKENS if new - rows == 4 else TOKENS[1:]
-    return tokens | {name: new - len(names) + i for i, name in enumerate(names)}, new
+    names = TOKENS if new - rows == 4 else TOKENS[1:]   # 0: they are there already, in the last rows
+    return tokens | dict(zip(names, range(new - len(names), new))), new
 
 
 def nextchat_config(source, parts):
     """What a NExT-Chat adds to the configuration of its language model; its towers may lie in files of their own."""
     clip, sam = (next((part for part in parts.values() if name in part.tensors), None) for name in (CLS, MASK_TOKENS))
     clip, sam = clip_config(clip) if clip else closest_preset(source).clip, sam_config(sam) if sam else None
-    depth = sum(re.fullmatch(r"readers\.clip\.projector\.(\d+\.)?weight", name) is not None for name in source.tensors)
     media = {"image_size": clip.image_size, "sam_size": sam.image_size if sam else 0}
-    known = {name: getattr(M.NEXTCHAT, name) for name in ("system", "reads", "writes")}
-    return known | {"clip": clip, "sam": sam, "projector_depth": depth, "media": M.NEXTCHAT.media | media,
-                    "added_tokens": source.tokens(M.NEXTCHAT_TOKENS)}
+    return {"system": "nextchat", "reads": M.NEXTCHAT.reads, "writes": M.NEXTCHAT.writes, "clip": clip, "sam": sam,
+            "projector_depth": len(source.matches(r"readers\.clip\.projector\.(\d+\.)?weight")),
+            "media": M.NEXTCHAT.media | media, "added_tokens": source.tokens(M.NEXTCHAT_TOKENS)}
 
 
 def nextgpt_config(source, llm):
     """What a NExT-GPT file adds to the configuration of its base. It does not tell alpha: the published one is used."""
-    rank = next((x.like.shape[0] for name, x in source.tensors.items() if name.endswith("lora_A")), 0)
-    more = {"vocab_size": source.shape(EMBED)[0], "lora_rank": rank, "lora_dropout": M.NEXTGPT.llm.lora_dropout}
+    rank = next((x.like.shape[0] for name, x in source.tensors.items() if name.endswith("lora_A")), 0)      # (r, C)
+    llm = replace(llm, vocab_size=source.shape(EMBED)[0], lora_rank=rank, lora_dropout=M.NEXTGPT.llm.lora_dropout)
     out = {"system": "nextgpt", "added_tokens": source.tokens(sum(M.SIGNALS.values(), ())), "writes": M.SIGNALS,
-           "projections": {}, "llm": replace(llm, **more), "imagebind": M.ImageBindConfig({}, source.shape(BRIDGE)[-1])}
+           "projections": {}, "llm": llm, "imagebind": M.ImageBindConfig({}, source.shape(BRIDGE)[-1])}
     for name, run in M.SIGNALS.items():
         stem = f"writers.{name}.proj"
-        _, n_query, dim = source.shape(f"{stem}.query_embs")
-        n_layer = sum(re.fullmatch(rf"{stem}\.encoder\.\d+\.attn\.wo\.bias", key) is not None for key in source.tensors)
+        _, n_query, dim = source.shape(f"{stem}.query_embs")            # (1, n_query, dim)
         out["projections"][name] = M.ProjectionConfig(
-            llm.dim, len(run), n_query, source.shape(f"{stem}.model.bias")[0], dim, n_layer,
+            llm.dim, len(run), n_query, source.shape(f"{stem}.model.bias")[0], dim,
+            n_layer=len(source.matches(rf"{stem}\.encoder\.\d+\.attn\.wo\.bias")),
             mlp_dim=source.shape(f"{stem}.encoder.0.mlp.fc1.bias")[0])
     return out
 
 
 def language_config(main, parts):
-    """What the files of a language model tell: its sizes, and of ChatBind its added tokens and the bridge to ImageBind."""
+    """What the files of a language model tell: its sizes, of ChatBind also its added tokens and bridge to ImageBind."""
     out, rows, projector = {}, main.shape(EMBED)[0], parts.get("projector")
     if projector or BRIDGE in main.tensors:
         tokens, rows = place_tokens(main, rows, projector)
-        bind = M.ImageBindConfig({}, (projector or main).shape(BRIDGE)[-1])
+        bind = M.ImageBindConfig({}, (projector or main).shape(BRIDGE)[-1])             # no towers, only their width
         out = {"system": "chatbind", "added_tokens": tokens, "imagebind": bind}
     if main.kind == "llava":
         out = {"added_tokens": main.tokens()}
@@ -842,31 +847,23 @@ def language_config(main, parts):
     return out | {"llm": replace(known.llm, vocab_size=rows, lora_rank=0), "bos": known.bos, "eos": known.eos}
 
 
-def bind_config(parts):
-    """-> the config of an ImageBind, {kind of medium that it reads: its name}."""
-    bind = imagebind_config(parts["imagebind"])
-    if "nextgpt" in parts and "audio" in bind.towers:           # parity: its sounds stay at unit length
-        bind = replace(bind, towers=bind.towers | {"audio": replace(bind.towers["audio"], scale=False)})
-    seen = {"image", "video"} if "vision" in bind.towers else set()
-    return bind, {kind: "imagebind" for kind in M.IMAGEBIND_READS if kind in seen | bind.towers.keys()}
-
-
-def configure(parts):
-    """The config of these sources. ChatterBox's files tell no sizes, so that it is a preset."""
+def configure(parts):                                   # -> the config; ChatterBox's files tell no sizes: a preset's
     if "painter" in parts:
         return painter_config(painter_files(parts["painter"]), parts["painter"].path)
     main = parts.get("delta") or parts.get("llm")
-    if main and main.kind == "chatterbox":
+    kind = main.kind if main else ""
+    if kind == "chatterbox":
         return closest_preset(main)
     out = language_config(main, parts) if main else {}
     if "nextgpt" in parts:
         out |= nextgpt_config(parts["nextgpt"], out["llm"])
-    if main and main.kind == "nextchat":
+    if kind == "nextchat":
         out |= nextchat_config(main, parts)
     elif "clip" in parts:
         out |= {"clip": clip_config(parts["clip"]), "reads": {"image": "clip"}}
     if "imagebind" in parts:
-        bind, reads = bind_config(parts)
+        bind = imagebind_config(parts["imagebind"], unit_sounds="nextgpt" in parts)
+        reads = {kind: "imagebind" for kind in M.IMAGEBIND_READS if M.TOWERS.get(kind, kind) in bind.towers}
         out |= {"imagebind": bind, "reads": reads | out.get("reads", {})}
     return M.ModelConfig(**out)
 
@@ -876,7 +873,8 @@ def configure(parts):
 COPIES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
           "bpe_simple_vocab_16e6.txt.gz", "merges.txt", "vocab.json")
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
+NOT_NEEDED = {HEAD: ("dropped", "tied to the embedding"),
+              AUDIO_SCALE: ("dropped", "NExT-GPT's sounds stay at unit length")}
 # What training makes, and which file gives the rest
 LEARNED = re.compile(r"readers\.(\w+\.projector|box|region)\..*|.*\.lora_[AB]|"
                      r"writers\.(at\.(?!sam\.).*|vg\.query\..*|\w+\.proj\..*)")
@@ -885,12 +883,11 @@ GIVEN_BY = {"readers.clip.tower": "clip-vit-large-patch14 or -336", "writers.at.
 
 
 class Target(NamedTuple):
-    """A tensor to write: `stored` plus `base` in its first rows; of these the first `keep`, grown to `shape`; with rows
-    of others in place of some; plus LoRA."""
+    """A tensor to write, and what is done to it: see value."""
     stored: Stored
     shape: tuple
     dtype: torch.dtype
-    base: Stored | None = None          # what a delta is added to
+    base: Stored | None = None          # what a delta is added to, in its first rows
     keep: int | None = None             # rows of the vocabulary without added tokens
     rows: tuple = ()                    # of added tokens: (Stored, its rows, ours)
     lora: tuple = ()                    # B, A, factor
@@ -905,13 +902,13 @@ class Target(NamedTuple):
             x = x.half().contiguous()
             x[:self.base.like.shape[0]] += self.base.read().half()
         if self.keep:
-            x = x[:self.keep]
+            x = x[:self.keep]                           # (V, C) -> (keep, C)
         if x.shape != self.shape:                       # as in training: new rows are the mean of the old ones
             x = torch.cat([x, x.float().mean(0, keepdim=True).to(x.dtype).expand(self.shape[0] - len(x), -1)])
         for other, theirs, ours in self.rows:
             x[ours] = other.read()[theirs].to(x.dtype)
         if self.lora:
-            b, a, factor = self.lora
+            b, a, factor = self.lora                    # (out, r), (r, in)
             x = x.float() + factor * b.read().float() @ a.read().float()
         return x.to(self.dtype).contiguous()
 
@@ -923,11 +920,10 @@ class Made(NamedTuple):
     like: torch.Tensor
 
     def read(self):
-        part = self.model.get_submodule(part_of(self.key))
-        *path, leaf = self.key.removeprefix(part_of(self.key) + ".").split(".")
-        holder = part.get_submodule(".".join(path))
-        setattr(holder, leaf, torch.nn.Parameter(torch.empty(self.like.shape)))
-        torch.manual_seed(zlib.crc32(self.key.encode()))
+        path, _, leaf = self.key.rpartition(".")
+        part, holder = self.model.get_submodule(part_of(self.key)), self.model.get_submodule(path)
+        setattr(holder, leaf, torch.nn.Parameter(torch.empty(self.like.shape)))         # all others stay on meta
+        torch.manual_seed(zlib.crc32(self.key.encode()))                                # Python's hash differs by run
         M.initialise(part)
         x = getattr(holder, leaf).detach()
         setattr(holder, leaf, torch.nn.Parameter(self.like))
@@ -947,68 +943,114 @@ class Plan(NamedTuple):
         return sum(target.nbytes for targets in self.files.values() for target in targets.values())
 
 
-def cast(dtype, choice):
-    """Type to write a tensor of this type in: only floating point is ever converted."""
+def cast(dtype, choice):                                # only floating point is ever converted
     return FLOATS.get(choice, dtype) if dtype.is_floating_point else dtype
 
 
-def part_of(name):
-    """Component that a tensor of ours belongs to: llm, readers.clip.tower, ..."""
+def part_of(name):                                      # component of a tensor: llm, readers.clip.tower, ...
     return ".".join(name.split(".")[:3 if name.startswith(("readers.", "writers.")) else 1])
 
 
-def judge(name, source, parts, wanted, taken, preset):
-    """(fate, note) of a tensor: does the model have it (wanted: its shape there), is it not another source's, does what
-    it is added to fit?"""
-    shape, delta = tuple(source.tensors[name].like.shape), parts.get("delta")
-    if delta and source is parts["llm"]:
-        return ("merged", "") if name in delta.tensors else ("UNEXPECTED", f"{delta.path} does not have it")
-    if source.kind == "projector" and name == EMBED:
-        return "merged", "rows of added tokens"
-    if wanted is None and name in (HEAD, AUDIO_SCALE):          # the latter only NExT-GPT leaves out
-        return "dropped", "tied to the embedding" if name == HEAD else "NExT-GPT's sounds stay at unit length"
-    if wanted is None:
-        return "UNEXPECTED", f"{preset or 'a model of these sizes'} has no {name}"
-    if name in taken:
-        shared = any(x is source.tensors[name] for x, *_ in taken[name].rows)
-        return ("merged", "rows of added tokens") if shared else ("dropped", "another source gives it")
-    grows = name in (EMBED, HEAD) and shape[1:] == wanted[1:]
-    if shape != wanted and not (grows and (preset or "projector" in parts and shape[0] <= wanted[0])):
-        return "MISMATCHED", f"{list(shape)}, where the model needs {list(wanted)}"
-    if source is not delta or name.startswith("readers."):
+def tokenizer_files(folder):                            # and what else a weights folder keeps of a source
+    return [folder / name for name in COPIES if (folder / name).is_file()]
+
+
+class Recipe(NamedTuple):
+    """What is made of what, and what of it has been found."""
+    cfg: M.ModelConfig
+    shapes: dict                        # our name: shape, of all that the model stores
+    parts: dict                         # role: Source
+    sources: list                       # the same, in the order in which they are asked
+    preset: str
+    placed: tuple                       # tensors of the vocabulary, if their added tokens come from several sources
+    targets: dict                       # our name: Target
+
+    def fits(self, name, shape):
+        wanted = self.shapes[name]
+        if name in self.placed and shape[1:] == wanted[1:]:             # (V, C)
+            return bool(self.preset) or shape[0] <= wanted[0]
+        return shape == wanted
+
+    def take(self, name, source):
+        """Make a target of a tensor if the model has it, no other source gave it and it fits. -> (fate, note)"""
+        delta, x = self.parts.get("delta"), source.tensors[name]
+        if delta and source is self.parts["llm"]:       # taken with the delta
+            return ("merged", "") if name in delta.tensors else ("UNEXPECTED", f"{delta.path} does not have it")
+        if source.kind == "projector" and name == EMBED:
+            return "merged", "rows of added tokens"
+        if name not in self.shapes:
+            return NOT_NEEDED.get(name, ("UNEXPECTED", f"{self.preset or 'a model of these sizes'} has no {name}"))
+        if name in self.targets:
+            shared = any(other is x for other, *_ in self.targets[name].rows)
+            return ("merged", "rows of added tokens") if shared else ("dropped", "another source gives it")
+        shape = tuple(x.like.shape)
+        if not self.fits(name, shape):
+            return "MISMATCHED", f"{list(shape)}, where the model needs {list(self.shapes[name])}"
+        if source is delta and not name.startswith("readers."):         # a ChatBind's projector is whole
+            return self.add(name, x, shape)
+        new = Target(x, self.shapes[name], x.like.dtype)
+        if name in self.placed:
+            keep = min(self.cfg.added_tokens.values(), default=None) if self.preset else None
+            new = new._replace(keep=keep, rows=self.token_rows(name))
+        self.targets[name] = new
         return "renamed", ""
-    base = parts["llm"]
-    old = tuple(base.tensors[name].like.shape) if name in base.tensors else None
-    if old != shape and not (old and grows and old[0] <= shape[0]):
-        return "MISMATCHED", f"{list(shape)} in the delta, {list(old) if old else 'absent'} in {base.path}"
-    return "merged", ""
 
+    def add(self, name, x, shape):                      # the same for a delta, whose base may lack rows of tokens
+        base = self.parts["llm"]
+        if name not in base.tensors:
+            return "MISMATCHED", f"{list(shape)} in the delta, absent in {base.path}"
+        old = tuple(base.tensors[name].like.shape)
+        if old != shape and (name not in (EMBED, HEAD) or old[1:] != shape[1:] or old[0] > shape[0]):
+            return "MISMATCHED", f"{list(shape)} in the delta, {list(old)} in {base.path}"
+        self.targets[name] = Target(x, self.shapes[name], torch.float16, base.tensors[name])
+        return "merged", ""
 
-def token_rows(name, cfg, sources, shape):
-    """(Stored, its rows, ours) of the added tokens, each from the first of the sources that has learned it."""
-    out, known = [], set()
-    for source in sources:
-        x = source.tensors.get(name)
-        if x is None or source.kind == "delta" or x.like.shape[1:] != shape[1:]:
-            continue
-        new = {row: token for token, row in source.tokens().items() if token in cfg.added_tokens.keys() - known}
-        known.update(new.values())
-        out += [(x, list(new), [cfg.added_tokens[token] for token in new.values()])] if new else []
-    return out
+    def token_rows(self, name):
+        """(Stored, its rows, ours) of the added tokens, each from the first of the sources that has learned it."""
+        out, missing = [], dict(self.cfg.added_tokens)
+        for source in self.sources:
+            x = source.tensors.get(name)
+            if x is None or source.kind == "delta" or x.like.shape[1:] != self.shapes[name][1:]:
+                continue
+            if new := {row: missing.pop(token) for token, row in source.tokens().items() if token in missing}:
+                out.append((x, list(new), list(new.values())))
+        return out
+
+    def gather(self):                                   # -> rows of the report on what the sources hold
+        report = [row for source in self.sources for row in source.rows]
+        for source in self.sources:
+            for name, x in source.tensors.items():
+                fate, note = self.take(name, source)
+                if self.preset and fate.isupper():      # a preset takes what fits
+                    fate = "dropped"
+                report.append(Row(str(source.path), source.kind, fate, x.key, part_of(name), note))
+        return report
+
+    def fill(self, model):
+        """-> rows of the report for what no source gives. Of a preset, what training makes becomes a target."""
+        rows, dtype = [], self.targets[EMBED].dtype if EMBED in self.targets else torch.float32
+        for name in [name for name in self.shapes if name not in self.targets]:
+            part = part_of(name)
+            if self.preset and LEARNED.fullmatch(name):
+                self.targets[name] = Target(Made(model, name, model.get_parameter(name)), self.shapes[name], dtype)
+                rows.append(Row("no source", self.preset, "initialised", name, part, "to be trained"))
+            else:
+                note = f"for {name}; {GIVEN_BY.get(part, 'a whole model')} has it"
+                rows.append(Row("", "", "MISSING", original(name) or name, part, note))
+        return rows
 
 
 def check_base(base, delta, cfg):
     """Refuse a base of other sizes, or one that a delta extends by other rows than its added tokens."""
-    if llm_size(base) != llm_size(delta):
-        raise Refused(f"{base.path} ({llm_size(base)}) is not the base of {delta.path} ({llm_size(delta)}); name that")
+    if base.size() != delta.size():
+        raise Refused(f"{base.path} ({base.size()}) is not the base of {delta.path} ({delta.size()}); name that")
     rows, new = base.shape(EMBED)[0], cfg.llm.vocab_size
     if cfg.added_tokens and new - rows != sum(i >= rows for i in cfg.added_tokens.values()):
         raise Refused(f"{base.path} has {rows} embedding rows, {delta.path} {new}, which its added tokens "
                       f"({', '.join(cfg.added_tokens)}) do not explain; name the base it was made against")
 
 
-def skeleton(parts, preset):
-    """The module of these sources on meta. Raises Refused."""
+def skeleton(parts, preset):                            # the module of these sources, on meta
     try:
         cfg = M.PRESETS[preset] if preset else configure(parts)
         with torch.device("meta"):
@@ -1019,92 +1061,54 @@ def skeleton(parts, preset):
         raise Refused(f"{parts.popitem()[1].path}: config.json or shapes describe no model ({error!r:.200})") from None
 
 
-def fill(targets, model, preset):
-    """Rows of the report for what no source gives. What training makes becomes a target if the model is a preset."""
-    rows, like = [], targets[EMBED].dtype if EMBED in targets else torch.float32
-    for name, x in model.state_dict().items():
-        part = part_of(name)
-        if name in targets or name in M.tied(model):
-            continue
-        if preset and LEARNED.fullmatch(name):
-            targets[name] = Target(Made(model, name, model.get_parameter(name)), tuple(x.shape), like)
-            rows.append(Row("no source", preset, "initialised", name, part, "to be trained"))
-        else:
-            note = f"for {name}; {GIVEN_BY.get(part, 'a whole model')} has it"
-            rows.append(Row("", "", "MISSING", original(name) or name, part, note))
-    return rows
-
-
 def plan_weights(paths, preset="", dtype="keep", merge_lora=False):
-    """The Plan that makes one weights folder of public checkpoints. Reads headers, and norms to tell a delta.
-
-    Each tensor comes from the first source that has it: first the preset's own system and what is added to a language
-    model, then whole language models with all they bring, then the others. Of these, a preset takes what fits.
-    """
+    """The Plan that makes one weights folder of public checkpoints. Reads headers, and norms to tell a delta."""
     if preset and preset not in M.PRESETS:
         raise Refused(f"unknown preset {preset!r}; known: {', '.join(M.PRESETS)}")
     parts = open_sources(paths, preset)
     model = skeleton(parts, preset)
-    cfg, want = model.cfg, {name: tuple(x.shape) for name, x in model.state_dict().items() if name not in M.tied(model)}
-    own = "delta", "projector", getattr(cfg, "system", "")
-    sources = sorted(parts.values(), key=lambda source: (source.kind not in own, source.kind not in LLMS))
+    cfg, own = model.cfg, ("delta", "projector", getattr(model.cfg, "system", ""))
     if "delta" in parts:
         check_base(parts["llm"], parts["delta"], cfg)
-    base = parts["llm"].tensors if "delta" in parts else {}
-    targets, report = {}, [row for source in sources for row in source.rows]
-    for source in sources:
-        for name, x in source.tensors.items():
-            fate, note = judge(name, source, parts, want.get(name), targets, preset)
-            if fate == "renamed" or fate == "merged" and source.kind == "delta":
-                kind = cast(torch.float16 if name in base else x.like.dtype, dtype)
-                new = Target(x, want[name], kind, base.get(name))
-                if name in (EMBED, HEAD) and (preset or "projector" in parts) and source.kind != "delta":
-                    keep = min(cfg.added_tokens.values(), default=None) if preset else None
-                    new = new._replace(keep=keep, rows=token_rows(name, cfg, sources, want[name]))
-                targets[name] = new
-            fate = "merged" if merge_lora and fate == "renamed" and ".lora_" in name else fate
-            fate = "dropped" if preset and fate.isupper() else fate
-            report.append(Row(str(source.path), source.kind, fate, x.key, part_of(name), note))
-    report += fill(targets, model, preset)
-    cfg = merge(targets, cfg) if merge_lora else cfg
+    # the first that has a tensor gives it: own system and additions, then whole language models, then the others
+    sources = sorted(parts.values(), key=lambda source: (source.kind not in own, source.kind not in LLMS))
+    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if name not in M.tied(model)}
+    recipe = Recipe(cfg, shapes, parts, sources, preset, (EMBED, HEAD) if preset or "projector" in parts else (), {})
+    report = recipe.gather() + recipe.fill(model)
+    if merge_lora:
+        cfg, report = merge(recipe.targets, cfg, report)
+    targets = {name: target._replace(dtype=cast(target.dtype, dtype)) for name, target in recipe.targets.items()}
     order = sorted(reversed(sources), key=lambda source: source.kind in (*LLMS, "delta", "nextgpt"))
-    folder = "tokenizer/" if "painter" in parts else ""
-    files = [beside(source.path, folder + name) for source in order for name in COPIES]     # the last one's is kept
-    return Plan({"model": targets}, {}, [path for path in files if path.is_file()], report, cfg)
+    folders = [beside(source.path, "tokenizer" if source.kind == "painter" else "") for source in order]
+    copies = [path for folder in folders for path in tokenizer_files(folder)]
+    return Plan({"model": targets}, {}, copies, report, cfg)            # of files of one name the last one's is kept
 
 
-def merge(targets, cfg):
-    """Let the targets of a plan absorb their LoRA; returns the config of that."""
+def merge(targets, cfg, report):                        # let the weights absorb their LoRA -> config, report
     for name in [name for name in targets if name.endswith("lora_A")]:
         a, b = (targets.pop(name[:-1] + x).stored for x in "AB")
         weight = name.replace("lora_A", "weight")
         if weight in targets:                           # else it is reported missing
             targets[weight] = targets[weight]._replace(lora=(b, a, cfg.llm.lora_alpha / cfg.llm.lora_rank))
-    return replace(cfg, llm=replace(cfg.llm, lora_rank=0))
+    report = [row._replace(fate="merged") if row.fate == "renamed" and ".lora_" in row.key else row for row in report]
+    return replace(cfg, llm=replace(cfg.llm, lora_rank=0)), report
 
 
-def original(name, tables=(TABLE, *TABLES.values())):
-    """The public name of one of our tensors, None if there is none: the tables, from right to left."""
-    rows = (row for table in tables for row in table if row[1])
-    return next(filter(None, (rewrite(name, row[1], row[0]) for row in rows)), None)
-
-
-def their_config(cfg, dtype):
-    """config.json of a Hugging Face LLaMA, of ChatBind or of NExT-Chat."""
+def their_config(cfg, dtype):                           # config.json of a LLaMA, of ChatBind or of NExT-Chat
     llm = cfg.llm
-    out = {theirs: getattr(llm, ours) for theirs, ours in LLM_FIELDS} | {
+    out = {name: getattr(llm, ours) for name, ours in LLM_FIELDS.items()} | {
         "model_type": "llama", "hidden_act": "silu", "architectures": ["LlamaForCausalLM"],
         "head_dim": llm.head_dim or llm.dim // llm.n_head, "torch_dtype": str(dtype).removeprefix("torch."),
         "bos_token_id": cfg.bos, "eos_token_id": list(cfg.eos) if len(cfg.eos) > 1 else cfg.eos[0]}
     if llm.rope_factor != 1:
-        out["rope_scaling"] = {"rope_type": "llama3"} | {theirs: getattr(llm, ours) for theirs, ours in ROPE_FIELDS}
+        out["rope_scaling"] = {"rope_type": "llama3"} | {name: getattr(llm, ours) for name, ours in ROPE_FIELDS.items()}
     if cfg.system == "chatbind":
         out |= {"model_type": "llava_image_bind_select_all", "architectures": ["LlavaLlamaImageBindSelectForCausalLM"],
                 "mm_hidden_size": cfg.imagebind.out_dim}
     if cfg.system == "nextchat":
         out |= {"model_type": "nextchat", "architectures": ["NextChatForSegLM"], "mm_hidden_size": cfg.clip.dim,
                 "mm_depth": cfg.projector_depth, "mm_vision_select_layer": cfg.clip.feature_layer}
-    return out | ({} if cfg.system == "plain" else {"use_mm_proj": True, "mm_use_im_start_end": True})
+    return out if cfg.system == "plain" else out | {"use_mm_proj": True, "mm_use_im_start_end": True}
 
 
 def plan_export(folder, dtype="keep"):
@@ -1115,29 +1119,29 @@ def plan_export(folder, dtype="keep"):
         raise Refused(f"{folder}: LoRA matrices have no public names; fold them in first (--merge-lora)")
     if cfg.projections:
         raise Refused(f"{folder}: the public form of NExT-GPT is an addition to another model, which is not written")
-    whole = cfg.system == "nextchat"                            # its towers lie in the same file
+    table, towers = TABLE, {"readers.imagebind.tower": "imagebind", "readers.clip.tower": "clip"}
+    if cfg.system == "nextchat":                        # its towers lie in the same file
+        table, towers = NEXTCHAT, {}
+    elif not cfg.llm:                                   # a mere CLIP is the model
+        del towers["readers.clip.tower"]
     for name, x in open_files(folder).items():
-        key, part = original(name, [NEXTCHAT if whole else TABLE]), part_of(name)
+        key, part = original(name, [table]), part_of(name)
         fate, note = ("renamed", key) if key else ("UNEXPECTED", "has no public name")
         report.append(Row(str(folder), "weights", fate, name, part, note))
-        tower = part.endswith(".tower") and (cfg.llm or part != "readers.clip.tower") and not whole
-        stem = part.split(".")[1] if tower else "model"
-        files.setdefault(stem, {})[key] = Target(x, tuple(x.like.shape), cast(x.like.dtype, dtype))
+        files.setdefault(towers.get(part, "model"), {})[key] = Target(x, tuple(x.like.shape), cast(x.like.dtype, dtype))
     if cfg.imagebind and "text" in cfg.imagebind.towers:        # the original's strict load asks for it
         n = cfg.imagebind.towers["text"].size[0]
-        mask = torch.full((n, n), -torch.inf).triu(1)
-        key = "modality_preprocessors.text.mask"
+        key, mask = "modality_preprocessors.text.mask", torch.full((n, n), -torch.inf).triu(1)
         files["imagebind"][key] = Target(Stored(folder, key, 0, mask, mask), (n, n), mask.dtype)
     if cfg.llm:
         texts["config.json"] = their_config(cfg, files["model"]["model.embed_tokens.weight"].dtype)
     elif cfg.clip:
-        texts["config.json"] = {theirs: getattr(cfg.clip, ours) for theirs, ours in CLIP_FIELDS} | {
+        texts["config.json"] = {name: getattr(cfg.clip, ours) for name, ours in CLIP_FIELDS.items()} | {
             "model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"], "hidden_act": "quick_gelu"}
-    return Plan(files, texts, [folder / name for name in COPIES if (folder / name).is_file()], report)
+    return Plan(files, texts, tokenizer_files(folder), report)
 
 
-def say(text, file=None):
-    """Print without control characters: names found in files could move the cursor."""
+def say(text, file=None):                               # names found in files could move the cursor
     print(re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", text), file=file, flush=True)
 
 
@@ -1150,18 +1154,17 @@ def show(plan, verbose=False):
         for (fate, what), n in counts.items():
             say(f"    {n:6} {fate:10} {what}")
     for fate in dict.fromkeys(row.fate for row in plan.report if verbose or row.fate.isupper()):
-        rows = [row for row in plan.report if row.fate == fate]
-        shown = rows if verbose else rows[:20]
-        say("\n    ".join([f"{fate} {len(rows)}"] + [f"{row.key}  {row.note}" for row in shown]))
-        if len(rows) > 20 and not verbose:
-            say(f"    ... and {len(rows) - 20} more; --verbose lists them")
+        lines = [f"{row.key}  {row.note}" for row in plan.report if row.fate == fate]
+        shown = lines if verbose else lines[:20]
+        say("\n    ".join([f"{fate} {len(lines)}", *shown]))
+        if len(shown) < len(lines):
+            say(f"    ... and {len(lines) - 20} more; --verbose lists them")
     if (bind := getattr(plan.cfg, "imagebind", None)) and not bind.towers:
         say("note: without an ImageBind tower this model reads no media; add imagebind_huge.pth to the sources")
     say(f"{sum(map(len, plan.files.values()))} tensors, {plan.nbytes / 1e9:.2f} GB to write")
 
 
-def check(plan):
-    """Raise Refused if the report says that something does not fit."""
+def check(plan):                                        # Raises Refused if the report says that something does not fit
     if bad := [row for row in plan.report if row.fate.isupper()]:
         raise Refused(f"{len(bad)} keys do not fit, first {bad[0].fate} {bad[0].key} ({bad[0].note}); "
                       "name all files of one model, and only those")
@@ -1169,19 +1172,19 @@ def check(plan):
 
 # ---- Writing
 
-def alive(pid):
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, PermissionError) as error:
-        return isinstance(error, PermissionError)       # it is someone else's
-    return True
-
-
-def make_room(out, nbytes, sources, overwrite):
-    """Remove what dead runs left of `out`. Raises Refused if it must not be written or there is no space."""
-    for left in out.parent.glob(glob.escape(out.name) + ".tmp-*"):
-        if left.suffix[5:].isdigit() and not alive(int(left.suffix[5:])):
+def clear(out):                                         # remove what dead runs left of it: out.tmp-1234 of process 1234
+    for left in out.parent.glob("*.tmp-*"):
+        if left.stem != out.name or not left.suffix[5:].isdigit():
+            continue
+        try:
+            os.kill(int(left.suffix[5:]), 0)            # signal 0 only asks
+        except ProcessLookupError:
             shutil.rmtree(left)
+        except PermissionError:                         # it lives, and is someone else's
+            pass
+
+
+def make_room(out, nbytes, sources, overwrite):         # raise Refused if out must not be written or is too large
     if out.exists() and not overwrite:
         raise Refused(f"{out} exists; choose another --out, or add --overwrite to replace it")
     if out.exists() and not list(out.glob("*.safetensors")):
@@ -1192,20 +1195,20 @@ def make_room(out, nbytes, sources, overwrite):
         raise Refused(f"{out}: needs {nbytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
 
 
-def split(targets, limit):
-    """Shards of at most `limit` bytes (or one tensor). Wide types first: numbers lie at multiples of their width."""
-    shards, room = [], 0
+def split(targets, stem, limit):          # {file name: targets}, each of one tensor or at most limit bytes
+    shards, room = [], 0                                # wide types first: numbers lie at multiples of their width
     for name, target in sorted(targets.items(), key=lambda item: -item[1].dtype.itemsize):
         if not shards or target.nbytes > room:
             shards.append({})
             room = limit
         shards[-1][name] = target
         room -= target.nbytes
-    return shards
+    if len(shards) == 1:
+        return {f"{stem}.safetensors": shards[0]}
+    return {f"{stem}-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def write_shard(path, targets, bar):
-    """A safetensors file, each tensor computed when its turn comes, progress on the bar."""
+def write_shard(path, targets, bar):                    # each tensor is computed when its turn comes
     def values():
         for target in targets.values():
             yield target.value()
@@ -1214,26 +1217,24 @@ def write_shard(path, targets, bar):
     M.write_tensors(path, targets, values())
 
 
-def write(plan, out, sources, max_shard=5e9, overwrite=False):
-    """Write a Plan to the folder `out`, whole or not at all."""
+def write(plan, out, sources, max_shard=5e9, overwrite=False):# whole or not at all
     check(plan)
     out = Path(out).resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
+    clear(out)
     make_room(out, plan.nbytes, sources, overwrite)
     with M.new_folder(out) as new, tqdm(total=plan.nbytes, unit="B", unit_scale=True, disable=None) as bar:
         for path in plan.copies:
             shutil.copyfile(path, new / path.name)
-        texts, weight_map = dict(plan.texts), {}
+        texts = dict(plan.texts)
         for stem, targets in plan.files.items():
-            shards = split(targets, max_shard if stem == "model" else math.inf)
-            for i, shard in enumerate(shards):
-                tail = f"-{i + 1:05}-of-{len(shards):05}" if len(shards) > 1 else ""
-                name = f"{stem}{tail}.safetensors"
+            files = split(targets, stem, max_shard if stem == "model" else math.inf)
+            for name, shard in files.items():
                 write_shard(new / name, shard, bar)
-                weight_map |= dict.fromkeys(shard, name) if len(shards) > 1 else {}
-        if weight_map:
-            size = sum(plan.files["model"][name].nbytes for name in weight_map)
-            texts[INDICES[0]] = {"metadata": {"total_size": size}, "weight_map": weight_map}
+            if len(files) > 1:
+                weight_map = {key: name for name, shard in files.items() for key in shard}
+                size = sum(target.nbytes for target in targets.values())
+                texts[INDICES[0]] = {"metadata": {"total_size": size}, "weight_map": weight_map}
         for name, values in texts.items():
             (new / name).write_text(json.dumps(values, indent=1))
         if plan.cfg:
@@ -1246,19 +1247,18 @@ def convert(sources, out, *, preset="", dtype="keep", merge_lora=False, max_shar
 
 
 def main(args):
-    sources = [args.export] if args.export else args.sources
     plan = (plan_export(args.export, args.dtype) if args.export else
-            plan_weights(sources, args.preset, args.dtype, args.merge_lora))
+            plan_weights(args.sources, args.preset, args.dtype, args.merge_lora))
     show(plan, args.verbose)
     if args.report:
         args.report.write_text(json.dumps([row._asdict() for row in plan.report], indent=1))
     check(plan)
-    if not args.dry_run:
-        write(plan, args.out, sources, args.max_shard, args.overwrite)
-        if args.quantize:
-            rest = [path for path in args.out.iterdir() if path.name in COPIES]
-            M.save(M.load(args.out, quantize=args.quantize), args.out, rest)
-        say(f"wrote {args.out}")
+    if args.dry_run:
+        return
+    write(plan, args.out, args.sources or [args.export], args.max_shard, args.overwrite)
+    if args.quantize:
+        M.save(M.load(args.out, quantize=args.quantize), args.out, tokenizer_files(args.out))
+    say(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ took. With one thread of a CPU, time is the processor's, which other programs do
 import argparse
 import datetime
 import importlib
+import inspect
 import json
 import math
 import os
@@ -34,6 +35,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attention
+import chat
 import convert_weights
 import data
 import generate as G
@@ -188,13 +190,20 @@ def decode(side, s, quantize=""):       # peers stay in floats, which is what th
 
 
 FIRST = """
-import sys, torch
+import torch
 folder, device, dtype, threads, *ids = sys.argv[1:]
 torch.set_num_threads(int(threads))
 ids = torch.tensor([[int(i) for i in ids]], device=device)
 """
-STARTS = {                              # programs that print the first token of an answer
-    "transformers": FIRST + """
+STARTS = {                              # programs that print the first token of an answer; ours begins as chat.py does
+    "ours": "import os, sys\nfrom pathlib import Path\nfrom threading import Thread\n" + inspect.getsource(chat.read_ahead) + """
+Thread(target=read_ahead, args=(sys.argv[1],), daemon=True).start()
+""" + FIRST + """
+import model
+it = model.load(folder, device, getattr(torch, dtype))
+print(next(model.generate(it, it.llm.embed(ids), max_new_tokens=1)))
+""",
+    "transformers": "import sys" + FIRST + """
 from transformers import LlamaForCausalLM
 it = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
 print(it.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)[0, -1].item())

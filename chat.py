@@ -36,7 +36,6 @@ from weakref import WeakKeyDictionary
 
 TINY = Path(__file__).with_name("weights") / "tiny"
 KINDS = ("image", "audio", "video", "depth", "thermal", "imu")
-FAULTS = ValueError, OSError, MemoryError               # what a user can mend; anything else is a mistake of ours
 SETTINGS = {                            # name: default, least, most, meaning
     "temperature": (0.0, 0, 100, "spread of sampling; 0 takes the likeliest token"),
     "top_k": (50, 0, 1 << 24, "sample among the k likeliest tokens; 0 = all"),
@@ -107,19 +106,16 @@ def parse_args():
 
 
 def read_ahead(folder):
-    """Have the system read weights while Python imports, four places at a time: later, page by page, would be slower."""
-    def ask(path, quarter):
-        with open(path, "rb") as f:
-            size = os.path.getsize(path) // 4 + 1
-            os.posix_fadvise(f.fileno(), quarter * size, size, os.POSIX_FADV_WILLNEED)
+    """Have the system read weights into memory while Python imports: page by page, when they are needed, takes longer."""
     for path in Path(folder).glob("*.safetensors") if hasattr(os, "posix_fadvise") else ():     # macOS has none
-        for quarter in range(4):
-            Thread(target=ask, args=(path, quarter), daemon=True).start()
+        with open(path, "rb") as f:
+            for at in range(0, os.path.getsize(path), 1 << 22):                 # Linux heeds no more at a time
+                os.posix_fadvise(f.fileno(), at, 1 << 22, os.POSIX_FADV_WILLNEED)
 
 
-if __name__ == "__main__":              # before the imports, which take seconds: --help answers at once
+if __name__ == "__main__":              # before the imports, which take seconds
     ARGS = parse_args()
-    read_ahead(ARGS.weights)
+    Thread(target=read_ahead, args=(ARGS.weights,), daemon=True).start()
 
 import numpy as np
 import torch
@@ -203,7 +199,7 @@ def name_boxes(text, boxes):
 
 class Session:
     """A conversation. `say` and `retry` yield the answer in pieces; at their end the turn stands in `turns`.
-    What fails raises (one of FAULTS where the user can mend it) and changes nothing."""
+    What fails raises (one of data.FAULTS where the user can mend it) and changes nothing."""
 
     def __init__(self, model, tok, system, template, spec=data.MediaSpec(), context=0, parse_special=False, painters=(),
                  **settings):
@@ -846,7 +842,7 @@ class Chat:
                 if not self.interactive:
                     raise
                 log("\nCtrl-C stops an answer; Ctrl-D or /quit ends the chat")
-            except FAULTS as error:
+            except data.FAULTS as error:
                 log(f"{error!s:.500}", 31)
             except Exception as error:                  # even a mistake of ours must not cost the conversation
                 log(f"{error!r:.500}", 31)
@@ -1072,7 +1068,7 @@ def main(args):
         talk(args)
     except KeyboardInterrupt:
         return 130                                      # as shells do: 128 + SIGINT
-    except (*FAULTS, RuntimeError, AssertionError, SafetensorError) as error:
+    except (*data.FAULTS, RuntimeError, AssertionError, SafetensorError) as error:
         log(f"{error!s:.500}", 31)
         return 2
     return 0

@@ -29,6 +29,16 @@ import torch.nn.functional as F
 from PIL import Image, ImageSequence
 
 IGNORE = -100                           # label of a token that is not trained
+FAULTS = ValueError, OSError, MemoryError               # what a user can mend; anything else is a mistake of ours
+
+
+def program(main):
+    """Run a program's main. A fault that its user can mend ends it with a line on stderr and status 2, no traceback."""
+    try:
+        main()
+    except FAULTS as error:
+        print(f"{Path(sys.argv[0]).stem}: {error!s:.500}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 # ---- Tokenizers
@@ -52,6 +62,8 @@ class Tokenizer:
     CONTROL = {"<unk>": 0, "<s>": 1, "</s>": 2}
 
     def __init__(self, path, added=None, legacy=True):
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: no such file; a tokenizer.model is needed")
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:

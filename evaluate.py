@@ -443,7 +443,8 @@ def run_task(asker, args):              # this rank's share; prints and writes t
         raise ValueError(f"{args.weights}: this model says no boxes")
     if args.task == "res" and not asker.model.cfg.sam:
         raise ValueError(f"{args.weights}: this model makes no masks")
-    samples = read_samples(args)
+    if not (samples := read_samples(args)):
+        raise ValueError(f"{args.questions}: holds no questions")
     digest = hashlib.sha256(args.questions.read_bytes()).hexdigest()
     run = {"task": args.task, "weights": str(args.weights), "file": digest, "templates": str(args.templates or ""),
            "seed": args.seed}
@@ -466,6 +467,8 @@ def ask_all(asker, args):               # ask the questions of a file, print how
         asked = sample.meta["conversations"][0]["value"]
         rows.append({"id": len(rows), "kind": sample.meta.get("kind", ""), "question": asked,
                      "text": asker.answer([question])[0], "answer": expected})
+    if not rows:
+        raise ValueError(f"{args.questions}: holds no questions")
     if args.out:
         args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for kind, (right, asked) in accuracy(rows).items():
@@ -618,4 +621,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    data.program(main)

@@ -376,4 +376,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    data.program(main)

@@ -1215,6 +1215,24 @@ def test_generate_prompts_do_not_mix_and_seeds_repeat():
     assert torch.equal(*draw)
 
 
+@pytest.mark.parametrize("video", (False, True))
+def test_generate_equals_in_any_layout(video):
+    """Convolutions with channels innermost in memory compute the same, and leave what they compute so."""
+    torch.manual_seed(0)
+    cfg = M.replace(TINY_PAINTER.unet, video=video)
+    models, x = (G.UNet(cfg).double(), G.VAE(TINY_PAINTER.vae).double()), torch.randn(2, 4, *[3] * video, 8, 6).double()
+    text = models[0].read(torch.randn(2, 5, cfg.context_dim).double())
+    run = (lambda: models[0](x, 7, text=text)), (lambda: models[1].decode(x if x.ndim == 4 else x[:, :, 0]))
+    want = [f() for f in run]
+    weights = [p.clone() for m in models for p in m.parameters()]
+    for m in models:
+        assert G.channels_last(m) is m
+    assert all(map(torch.equal, weights, (p for m in models for p in m.parameters())))
+    got = [f() for f in run]
+    assert all((a - b).abs().max() < 1e-10 for a, b in zip(want, got))
+    assert got[1].is_contiguous(memory_format=torch.channels_last)
+
+
 def test_generate_prompts_are_read_once():
     """Keys and values of a prompt are made once per picture, not once per step."""
     painter, seen = G.Painter(TINY_PAINTER), []
@@ -1993,7 +2011,7 @@ def test_bench_sides_compute_the_same(name, tmp_path, monkeypatch):
     pytest.importorskip("transformers" if bench.CASES[name].peers == ("transformers",) else "diffusers")
     for key, value in TINY_BENCH.items():
         monkeypatch.setattr(bench, key, value)
-    s = Thing(device="cpu", dtype=torch.float32, layers=2, folder=tmp_path, shared={}, threads=1)
+    s = Thing(device="cpu", dtype=torch.float32, layers=2, folder=tmp_path, threads=1)
     case = bench.CASES[name]
     with torch.no_grad():
         ours, theirs = (case.build(side, s, *case.args).run() for side in ("ours", *case.peers))
@@ -4989,6 +5007,16 @@ def test_evaluate_rounds_go_on_from_the_models_own_replies(pointing, world, syst
     assert all(0 <= iou <= 1 for iou in row["iou"]) and [len(evaluate.boxes_in(turn)) for turn in out["replies"]] == [1] * 3
 
 
+def test_evaluate_talks_that_fill_the_context_count_as_wrong(pointing, world):
+    asker, sample = evaluate.Asker(pointing / "nextchat"), datasets.Rows(world / "CB_MRG.json", "rounds", world)[0]
+    data.load_media(sample.turns, asker.spec)
+    asker.model.cfg = M.replace(asker.model.cfg, llm=M.replace(
+        asker.model.cfg.llm, max_len=len(asker.render([*sample.turns[:2], sample.turns[2], None]).ids)))
+    make_say(asker, "no")
+    first, *others = asker.predict("rounds", sample)["replies"]
+    assert first == ["no"] and others[-1] == [] and evaluate.rounds_row(sample, {"replies": [first, *others]})
+
+
 def test_evaluate_points_as_the_fixed_ids_do(pointing, world):
     asker, row = evaluate.Asker(pointing / "nextchat"), datasets.Rows(world / "REC_train.jsonl", "rec", world)[0]
     data.load_media(row.turns, asker.spec)
@@ -6119,6 +6147,16 @@ def test_model_regions_and_pictures_are_encoded_at_once(pointing):
     assert len(fresh) and all(torch.equal(a, b) and b.any() for a, b in zip(biases, fresh))
 
 
+def test_chat_masks_go_to_the_boxes_they_were_made_for(world, pointing, tmp_path, monkeypatch):
+    """A model with both writers: the box that was looked for has no mask, those that it pointed at have theirs."""
+    monkeypatch.setattr(chat, "MIN_SCORE", 0)
+    M.save(pointing_model("omni", world / "tokenizer.model"), tmp_path / "omni", [world / "tokenizer.model"])
+    session = pointing_session(tmp_path, "omni", HERE_IT_IS)
+    "".join(session.say("where is it ?", [session.read(str(pointing / "wide.png"))], find=True))
+    looked, *pointed = session.last().found
+    assert looked.mask is None and len(pointed) == 2 and all(box.mask.shape == (40, 90) for box in pointed)
+
+
 def test_chat_boxes_of_an_answer_are_reused(pointing):
     session = pointing_session(pointing, "nextchat", HERE_IT_IS)
     session.ask("what is [0] ?", str(pointing / "wide.png"), [(10, 5, 50, 30)])
@@ -6390,6 +6428,11 @@ def test_web_stop_keeps_what_was_said(web, tmp_path):
     assert note == "stopped" and 1 <= len(visit.session.turns[0].ids) < 10 and messages[1]["content"]
 
 
+def test_web_search_without_a_picture_becomes_a_note(web, pointing, tmp_path):
+    *_, (_, _, note, text) = web.say(visit_of(web, pointing_session(pointing, "chatterbox"), tmp_path), "where is it ?", True)
+    assert "needs a picture" in note and text == "where is it ?"
+
+
 def test_web_faults_become_notes(web, tmp_path, chat_files):
     visit = visit_of(web, chat_session(), tmp_path)
     assert "not readable" in web.attach(visit, [chat_files[0], chat_files[3]])[2] and not visit.session.pending
@@ -6591,7 +6634,7 @@ OURS = {"attention": set(), "quantize": set(), "vision": {"attention"}, "locate"
         "model": {"attention", "vision", "locate", "generate", "quantize"}, "data": set(), "datasets": {"data"}, "shapes": {"datasets"},
         "convert_weights": {"model", "generate", "locate", "vision"}, "ranks": {"model"},
         "train": {"model", "data", "datasets", "ranks"},
-        "evaluate": {"model", "data", "datasets", "chat"}, "chat": {"model", "generate", "data", "datasets"}, "web": {"chat", "shapes"},
+        "evaluate": {"model", "data", "datasets", "chat"}, "chat": {"model", "generate", "data", "datasets"}, "web": {"chat", "data", "shapes"},
         "paint": {"model", "generate", "data", "shapes", "chat"}}
 README, HACKING = ((HERE / name).read_text() for name in ("README.md", "HACKING.md"))
 
@@ -6623,6 +6666,57 @@ def test_docs_readme_counts_parameters():
         with torch.device("meta"):
             n = sum(p.numel() for p in M.Model(M.PRESETS[name]).parameters())
         assert f"{n / {'B': 1e9, 'M': 1e6}[unit]:.1f}" == count and abs(2 * n / 1e9 - float(size)) <= 0.05, (name, n)
+
+
+@pytest.mark.parametrize("command", ("evaluate.py weights/tiny nowhere.json", "evaluate.py nowhere x.json", "chat.py nowhere -p hi",
+                                     "evaluate.py review -q nowhere -a nowhere -r nowhere", "paint.py nowhere --judge weights/tiny",
+                                     "train.py system=tiny stage=2 init=weights/tiny data=nowhere out={tmp}",
+                                     "convert_weights.py nowhere --out {tmp}"))
+def test_docs_programs_tell_faults_in_a_line(command, tmp_path):
+    done = subprocess.run([sys.executable, *command.format(tmp=tmp_path / "out").split()], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 2 and re.search(r"^.*nowhere.*\n\Z", done.stderr, re.M) and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_docs_readme_talk_is_what_the_shipped_weights_say(tmp_path):
+    """The conversation of the README, said again: the same words and files, boxes to two pixels."""
+    command, talk = re.search(r"^\$ python (chat\.py .*)\n((?:.*\n)+?)```", README, re.M).groups()
+    asked = [line[2:] for line in talk.splitlines() if line.startswith("> ")]
+    shapes.main(["--out", str(tmp_path / "unseen"), "--questions", "20"])       # the first files are those of 1000
+    done = subprocess.run([sys.executable, HERE / "chat.py", *command.split()[1:]], cwd=tmp_path, text=True, input="\n".join(asked),
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0 and len(asked) >= 6, done.stdout
+    said = iter(done.stdout.splitlines())
+    for line in talk.splitlines():
+        numbers = [int(n) for n in re.findall(r"\d+", line.partition("[")[2])]
+        assert line.startswith("> ") or any(
+            re.sub(r"\d+(?=[,\]])", "", line) == re.sub(r"\d+(?=[,\]])", "", other)
+            and all(abs(a - int(b)) <= 2 for a, b in zip(numbers, re.findall(r"\d+", other.partition("[")[2]))) for other in said), (line, done.stdout)
+        assert not re.match(r"(picture|sound|clip): ", line) or (tmp_path / line.partition(": ")[2]).stat().st_size > 500
+
+
+@pytest.mark.slow
+def test_docs_recipe_of_the_shipped_weights_runs(tmp_path):
+    """weights/tiny/train.sh from its first to its last line, with a step instead of thousands, in a smaller world."""
+    for path in HERE.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    shutil.copytree(HERE / "weights", tmp_path / "weights")
+    recipe, before = tmp_path / "weights/tiny/train.sh", (HERE / "weights/tiny/model.safetensors").read_bytes()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").write_text(f"""#!/usr/bin/env bash
+case $1 in
+shapes.py) set -- "$@" --pictures 60 --clips 24 --sounds 24;;
+train.py) set -- "$@" steps=1 compile=0;;
+esac
+case "$*" in *--questions*) set -- "$@" --questions 4;; *--steps*) set -- "${{@/--fast/--batch=16}}" --steps 1;; esac
+exec {sys.executable} "$@"
+""")
+    (tmp_path / "bin/python").chmod(0o755)
+    done = subprocess.run(["bash", recipe], cwd=tmp_path, env=os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(re.findall(r"^== \d+ s: stage=", done.stdout, re.M)) == len(re.findall(r"^learn stage", recipe.read_text(), re.M)) == 10
+    assert (tmp_path / "weights/tiny/model.safetensors").read_bytes() != before and chat.open_session(tmp_path / "weights/tiny", "cpu")
 
 
 def test_docs_readme_rows_name_their_tests():

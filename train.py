@@ -408,6 +408,8 @@ def begin(s):
     if (s.system, s.stage) not in STAGES:
         known = ", ".join(f"{system} {number}" for system, number in STAGES)
         raise SystemExit(f"train: no stage {s.stage} of {s.system}; there are: {known}")
+    if not (s.init or s.tokenizer):
+        raise SystemExit("train: name weights to start from, init=FOLDER, or for a new model tokenizer=FILE")
     stage = STAGES[s.system, s.stage]
     torch.manual_seed(s.seed)
     random.seed(s.seed)
@@ -597,4 +599,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    data.program(main)

@@ -29,6 +29,7 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
 import chat
+import data
 import shapes
 
 # ---- Guard
@@ -176,7 +177,7 @@ def guarded(act):
     def run(visit, *given):
         try:
             return show(visit, act(visit, *given) or "")
-        except chat.FAULTS as error:
+        except data.FAULTS as error:
             return show(visit, f"{error!s:.500}")
     return run
 
@@ -227,7 +228,7 @@ def stream(visit, before, turn, ask):
                     due = time.monotonic() + 0.1
         visit.keep(visit.session.last())
         yield show(visit, "stopped" * visit.stopped)
-    except chat.FAULTS as error:
+    except data.FAULTS as error:
         yield show(visit, f"{error!s:.500}", text=turn.text)
 
 
@@ -351,4 +352,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    data.program(main)

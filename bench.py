@@ -383,11 +383,11 @@ def seconds(job, s, n=1):               # of one run, over n of them
 
 
 def limits(s):
-    """Bytes per second of products of a vector and matrices that no cache holds, operations per second of a large."""
-    n = 2048 if s.device == "cpu" else 16384
-    weights = torch.randn(16, n, n, device=s.device, dtype=s.dtype)             # (16, n, n)
-    read = Job(lambda: [F.linear(weights[0, :1], w) for w in weights], 1)
-    multiply = Job(lambda: weights[0, :, :n // 2] @ weights[1, :n // 2], 1)
+    """Bytes per second of the product of a vector and a matrix of 1 GiB, which no cache holds; operations per second."""
+    n = 2048 if s.device == "cpu" else 8192
+    weights = torch.ones(2 ** 30 // s.dtype.itemsize // n, n, device=s.device, dtype=s.dtype)
+    read = Job(lambda: weights.mv(weights[0]), 1)
+    multiply = Job(lambda: weights[:n, :n // 2] @ weights[n:n + n // 2], 1)     # a large one, in the caches
     best = [min(seconds(job, s) for _ in range(s.rounds)) for job in (read, multiply)]
     return weights.nbytes / best[0], n ** 3 / best[1]           # (n, n / 2) times (n / 2, n)
 

@@ -114,7 +114,7 @@ class Tokenizer:
     def encode_run(self, run, first):
         """Ids and learn flags of joined texts."""
         text = "".join(p.text for p in run)
-        flags = [p.learn for p in run for _ in p.text.encode()]                             # one per byte
+        flags = [p.learn for p in run for _ in p.text.replace("▁", " ").encode()]          # one per byte
         tokens = self.sp.encode(text, out_type=str)
         ids = [self.sp.piece_to_id(token) for token in tokens]
         # A token is learned if its last byte is. "▁" is a blank, <0x0A> one byte, the dummy prefix no byte of the text.
@@ -653,6 +653,8 @@ def video_tensor(frames, n_frames, fps, spec=MediaSpec()):
     out = []
     for clip in clips:
         x = torch.from_numpy(np.stack([decoded[i] for i in clip])).permute(3, 0, 1, 2).float() / 255    # (3, F, H, W)
+        if size * size * max(x.shape[-2:]) / min(x.shape[-2:]) > MAX_PIXELS / 10:           # of each frame
+            raise MediaError(f"a clip of {x.shape[-1]}x{x.shape[-2]} is too long and thin")
         target = [math.floor(side / min(x.shape[-2:]) * size) for side in x.shape[-2:]]
         x = normalise(F.interpolate(x, target, mode="bilinear", align_corners=False))
         out += spatial_crops(x, size, spec.video_crops)
@@ -662,6 +664,7 @@ def video_tensor(frames, n_frames, fps, spec=MediaSpec()):
 def read_animation(path):
     """GIF, PNG or WebP -> (frames callable, number of frames, frames per second)."""
     image = open_image(path)
+    image.load()                                                # WebP tells its duration only then
     n, ms = getattr(image, "n_frames", 1), image.info.get("duration", 100) or 100
 
     def frames(numbers):
@@ -711,19 +714,21 @@ def read_video(path, spec=MediaSpec()):
     if max(stream.width, stream.height) > MAX_SIDE:
         raise MediaError(f"{path}: {stream.width}x{stream.height}, more than {MAX_SIDE} on a side")
     fps = float(stream.average_rate)
-    n = stream.frames or int(fps * container.duration / 1e6)
+    n = stream.frames or int(fps * (container.duration or 0) / 1e6)
+    n = n or sum(packet.size > 0 for packet in container.demux(stream))         # recordings of browsers tell neither
     return video_tensor(partial(seek_frames, container, stream, fps), n, fps, spec)
 
 
 def seek_frames(container, stream, fps, numbers):
     """The frames of rising numbers as uint8 (H, W, 3), far ones found by seeking."""
     out, last = [], -math.inf
+    slack = min(1, 0.5 / fps / float(stream.time_base))         # ticks that a time may be rounded by, less than a frame
     for number in numbers:
-        time = (stream.start_time or 0) + int(number / fps / stream.time_base)
+        time = (stream.start_time or 0) + round(number / fps / stream.time_base)
         if number - last > 100:
             container.seek(time, stream=stream)                 # to the key frame before it
             decoder = container.decode(stream)
-        frame = next((frame for frame in decoder if frame.pts is None or frame.pts + 1 >= time), None)
+        frame = next((frame for frame in decoder if frame.pts is None or frame.pts >= time - slack), None)
         out.append(frame.to_ndarray(format="rgb24") if frame else out[-1])                  # headers promise too many
         last = number
     return out
@@ -921,7 +926,7 @@ def load_medium(medium, spec):
     """Fill in what encoders and writers read of a medium. Raises MediaError."""
     medium.tensor = read_media(medium.path, "stretched" if medium.stretch else medium.kind, spec)
     if medium.kind == "image":
-        medium.tensor = moved(medium.tensor, medium.shift, medium.flip)
+        medium.tensor = moved(medium.tensor, [round(by * spec.image_size / 224) for by in medium.shift], medium.flip)
         medium.size = open_image(medium.path).size
         medium.sam = read_media(medium.path, "sam", spec) if spec.sam_size else None
         medium.det = read_media(medium.path, "det", spec) if spec.det_size else None
@@ -936,7 +941,7 @@ def load_media(turns, spec):
         pictures = [medium for medium in media if medium.kind == "image"]
         if len(pictures) != 1:
             raise DataError(f"boxes need one picture to lie in, there are {len(pictures)}")
-        place_boxes(boxes, Geometry(*pictures[0].size, spec.square), spec)
+        place_boxes(boxes, Geometry(*pictures[0].size, spec.square and not pictures[0].stretch), spec)
 
 
 def parts_of(turns, kind):
@@ -985,6 +990,10 @@ def box_references(text):
 
 def pieces_of(part, tok, system, n_token, learn):
     """Pieces of a part of a turn: strings stay text, media become framed placeholders, boxes and Signals tokens."""
+    if not isinstance(part, (str, Piece, Medium, Box, Signal)):
+        raise DataError(f"{part!r:.40} where text is expected")
+    if isinstance(part, Box) and part.kind == "find" and not system.find:
+        raise DataError("this system has no token that asks for a box to be found")
     if isinstance(part, Piece):
         return [part]
     if isinstance(part, str):
@@ -1096,18 +1105,20 @@ def truncate(r, length, protected):
 
 def stack_media(rendered, lengths, places, n_token):
     """-> media and slots of a Batch, see collate. Raises ValueError for a medium whose tokens are cut off."""
-    media, slots = defaultdict(list), defaultdict(list)
+    media, slots, image_of = defaultdict(list), defaultdict(list), []
     for r, n, (row, at) in zip(rendered, lengths, places):
+        picture = len(media["image"])   # of this sample, wherever in a packed row it lies
         for medium, start in r.slots:
             columns = torch.arange(start, start + n_token(medium.kind))
             if columns[-1] >= n:
                 raise ValueError(f"{medium.path}: its tokens end at {columns[-1] + 1}, beyond max_len = {n}")
+            if medium.kind == "region":
+                image_of.append(picture)                        # boxes lie in one picture, see load_media
             media[medium.kind].append(medium.tensor)
             slots[medium.kind].append(torch.stack([torch.full_like(columns, row), at + columns]))
-    media, slots = {k: torch.stack(v) for k, v in media.items()}, {k: torch.cat(v, 1) for k, v in slots.items()}
-    if "region" in media:                                       # read from the picture in the same row
-        same_row = slots["region"][0][:, None] == slots["image"][0, ::n_token("image")]     # (R, M)
-        media["region"] = {"boxes": media["region"], "image": media["image"], "image_of": same_row.int().argmax(1)}
+    media, slots = {k: torch.stack(v) for k, v in media.items() if v}, {k: torch.cat(v, 1) for k, v in slots.items()}
+    if "region" in media:
+        media["region"] = {"boxes": media["region"], "image": media["image"], "image_of": torch.tensor(image_of)}
     return media, slots
 
 
@@ -1297,7 +1308,9 @@ def naming(path, i, record):
     """Whatever is wrong with record i of a file becomes a DataError that says where."""
     try:
         yield
-    except (DataError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except MediaError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         name = record.get("id", "") if isinstance(record, dict) else repr(record)
         what = f"no {error}" if isinstance(error, KeyError) else error
         kind = Unfit if isinstance(error, Unfit) else DataError
@@ -1353,7 +1366,7 @@ class Prepared(torch.utils.data.Dataset):
         for j in range(i, i + len(self)):
             number = j % len(self)
             try:
-                return self.prepare(number)
+                return self.prepare(number, i // len(self))
             except Unfit:
                 continue
             except (DataError, MediaError) as error:
@@ -1365,18 +1378,19 @@ class Prepared(torch.utils.data.Dataset):
                     print(f"passing over {error}", file=sys.stderr, flush=True)
         raise DataError(f"{self.sets[0].path}: no usable record in the whole data set {self.bad or ''}")
 
-    def prepare(self, number):
+    def prepare(self, number, epoch):
         s, i = self.where[number]
+        self.sets[s].epoch = epoch      # what a set draws for a record, such as words to ask in, it draws anew in each
         sample = self.sets[s][i]
         turns = sample.turns
         with naming(self.sets[s].path, i, sample.meta):
             load_media(turns, self.spec)
         if self.media_front:
             turns = [media_in_front(turn, self.template) for turn in turns]
-        full = self.render(turns)
-        r = truncate(full, self.max_len, self.protected)
-        if r is not full and (len(r.ids) > self.max_len or not r.learns()):
-            raise DataError(f"{self.sets[s].path}: record {i}: nothing to learn within max_len = {self.max_len}")
+        with naming(self.sets[s].path, i, sample.meta):
+            r = truncate(self.render(turns), self.max_len, self.protected)
+            if len(r.ids) > self.max_len or not r.learns():
+                raise DataError(f"nothing to learn within max_len = {self.max_len}")
         return r
 
     def render(self, turns):

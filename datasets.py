@@ -482,6 +482,8 @@ FORMATS = {
 
 class Rows:
     """A file in one of FORMATS as Samples, pictures in the folder `images`. Raises ValueError for another format."""
+    epoch = 0
+
     def __init__(self, path, format, images, prompts=PROMPTS, seed=0):
         if format not in FORMATS:
             raise ValueError(f"{path}: no format {format!r}; there are: {', '.join(FORMATS)}")
@@ -499,17 +501,18 @@ class Rows:
         return [len(str(record)) for record in self.records]
 
     def __getitem__(self, i):
-        row, rng = self.records[i], np.random.default_rng([self.seed, i])                   # whatever came before
+        row, rng = self.records[i], np.random.default_rng([self.seed, i, self.epoch])       # whatever came before
         with naming(self.path, i, row):
             return to_sample(row, self.format, self.images, self.prompts, rng)
 
 
 class Part:
     """A share of a data set: as many of its records, evenly spread."""
+    epoch = 0
 
     def __init__(self, whole, share):
         self.whole, self.path = whole, whole.path
-        self.index = np.linspace(0, len(whole) - 1, max(round(share * len(whole)), 1)).astype(int).tolist()
+        self.index = np.linspace(0, len(whole) - 1, min(max(round(share * len(whole)), 1), len(whole))).astype(int).tolist()
 
     def __len__(self):
         return len(self.index)
@@ -519,6 +522,7 @@ class Part:
         return [sizes[i] for i in self.index]
 
     def __getitem__(self, i):
+        self.whole.epoch = self.epoch
         return self.whole[self.index[i]]
 
 

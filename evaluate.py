@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import chain, zip_longest
@@ -461,16 +462,17 @@ def run_task(asker, args):              # this rank's share; prints and writes t
 
 def ask_all(asker, args):               # ask the questions of a file, print how many of each kind are answered right
     rows, began = [], time.time()
-    for sample in tqdm(data.Conversations(args.questions, args.media), unit="question", disable=None):
-        question, [expected] = sample.turns[:2]
-        data.load_media([question], asker.spec)
-        asked = sample.meta["conversations"][0]["value"]
-        rows.append({"id": len(rows), "kind": sample.meta.get("kind", ""), "question": asked,
-                     "text": asker.answer([question])[0], "answer": expected})
+    with args.out.open("wb") if args.out else nullcontext() as file:
+        for sample in tqdm(data.Conversations(args.questions, args.media), unit="question", disable=None):
+            question, expected = sample.turns[:2]
+            with data.naming(args.questions, len(rows), sample.meta):
+                data.load_media([question], asker.spec)
+                rows.append({"id": len(rows), "kind": sample.meta.get("kind", ""), "question": text_in(question),
+                             "text": asker.answer([question])[0], "answer": text_in(expected)})
+            if file:
+                append(file, rows[-1])
     if not rows:
         raise ValueError(f"{args.questions}: holds no questions")
-    if args.out:
-        args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for kind, (right, asked) in accuracy(rows).items():
         print(f"{kind:20}{right:6} of {asked:5}{right / asked:9.1%}")
     print(f"{(time.time() - began) / len(rows):.3f} seconds a question")

@@ -84,7 +84,9 @@ class ModelConfig:
     quantized: str = ""                 # int8 or int4: the LLM's matrices as quantize.py keeps them; empty = floats
 
     def n_token(self, kind):
-        """Placeholder tokens that one medium of this kind takes."""
+        """Placeholder tokens that one medium of this kind takes. ValueError if the model reads none."""
+        if kind not in self.reads:
+            raise ValueError(f"this model reads no {kind}")
         if self.reads[kind] == "imagebind":
             return self.imagebind.n_token(TOWERS.get(kind, kind))
         return self.clip.n_patch if self.reads[kind] == "clip" else 1

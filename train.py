@@ -373,7 +373,9 @@ def numbers(prepared, s, stage):
         if stage.turns:
             yield from datasets.in_turns([len(one) for one in prepared.sets], s.batch, s.seed + epoch)
         else:
-            yield from data.epoch_batches(prepared.sizes, s.batch, s.seed, epoch, stage.ordered)
+            ordered = stage.ordered and Path(s.data).is_dir()           # files that are named are no mixture
+            for batch in data.epoch_batches(prepared.sizes, s.batch, s.seed, epoch, ordered):
+                yield [i + epoch * len(prepared) for i in batch]        # see Prepared.prepare
 
 
 def batches(prepared, s, stage, start):
@@ -437,6 +439,8 @@ def prepare(s):
     cfg, world, system = model.cfg, ranks()[1], data.SYSTEMS[model.cfg.system]
     tok, template = data.Tokenizer(s.tokenizer, cfg.added_tokens, system.legacy), data.TEMPLATES[system.train_template]
     sets, where = open_sets(s, stage)
+    if empty := [str(one.path) for one in sets if not len(one)]:
+        raise ValueError(f"{', '.join(empty)}: no usable record; are the media in {s.media or 'its folder'}?")
     spec = data.MediaSpec(**cfg.media | ({} if stage.sam else {"sam_size": 0}))
     prepared = data.Prepared(sets, tok, system, template, cfg.n_token, spec, s.max_bad, bool(s.front), where, s.max_len)
     seen = max(map(len, sets)) * len(sets) if stage.turns else len(prepared)            # samples in an epoch
@@ -508,7 +512,8 @@ def one_step(model, opt, prepared, loader, s, stage, step, may_skip):
     try:
         return *update(model, opt, micro, lr, s.clip, stage, step, s.precision == "bf16"), lr, size
     except FloatingPointError as error:
-        error = FloatingPointError(f"{error}, samples {next(islice(numbers(prepared, s, stage), step, None))}")
+        samples = [i % len(prepared) for i in next(islice(numbers(prepared, s, stage), step, None))]
+        error = FloatingPointError(f"{error}, samples {samples}")
         if not may_skip:
             raise error from None
         opt.zero_grad(set_to_none=True)

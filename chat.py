@@ -65,7 +65,7 @@ def setting(name, value):
     default, least, most, _ = SETTINGS[name]
     try:
         number = round(type(default)(value), 4)
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, TypeError):
         number = float("nan")           # lies between no limits
     if not least <= number <= most:
         raise ValueError(f"{name} is a number from {least} to {most}, not {value!r:.40}")
@@ -108,7 +108,7 @@ def parse_args():
 def read_ahead(folder):
     """Have the system read weights into memory while Python imports: page by page, when they are needed, takes longer."""
     for path in Path(folder).glob("*.safetensors") if hasattr(os, "posix_fadvise") else ():     # macOS has none
-        with open(path, "rb") as f:
+        with suppress(OSError), open(path, "rb") as f:          # whoever loads it will say what is wrong
             for at in range(0, os.path.getsize(path), 1 << 22):                 # Linux heeds no more at a time
                 os.posix_fadvise(f.fileno(), at, 1 << 22, os.POSIX_FADV_WILLNEED)
 
@@ -304,6 +304,7 @@ class Session:
         for media in (self.pending, *(turn.media for turn in self.turns)):
             if medium in media:
                 media.remove(medium)
+        self.boxes = [box for box in self.boxes if box.picture is not medium]
 
     def clear(self):
         """Forget all turns and media; settings and the system text stay."""
@@ -311,9 +312,14 @@ class Session:
 
     def save(self, path):
         """Write the conversation as JSON, media by their paths. Never replaces a file."""
-        turns = [{"text": turn.text, "media": [{"path": os.path.abspath(m.path), "kind": m.kind} for m in turn.media],
-                  "answer": turn.answer, "find": turn.find, "given": [box.tensor.tolist() for box in turn.given],
-                  "found": [box.tensor.tolist() for box in turn.found]} for turn in self.turns]
+        def place(medium):              # None: the box lies in no picture
+            return medium and os.path.abspath(medium.path)
+
+        def rows(boxes):
+            return [{"frame": box.tensor.tolist(), "picture": place(box.picture)} for box in boxes]
+        turns = [{"text": turn.text, "media": [{"path": place(m), "kind": m.kind} for m in turn.media],
+                  "answer": turn.answer, "find": turn.find, "picture": place(turn.picture),
+                  "given": rows(turn.given), "found": rows(turn.found)} for turn in self.turns]
         with open(os.path.expanduser(path), "x", encoding="utf-8") as file:
             json.dump({"system": self.system_text, "turns": turns}, file, indent=1)
 
@@ -336,10 +342,14 @@ class Session:
         """The Turn of a saved row; its media go to those of the turns before it."""
         turn = Turn(str(row["text"]), [self.read(str(m["path"]), str(m["kind"])) for m in row["media"]])
         media += turn.media
-        turn.answer, turn.picture = str(row["answer"]), last_picture(media)
+
+        def picture(path):              # of an earlier turn, or one that is no longer in the conversation
+            seen = (m for m in media if m.kind == "image" and os.path.abspath(m.path) == path)
+            return next(seen, None) or (self.read(str(path), "image") if path else None)
+        turn.answer, turn.picture = str(row["answer"]), picture(row.get("picture"))
         turn.find = bool(row.get("find")) and "vg" in self.model.writers
-        turn.given, turn.found = ([self.found(torch.tensor(frame).float().view(4), turn.picture)
-                                   for frame in row.get(key, ())] for key in ("given", "found"))
+        turn.given, turn.found = ([self.found(torch.tensor(box["frame"]).float().view(4), picture(box["picture"]))
+                                   for box in row.get(key, ())] for key in ("given", "found"))
         return turn
 
     def question(self, turn, current):
@@ -402,6 +412,10 @@ class Session:
             yield from self.decode(turn, slots, places)
         except (KeyboardInterrupt, GeneratorExit):
             if turn.answer or turn.made:
+                self.keep(kept)
+            raise
+        except data.FAULTS:
+            if turn.made:               # what it said stands, though a painter failed
                 self.keep(kept)
             raise
         except RuntimeError as error:                   # torch's class for it, or the words of a CPU's allocator
@@ -595,6 +609,8 @@ def open_session(folder=TINY, device=None, dtype=None, quantize="", painters=Non
     templates: file of conversation templates, see data.load_templates; one of the model's name in it replaces ours.
     """
     keep_memory()
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"there is no device {device} here; without --device it is the best there is")
     device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
     dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
     model = load(folder, device, getattr(torch, dtype), quantize)
@@ -602,6 +618,8 @@ def open_session(folder=TINY, device=None, dtype=None, quantize="", painters=Non
     tok, system, template = open_language(folder, cfg, templates)
     if (device.type == "cuda" or cfg.quantized) and not cfg.llm.lora_rank:
         fuse(model)                     # where starting a product costs as much as the product
+    if painters and not Path(painters).is_dir():
+        raise ValueError(f"{painters}: no folder of painters")
     if painters is None:
         painters = Path(folder) / "painters"
     painters = find_painters(painters, cfg.projections) if painters else {}
@@ -785,6 +803,13 @@ def file_names(text):
     return [whole] if os.path.isfile(whole) else [os.path.expanduser(word) for word in shlex.split(text)]
 
 
+def one_file(text):
+    """The name in a line that holds no more."""
+    if len(names := file_names(text)) != 1:
+        raise ValueError("one file is wanted; put quotes around a name with blanks")
+    return names[0]
+
+
 def dragged(text):
     """The files that a line names and nothing else, as when they are dragged into the terminal; or []."""
     try:
@@ -857,7 +882,7 @@ class Chat:
         elif text.startswith("/") and not text.startswith("//"):
             self.command(*text[1:].split(None, 1))
         else:
-            self.say(self.inline(text.removeprefix("/")))
+            self.say(self.inline(text.removeprefix("/")), self.args.find)
 
     def block(self, text):
         """Text up to three closing quotes, taken as it stands."""
@@ -1025,8 +1050,8 @@ COMMANDS = {                            # name: what runs, usage, help
     "retry": (lambda chat, _: chat.stream(chat.session.retry()), "", "answer the last message anew"),
     "undo": (lambda chat, _: f"taken back: {chat.session.undo().text}", "", "forget the last message and its answer"),
     "clear": (lambda chat, _: chat.session.clear(), "", "forget all messages and media"),
-    "save": (lambda chat, text: chat.session.save(text), "FILE.json", "write the conversation to a new file"),
-    "load": (lambda chat, text: chat.session.load(text), "FILE.json", "go on with a saved conversation"),
+    "save": (lambda chat, text: chat.session.save(one_file(text)), "FILE.json", "write the conversation to a new file"),
+    "load": (lambda chat, text: chat.session.load(one_file(text)), "FILE.json", "go on with a saved conversation"),
     "set": (Chat.set, "[KEY VALUE]", "show the settings, change one"),
     "system": (Chat.set_system, "[TEXT]", "replace the system text; alone: back to the template's"),
     "raw": (Chat.raw, "", "ids and pieces of the last prompt and answer"),
@@ -1042,6 +1067,8 @@ ALIASES = {"?": "help", "exit": "quit", "bye": "quit"}
 
 def talk(args):
     """Answer the one question, or the lines that come, about what the command line attaches."""
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)         # now, not after an answer
     options = {name: vars(args)[name] for name in ("context", "parse_special", *SETTINGS)}
     painters = "" if args.no_draw else args.painters
     session = open_session(args.weights, args.device, args.dtype, args.quantize, painters, args.templates, **options)
@@ -1051,7 +1078,7 @@ def talk(args):
     for box in args.boxes:
         log(chat.add_box(" ".join(box)))
     if args.prompt is not None:
-        chat.say(args.prompt, args.find)
+        chat.say(chat.inline(args.prompt), args.find)
         return
     if chat.interactive:
         signal.signal(signal.SIGINT, signal.default_int_handler)    # scripts in the background have it ignored
@@ -1075,4 +1102,6 @@ def main(args):
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):                      # Windows has none
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)   # `| head -1` ends us without a word, as other programs
     sys.exit(main(ARGS))

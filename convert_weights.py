@@ -623,7 +623,7 @@ def open_source(path, found):                           # -> the Source of one c
     tensors, rest = translate_all(found, kind, path)
     if kind == "llama" and BRIDGE in tensors:
         kind = "chatbind"
-    if kind in ("llama", "chatbind"):
+    if kind in ("llama", "chatbind", "llava"):
         norms = [x.read().double().mean() for name, x in tensors.items() if re.match(r"llm\..*norm\.weight", name)]
         if norms and abs(sum(norms) / len(norms)) < 0.05:                       # in a whole model they are near 1
             kind = "delta"
@@ -785,10 +785,11 @@ def painter_config(files, where):                       # files: {subfolder: val
     if files.get("vocoder"):                            # sounds are prompted by a RoBERTa
         ids = {"start": 0, "end": 2, "pad": 1, "out_dim": text["projection_dim"]}
         vocoder = read(G.VocoderConfig, "vocoder", VOCODER_FIELDS)
+    pndm = schedule.get("_class_name", "PNDMScheduler") == "PNDMScheduler"      # others may keep its fields
     return G.PainterConfig(
         read(G.UNetConfig, "unet", UNET_FIELDS, **unet_config(files["unet"])), read(G.VAEConfig, "vae", VAE_FIELDS),
         read(G.TextConfig, "text_encoder", TEXT_FIELDS, **ids), vocoder,
-        scheduler="plms" if schedule.get("skip_prk_steps") else "ddim",
+        scheduler="plms" if pndm and schedule.get("skip_prk_steps") else "ddim",
         beta_start=schedule["beta_start"], beta_end=schedule["beta_end"])
 
 
@@ -988,11 +989,7 @@ class Recipe(NamedTuple):
             return "MISMATCHED", f"{list(shape)}, where the model needs {list(self.shapes[name])}"
         if source is delta and not name.startswith("readers."):         # a ChatBind's projector is whole
             return self.add(name, x, shape)
-        new = Target(x, self.shapes[name], x.like.dtype)
-        if name in self.placed:
-            keep = min(self.cfg.added_tokens.values(), default=None) if self.preset else None
-            new = new._replace(keep=keep, rows=self.token_rows(name))
-        self.targets[name] = new
+        self.targets[name] = self.place(name, Target(x, self.shapes[name], x.like.dtype))
         return "renamed", ""
 
     def add(self, name, x, shape):                      # the same for a delta, whose base may lack rows of tokens
@@ -1002,25 +999,37 @@ class Recipe(NamedTuple):
         old = tuple(base.tensors[name].like.shape)
         if old != shape and (name not in (EMBED, HEAD) or old[1:] != shape[1:] or old[0] > shape[0]):
             return "MISMATCHED", f"{list(shape)} in the delta, {list(old)} in {base.path}"
-        self.targets[name] = Target(x, self.shapes[name], torch.float16, base.tensors[name])
+        self.targets[name] = self.place(name, Target(x, self.shapes[name], torch.float16, base.tensors[name]))
         return "merged", ""
+
+    def place(self, name, target):                      # added tokens go to their rows, whatever other rows they had
+        if name not in self.placed:
+            return target
+        keep = min(self.cfg.added_tokens.values(), default=self.shapes[name][0]) if self.preset else None
+        return target._replace(keep=keep, rows=self.token_rows(name))
 
     def token_rows(self, name):
         """(Stored, its rows, ours) of the added tokens, each from the first of the sources that has learned it."""
         out, missing = [], dict(self.cfg.added_tokens)
         for source in self.sources:
             x = source.tensors.get(name)
-            if x is None or source.kind == "delta" or x.like.shape[1:] != self.shapes[name][1:]:
+            if x is None or x.like.shape[1:] != self.shapes[name][1:]:
                 continue
-            if new := {row: missing.pop(token) for token, row in source.tokens().items() if token in missing}:
+            first = self.parts["llm"].shape(EMBED)[0] if source.kind == "delta" else 0      # a delta has only these whole
+            rows = {token: row for token, row in source.tokens().items() if row >= first}
+            if new := {row: missing.pop(token) for token, row in rows.items() if token in missing}:
                 out.append((x, list(new), list(new.values())))
         return out
 
     def gather(self):                                   # -> rows of the report on what the sources hold
         report = [row for source in self.sources for row in source.rows]
         for source in self.sources:
+            unfit = {part_of(name) for name, x in source.tensors.items()        # a preset takes a part whole or not
+                     if name in self.shapes and not self.fits(name, tuple(x.like.shape))} if self.preset else ()
             for name, x in source.tensors.items():
-                fate, note = self.take(name, source)
+                fate, note = "dropped", "its part has other sizes"
+                if part_of(name) not in unfit:
+                    fate, note = self.take(name, source)
                 if self.preset and fate.isupper():      # a preset takes what fits
                     fate = "dropped"
                 report.append(Row(str(source.path), source.kind, fate, x.key, part_of(name), note))
@@ -1075,7 +1084,7 @@ def plan_weights(paths, preset="", dtype="keep", merge_lora=False):
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if name not in M.tied(model)}
     recipe = Recipe(cfg, shapes, parts, sources, preset, (EMBED, HEAD) if preset or "projector" in parts else (), {})
     report = recipe.gather() + recipe.fill(model)
-    if merge_lora:
+    if merge_lora and getattr(getattr(cfg, "llm", None), "lora_rank", 0):
         cfg, report = merge(recipe.targets, cfg, report)
     targets = {name: target._replace(dtype=cast(target.dtype, dtype)) for name, target in recipe.targets.items()}
     order = sorted(reversed(sources), key=lambda source: source.kind in (*LLMS, "delta", "nextgpt"))
@@ -1086,9 +1095,9 @@ def plan_weights(paths, preset="", dtype="keep", merge_lora=False):
 
 def merge(targets, cfg, report):                        # let the weights absorb their LoRA -> config, report
     for name in [name for name in targets if name.endswith("lora_A")]:
-        a, b = (targets.pop(name[:-1] + x).stored for x in "AB")
-        weight = name.replace("lora_A", "weight")
-        if weight in targets:                           # else it is reported missing
+        pair, weight = [name[:-1] + x for x in "AB"], name.replace("lora_A", "weight")
+        if {*pair, weight} <= targets.keys():           # else one is reported missing
+            a, b = (targets.pop(x).stored for x in pair)
             targets[weight] = targets[weight]._replace(lora=(b, a, cfg.llm.lora_alpha / cfg.llm.lora_rank))
     report = [row._replace(fate="merged") if row.fate == "renamed" and ".lora_" in row.key else row for row in report]
     return replace(cfg, llm=replace(cfg.llm, lora_rank=0)), report
@@ -1255,9 +1264,21 @@ def main(args):
     check(plan)
     if args.dry_run:
         return
-    write(plan, args.out, args.sources or [args.export], args.max_shard, args.overwrite)
+    sources, out = args.sources or [args.export], args.out.resolve()
+    if args.quantize and not getattr(plan.cfg, "llm", None):
+        raise Refused("--quantize is for language models, and here is none")
     if args.quantize:
-        M.save(M.load(args.out, quantize=args.quantize), args.out, tokenizer_files(args.out))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        make_room(out, 2 * plan.nbytes, sources, args.overwrite)
+        with M.new_folder(out) as new:                  # floats, then what is kept of them
+            write(plan, new / "floats", sources, args.max_shard)
+            M.save(M.load(new / "floats", quantize=args.quantize), new / "kept", tokenizer_files(new / "floats"))
+            shutil.rmtree(new / "floats")
+            for path in (new / "kept").iterdir():
+                path.rename(new / path.name)
+            (new / "kept").rmdir()
+    else:
+        write(plan, out, sources, args.max_shard, args.overwrite)
     say(f"wrote {args.out}")
 
 

@@ -36,6 +36,8 @@ def program(main):
     """Run a program's main. A fault that its user can mend ends it with a line on stderr and status 2, no traceback."""
     try:
         main()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None                         # as shells do: 128 + SIGINT
     except FAULTS as error:
         print(f"{Path(sys.argv[0]).stem}: {error!s:.500}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -1197,6 +1199,8 @@ def collate(rendered, n_token, pad=0, max_len=2048, mask_pad=False, pack=0, mock
         labels[row, at] = IGNORE                                # nothing comes before it to predict it from
     media, slots = stack_media(rendered, lengths, places, n_token)
     targets = stack_targets(rendered, lengths, places, media.get("box"))
+    if mock and "at" in targets:
+        targets["at"]["mock"] = torch.ones(())                  # its losses pass over the last row
     return Batch(ids, labels, media, slots, targets, ids != pad if mask_pad else None, segments if pack else None)
 
 

@@ -70,7 +70,7 @@ def summarise_reviews(reviews):         # -> {category: mean scores, second over
     for review in reviews:
         groups.setdefault(review["category"], []).append(review["tuple"])
     means = {name: [round(sum(column) / len(rows), 3) for column in zip(*rows)] for name, rows in groups.items()}
-    return {name: {"mean": mean, "ratio": round(100 * mean[1] / mean[0], 1)} for name, mean in means.items()}
+    return {name: {"mean": mean, "ratio": round(100 * mean[1] / mean[0], 1) if mean[0] else None} for name, mean in means.items()}
 
 
 # ---- Boxes and masks
@@ -447,8 +447,10 @@ def run_task(asker, args):              # this rank's share; prints and writes t
     if not (samples := read_samples(args)):
         raise ValueError(f"{args.questions}: holds no questions")
     digest = hashlib.sha256(args.questions.read_bytes()).hexdigest()
+    stats = [(file.name, file.stat()) for file in sorted(args.weights.glob("*.safetensors"))]
+    made = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]                 # weights may be replaced
     run = {"task": args.task, "weights": str(args.weights), "file": digest, "templates": str(args.templates or ""),
-           "seed": args.seed}
+           "seed": args.seed, "media": str(args.media or ""), "made": hashlib.sha256(repr(made).encode()).hexdigest()}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
     predict_all(samples, partial(asker.predict, args.task), args.task, args.out, run, rank, world)
     if (done := len(read_predictions(args.out, run))) < len(samples):
@@ -568,17 +570,28 @@ def review_requests(questions, answers, rules, contexts=None):
 def review(requests, command, path):
     """Have any program judge: it reads lines of JSON requests, writes a line {id, content} for each, in any order."""
     path.touch()
-    done = data.read_records(path)
+    raw = path.read_bytes()
+    size = raw.rfind(b"\n") + 1                                 # a kill may have cut the last line
+    done = [json.loads(line) for line in raw[:size].splitlines()]
+    digests = {row["id"]: hashlib.sha256(row["prompt"].encode()).hexdigest()[:16] for row in requests}
+    if odd := [row["id"] for row in done if row.get("digest") != digests.get(row["id"])]:
+        raise ValueError(f"{path}: its review {odd[0]} is of other answers; move the file away")
     known = {row["id"] for row in done}                         # is not asked again
     asked = {row["id"]: row for row in requests if row["id"] not in known}
     with TemporaryFile("w+") as file, open(path, "ab") as out:  # a file: a pipe could fill up while the judge writes
+        out.truncate(size)
         file.writelines(json.dumps(row) + "\n" for row in asked.values())
         file.seek(0)
         with subprocess.Popen(shlex.split(command), stdin=file, stdout=subprocess.PIPE, text=True) as judge:
-            for reply in map(json.loads, judge.stdout):
-                if request := asked.pop(reply["id"], None):
+            for line in judge.stdout:
+                try:
+                    reply = json.loads(line)
+                    name, content = reply["id"], str(reply["content"])
+                except (ValueError, LookupError, TypeError):
+                    raise ValueError(f"{command}: no reply {{id, content}}: {line!r:.80}") from None
+                if request := asked.pop(name, None):
                     del request["prompt"]
-                    done.append({**request, "content": reply["content"], "tuple": review_scores(reply["content"])})
+                    done.append({**request, "content": content, "tuple": review_scores(content), "digest": digests[name]})
                     append(out, done[-1])
     if asked:
         raise ValueError(f"{command}: ended with {judge.returncode}, {len(asked)} requests without a reply; start it again")
@@ -618,6 +631,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.task and not args.out:
         p.error("--task needs --out FOLDER")
+    if args.out and not args.task and not args.out.parent.is_dir():
+        p.error(f"--out: {args.out.parent} is no folder")
     device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     (run_task if args.task else ask_all)(Asker(args.weights, device), args)
 

@@ -284,24 +284,25 @@ class BoxHead(nn.Module):
 # ---- Losses
 # By name and unweighted; NExT-Chat's weights: l1 2, giou 0.2, cycle_hidden 1, cycle_box 1; focal 20, dice 1, iou 1.
 
-def mean_but_last(x):
-    """Mean over (n, ...) that all but ignores the last row, unless it is the only one. Nothing: 0."""
+def mean(x, mock):
+    """Mean over (n, ...). mock: it all but ignores the last row, unless it is the only one. Nothing: 0."""
     weight = torch.ones_like(x)
-    weight[-1:] = 1e-10                 # parity: the row that is meant to be the appended mock sample
+    if mock:
+        weight[-1:] = 1e-10             # parity: the row of the sample that NExT-Chat appends to every batch
     return (x * weight).sum() / weight.sum().clamp(min=1e-10)
 
 
-def box_loss(pred, target):
-    """L1 and GIoU losses of boxes (n, 4)."""
+def box_loss(pred, target, mock=False):
+    """L1 and GIoU losses of boxes (n, 4). mock: see mean."""
     pred, target = pred.float(), target.float()
     valid = (pred[:, 2:] >= pred[:, :2]).all(-1)            # parity: GIoU is taken of these alone
-    return {"l1": mean_but_last((pred - target).abs()), "giou": mean_but_last(1 - giou(pred[valid], target[valid]))}
+    return {"l1": mean((pred - target).abs(), mock), "giou": mean(1 - giou(pred[valid], target[valid]), mock)}
 
 
-def cycle_loss(encoder, decoder, h, pred, boxes):
+def cycle_loss(encoder, decoder, h, pred, boxes, mock=False):
     """Encoded, predicted boxes (n, 4) are their hidden states h (n, C); also decoded, boxes (r, 4) are themselves."""
-    return {"cycle_hidden": mean_but_last((encoder(pred) - h).float().square()),
-            "cycle_box": mean_but_last((decoder(encoder(boxes)) - boxes).float().abs())}
+    return {"cycle_hidden": mean((encoder(pred) - h).float().square(), mock),
+            "cycle_box": mean((decoder(encoder(boxes)) - boxes).float().abs(), mock)}
 
 
 def mask_losses(logits, iou_pred, target):
@@ -315,7 +316,7 @@ def mask_losses(logits, iou_pred, target):
     true_iou = inter / ((on + target).sum(1) - inter + 1e-7)
     return {"focal": n * ((1 - (-bce).exp()).square() * bce).sum(),
             "dice": (1 - (2 * (prob * target).sum(1) + n) / ((prob + target).sum(1) + n)).sum(),
-            "iou": (iou_pred.float()[:, 0] - true_iou).square().sum() / n}
+            "iou": (iou_pred.float()[:, 0] - true_iou).square().sum() / max(n, 1)}
 
 
 # ---- Region features

@@ -357,7 +357,8 @@ class LLM(nn.Module):
     def positions(self, start, end, device):
         """cos and sin (end - start, hd); the table is computed once, and again when it must grow or move."""
         if self.rope is None or len(self.rope[0]) < end or self.rope[0].device != device:
-            self.rope = rope_table(self.cfg, max(end, self.cfg.max_len), device)
+            with torch.inference_mode(False):           # a model that has spoken may learn
+                self.rope = rope_table(self.cfg, max(end, self.cfg.max_len), device)
         return [table[start:end] for table in self.rope]
 
 
@@ -439,7 +440,8 @@ class BoxWriter(BoxHead):
         if "masks" in target:
             return mask_losses(*self.masks(h, self.sam.encode(target["image"])), target["masks"])
         encode, boxes = (lambda b: model.read("box", b)[:, 0]), self(h)
-        return box_loss(boxes, target["boxes"]) | cycle_loss(encode, self, h, boxes, target["given"])
+        mock = "mock" in target
+        return box_loss(boxes, target["boxes"], mock) | cycle_loss(encode, self, h, boxes, target["given"], mock)
 
 
 class LocatorWriter(nn.Module):
@@ -734,6 +736,8 @@ def beam_search(model, embeds, *, n_beam=5, max_new_tokens=512, hidden=None):
     # parity: transformers 4.31 from embeddings, which all four systems run on. A hypothesis scores its summed log
     # probability over 1 + its ids without the end token; an end token counts only among the n_beam best candidates; the
     # search stops when n_beam are kept and the worst of them is no worse than the best candidate could still become.
+    if max_new_tokens < 1:
+        return []
     llm, eos, steps = model.llm, model.cfg.eos, []          # steps: hidden states (n_beam, T, C) of each pass
     cache = KVCache(llm, n_beam, embeds.shape[1] + max_new_tokens)
     embeds = embeds.expand(n_beam, -1, -1)
@@ -744,7 +748,7 @@ def beam_search(model, embeds, *, n_beam=5, max_new_tokens=512, hidden=None):
         steps.append(llm(embeds, cache))
         h = steps[-1][:, -1]                                                                # (n_beam, C)
         total = llm.lm_head(h).float().log_softmax(-1) + scores                             # (n_beam, V)
-        best, index = total.flatten().topk(2 * n_beam)
+        best, index = total.flatten().topk((1 + max(len(eos), 1)) * n_beam)                 # as many as may end, and n_beam
         row, id = index // total.shape[1], index % total.shape[1]
         candidates = list(zip(best.tolist(), row.tolist(), id.tolist()))                    # best first
         ended = [(score / step, beams[row] + [(id, row)]) for score, row, id in candidates[:n_beam] if id in eos]
@@ -832,6 +836,8 @@ def read_config(folder, cls=ModelConfig):
         raise ValueError(error) from None
     if version > FORMAT:
         raise ValueError(f"{path}: format {version} is newer than this code understands ({FORMAT}); update the code")
+    if "unet" in values and cls is ModelConfig:
+        raise ValueError(f"{folder}: a painter, no model to talk with; a model takes it with --painters")
     return to_config(cls, values, path)
 
 
@@ -966,6 +972,9 @@ def sync(path):
 @contextmanager
 def new_folder(out):
     """A folder that takes the name `out` when the block ends well and its files are on disk, and else disappears."""
+    out = out.resolve()                                     # of a link the folder that it means
+    if os.path.ismount(out) or out.is_file():               # could not take the name: said before hours of work
+        raise OSError(f"{out} cannot be replaced: it is a {'file' if out.is_file() else 'mount point'}; name a folder in it")
     new = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -993,12 +1002,20 @@ def save(model, folder, extra=(), values=None):
     if any(getattr(layer, "packed", None) is not None for layer in model.modules()):
         raise ValueError("a quantised model gives its weights away when it first multiplies: "
                          "save it before, or load it again")
+    llm = getattr(model, "llm", None)
+    if llm and any(block.attn.wqkv for block in llm.blocks):
+        raise ValueError("a fused model is not for saving: save it before, or load it again")
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds other things than weights, which would be lost; name a new folder")
     state = tensors_of(model)
-    with new_folder(Path(folder)) as new:
+    with new_folder(folder) as new:
         write_tensors(new / "model.safetensors", state, values or state.values())
         write_config(model.cfg, new)
         for path in extra:
             shutil.copy(path, new)
+        for path in folder.glob("*/"):                          # painters
+            path.rename(new / path.name)
 
 
 def merge_lora(model):

@@ -210,6 +210,8 @@ def paint(folder, captions):            # what a painter makes of captions
 def ask(folder, kind, wishes):
     """What a chat model draws when it is asked to, in a conversation for each wish; None: nothing of that kind."""
     session, out = chat.open_session(folder, dtype="float32"), []
+    if kind not in {KINDS[name] for name in session.painters}:
+        raise ValueError(f"{folder}: has no painter for {kind}; put the folder `painters` into it")
     for seed, wish in enumerate(tqdm(wishes, desc="asking", disable=None)):
         session.clear()
         session.set("seed", seed)
@@ -230,6 +232,8 @@ def judge(kind, captions, made):
 
 def tile(made):
     """A picture of a picture, of four frames of a clip, or of the log-mel frames of a sound; 128 pixels high."""
+    if made is None:                    # a wish that brought nothing
+        made = Image.new("RGB", (128, 128), "white")
     if isinstance(made, list):
         frames = made[::max(len(made) // 4, 1)][:4]
         made = Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames], axis=1))
@@ -339,6 +343,8 @@ def judge_file(args):                   # of what a painter, or a model, makes o
         raise SystemExit(f"paint: {args.data}: {args.known} has all its captions, so that none is left to judge by")
     captions, wishes, _ = zip(*rows)
     talks = "llm" in json.loads(Path(args.judge, "config.json").read_text())                # a painter has no LLM
+    if talks and not all(wishes):
+        raise SystemExit(f"paint: {args.data}: holds no wishes; a model is judged by the *_wishes.json of shapes.py")
     made = ask(args.judge, kind, wishes) if talks else paint(args.judge, captions)
     print(len(captions), judge(kind, captions, made))
     if args.page:
@@ -349,7 +355,7 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("data", type=Path, help="caption pairs; with --writers the model")
     p.add_argument("--out", type=Path, help="weights folder to write")
-    p.add_argument("--tokenizer", default="weights/tiny/tokenizer.model", help="default %(default)s")
+    p.add_argument("--tokenizer", default=chat.TINY / "tokenizer.model", help="default %(default)s")
     p.add_argument("--steps", type=int, default=9000, help="default %(default)s; a vocoder takes as many first")
     p.add_argument("--batch", type=int, default=32, help="default %(default)s")
     p.add_argument("--lr", type=float, default=2e-3, help="default %(default)s")
@@ -364,6 +370,8 @@ def main(argv=None):
     p.add_argument("--page", help="picture to write, with the first 32 things that were judged")
     p.add_argument("--count", type=int, default=300, help="captions to judge by, default %(default)s")
     args = p.parse_args(argv)
+    if not (args.judge or args.embed or args.out):
+        p.error("--out FOLDER is needed, for what is trained")
     M.keep_memory()
     if args.judge:
         judge_file(args)

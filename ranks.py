@@ -89,7 +89,10 @@ def fill(named, path):
     """Read stored tensors into those of the same names: of each, only the rows that lie here."""
     with safe_open(path, "pt") as f:
         for name, x in named.items():
-            local(x).copy_(f.get_slice(name)[rows(x)] if x.ndim else f.get_tensor(name))
+            stored = f.get_slice(name)
+            if list(x.shape) != stored.get_shape():
+                raise ValueError(f"{path}: {name} has shape {stored.get_shape()}, the model's is {list(x.shape)}")
+            local(x).copy_(stored[rows(x)] if x.ndim else f.get_tensor(name))
 
 
 # ---- Sharding

@@ -156,6 +156,18 @@ STAGES = {
 }
 
 
+CHOICES = {"precision": ("", "bf16", "fp32"), "checkpoint": ("", "block", "select"),
+           "save_dtype": ("", "float16", "bfloat16", "float32")}
+
+
+def stage_of(s):
+    """The row of STAGES that is asked for."""
+    if (s.system, s.stage) not in STAGES:
+        known = ", ".join(f"{system} {number}" for system, number in STAGES)
+        raise SystemExit(f"train: no stage {s.stage} of {s.system}; there are: {known}")
+    return STAGES[s.system, s.stage]
+
+
 def parse_settings(argv):
     """Settings from the command line; --help lists every field. An unknown name ends with the nearest known ones."""
     notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", Path(__file__).read_text(), re.M))
@@ -164,7 +176,7 @@ def parse_settings(argv):
     for f in fields(Settings):
         note = f"{notes.get(f.name, '')} (default {f.default!r})".replace("%", "%%")
         p.add_argument(f"--{f.name.replace('_', '-')}", f"--{f.name}", dest=f.name, type=f.type, default=f.default,
-                       metavar=f.type.__name__, help=note)
+                       choices=CHOICES.get(f.name), metavar=f.type.__name__, help=note)
     argv = [a if a.startswith("-") or "=" not in a else f"--{a}" for a in argv]
     s = Settings(**vars(p.parse_args(argv)))
     s.device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -279,10 +291,10 @@ def portions(losses, own, of_all):
     return parts, lent
 
 
-def total_loss(losses, stage):
-    """The weighted sum of named losses. Text does not count beside losses that hush it."""
+def total_loss(losses, stage, others=()):
+    """The weighted sum of named losses. Text does not count beside losses that hush it, these or others of the update."""
     weights = dict(stage.weights)
-    if stage.hush and any(name.startswith(stage.hush) for name in losses):
+    if stage.hush and any(name.startswith(stage.hush) for name in (*losses, *others)):
         weights["lm"] = 0
     return sum(weights.get(name, 1) * value for name, value in losses.items())
 
@@ -296,6 +308,7 @@ def update(model, opt, batches, lr, clip, stage, step=0, bf16=False):
     amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)         # weights stay float32
     shares = share([counts(batch) for batch in batches])                    # [rank][micro-batch]
     of_all = sum((Counter(own) for own in chain(*shares)), Counter())
+    writers = [f"{name}_" for name in of_all]
     here, total = Counter(), Counter()                                      # losses of this rank, of all
     for i, batch in enumerate(like_others(batches) if world > 1 else batches):
         if world > 1:
@@ -304,7 +317,7 @@ def update(model, opt, batches, lr, clip, stage, step=0, bf16=False):
             losses = model(data.to_device(batch, device), words=stage.words)
         parts, lent = portions(losses, shares[rank][i], of_all)
         here.update({name: part.detach() for name, part in parts.items()})
-        ((total_loss(parts, stage) + lent) * world).backward()              # FSDP takes the mean over ranks
+        ((total_loss(parts, stage, writers) + lent) * world).backward()             # FSDP takes the mean over ranks
     norm = next(whole([nn.utils.clip_grad_norm_(learned, clip)])).item()
     for losses in share({name: value.item() for name, value in here.items()}):
         total.update(losses)
@@ -340,7 +353,7 @@ def widen(model, precision):
 
 def show_plan(s):
     """Print what learns, and what memory a step takes on each process, in GB, as `plan` counts it."""
-    stage, precision = STAGES[s.system, s.stage], s.precision or "bf16"
+    stage, precision = stage_of(s), s.precision or "bf16"
     init = s.init or next(name for name, cfg in M.PRESETS.items() if cfg.system == s.system)
     with torch.device("meta"):
         model = M.Model(M.PRESETS[init] if init in M.PRESETS else M.read_config(init)).to(torch.bfloat16)
@@ -358,6 +371,8 @@ def load_model(s, stage, spread):
     """The model of `init`, `spread` over the ranks before each reads only its part of every tensor. What learns is
     float32. In bf16 maths the other matrices stay in the type of the file, and are saved as they came."""
     model, files = M.skeleton(s.init)
+    if model.cfg.quantized:
+        raise SystemExit(f"train: {s.init} is {model.cfg.quantized}; training takes float weights")
     learn(model, stage)
     widen(model, s.precision)
     spread(model).to_empty(device=s.device)
@@ -378,6 +393,12 @@ def numbers(prepared, s, stage):
                 yield [i + epoch * len(prepared) for i in batch]        # see Prepared.prepare
 
 
+def deaf(worker):
+    """A loader's process leaves it to the loop to heed signals, which come to all processes of a group."""
+    for number in LEAVE:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def batches(prepared, s, stage, start):
     """This rank's micro-batches from update number `start` on, in an order that depends on nothing but the seed."""
     rank, world = ranks()
@@ -389,7 +410,7 @@ def batches(prepared, s, stage, start):
             yield from parts[rank::world]
     mock = prepared.render(datasets.mock(prepared.spec.image_size).turns) if stage.mock else None
     return DataLoader(prepared, batch_sampler=islice(indices(), start * n // world, s.steps * n // world),
-                      num_workers=s.workers, pin_memory=torch.cuda.is_available(),
+                      num_workers=s.workers, worker_init_fn=deaf, pin_memory=torch.cuda.is_available(),
                       collate_fn=partial(data.collate, n_token=prepared.n_token, max_len=s.max_len, pack=s.pack,
                                          mask_pad=prepared.system.mask_pad, mock=mock),
                       generator=torch.Generator())              # its own, so that it draws nothing from the step's
@@ -407,12 +428,11 @@ def lay_over(model, path):
 
 def begin(s):
     """Where a run starts: -> settings with the stage's numbers, types and files filled in, stage, model."""
-    if (s.system, s.stage) not in STAGES:
-        known = ", ".join(f"{system} {number}" for system, number in STAGES)
-        raise SystemExit(f"train: no stage {s.stage} of {s.system}; there are: {known}")
+    stage = stage_of(s)
+    if s.pack and stage.words:
+        raise SystemExit("train: this stage takes a row for a sample; leave out pack")
     if not (s.init or s.tokenizer):
         raise SystemExit("train: name weights to start from, init=FOLDER, or for a new model tokenizer=FILE")
-    stage = STAGES[s.system, s.stage]
     torch.manual_seed(s.seed)
     random.seed(s.seed)
     s = replace(s, **{name: getattr(s, name) or getattr(stage, name) for name in OWN},
@@ -454,6 +474,7 @@ def prepare(s):
 
 # ---- The loop
 
+LEAVE = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT           # finish the step, save and go
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}        # bf16 operations a second
 
 
@@ -489,6 +510,13 @@ def caught(*numbers):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def same_run(s, folder):
+    """Raises ValueError if a checkpoint that was found is of another run."""
+    was = json.loads((folder / "state.json").read_text())["settings"]
+    if odd := [f"{name}={was[name]}" for name in ("system", "stage", "data", "init") if was[name] != getattr(s, name)]:
+        raise ValueError(f"{folder}: of a run with {' '.join(odd)}; name another out=, or resume={folder} to go on from it")
 
 
 def open_run(out, s, model, prepared):
@@ -536,16 +564,20 @@ def train(s):
     gather_once(model)
     learned, out, (rank, world) = learn(model, stage), Path(s.out), ranks()
     opt = optimizer(learned, stage, s)
+    folder = share(find_checkpoint(out, s.resume) if rank == 0 else None)[0]
+    if folder and s.resume == "auto":
+        same_run(s, folder)
     if rank == 0:
         open_run(out, s, model, prepared)
-    folder = share(find_checkpoint(out, s.resume) if rank == 0 else None)[0]
     start = restore(folder, learned, opt) if folder else 0
+    if start > s.steps:
+        raise SystemExit(f"train: {folder} is beyond steps={s.steps}; export=FOLDER makes weights of it")
     if rank == 0:
         print(f"\n{len(prepared):,} samples, {s.steps:,} steps of {s.batch} on {world} processes",
               f"from step {start:,} of {folder}" if folder else "", flush=True)
     loader, since, seen, done, skipped = iter(batches(prepared, s, stage, start)), time.time(), [], start, 0
     bar = tqdm(range(start, s.steps), initial=start, total=s.steps, disable=None if rank == 0 else True)
-    with caught(signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) as leave:
+    with caught(*LEAVE) as leave:
         for step in bar:
             losses, norm, lr, size = one_step(model, opt, prepared, loader, s, stage, step, skipped < s.skip_nonfinite)
             done, skipped = step + 1, skipped + (norm is None)

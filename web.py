@@ -188,6 +188,7 @@ def attach(visit, paths):
     if len(visit.session.pending) + len(paths) > FILES:
         raise ValueError(f"at most {FILES} files go with a message")
     visit.session.pending += [visit.session.read(path) for path in paths]
+    visit.corner = ()                   # of another picture
 
 
 @guarded
@@ -203,7 +204,12 @@ def click(visit, event: gr.SelectData):
 
 
 undo = guarded(lambda visit: f"taken back: {visit.session.undo().text}")
-clear = guarded(lambda visit: visit.session.clear())
+
+
+@guarded
+def clear(visit):
+    visit.session.clear()
+    visit.corner = ()
 
 
 def change(name):                       # one for each number under "settings"
@@ -226,6 +232,8 @@ def stream(visit, before, turn, ask):
                 if time.monotonic() > due:              # a page redrawn at each token would lag behind
                     yield show(visit, "", [*before, turn])
                     due = time.monotonic() + 0.1
+            else:
+                visit.stopped = False                   # too late: all was said and drawn
         visit.keep(visit.session.last())
         yield show(visit, "stopped" * visit.stopped)
     except data.FAULTS as error:

@@ -167,7 +167,7 @@ class DecoderAttention(nn.Module):
 
     def forward(self, q, k, v):
         q, k, v = (split_heads(w(x), self.n_head) for w, x in zip((self.q_proj, self.k_proj, self.v_proj), (q, k, v)))
-        n = max(len(q), len(k))
+        n = len(q) if len(k) == 1 else len(k)                                               # 0 without objects
         return self.out_proj(merge_heads(attention(*(x.expand(n, -1, -1, -1) for x in (q, k, v)))))
 
 
@@ -760,6 +760,7 @@ def set_losses(prediction, targets):
     high, low = focal(logits.sigmoid(), F.logsigmoid(logits), F.logsigmoid(-logits))        # (images, Q, T) each
     matched, got = torch.zeros_like(logits, dtype=torch.bool), boxes[image, query]
     matched[image, query] = True
+    matched &= logits > -torch.inf      # words that are padding
     fit = torch.where(matched, high, low)[image.unique()]                                   # (images, Q, T)
     sums = {"focal": fit.sum(), "l1": (got - want).abs().sum(), "giou": (1 - giou(to_xyxy(got), to_xyxy(want), 1e-6)).sum()}
     return {name: x / max(len(want), 1) for name, x in sums.items()}

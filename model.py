@@ -1014,8 +1014,9 @@ def save(model, folder, extra=(), values=None):
         write_config(model.cfg, new)
         for path in extra:
             shutil.copy(path, new)
-        for path in folder.glob("*/"):                          # painters
-            path.rename(new / path.name)
+        for path in folder.glob("*"):
+            if path.is_dir():                                   # painters stay; links take no room
+                shutil.copytree(path, new / path.name, copy_function=os.link)
 
 
 def merge_lora(model):

@@ -209,6 +209,15 @@ def moments(learned, opt):
     return {f"{key}.{name}": x for name, p in learned.items() for key, x in opt.state.get(p, {}).items()}
 
 
+def step_of(folder):
+    return int(folder.name.removeprefix("step_"))
+
+
+def checkpoints(out):
+    """Folders of checkpoints, by their steps."""
+    return sorted((p for p in Path(out).glob("step_*") if p.name.removeprefix("step_").isdecimal()), key=step_of)
+
+
 def save_checkpoint(out, step, learned, opt, settings, keep):
     """Write out/step_N, whole or not at all, then drop the oldest complete ones. FloatingPointError for bad weights."""
     bad = share(next((name for name, p in learned.items() if not torch.isfinite(local(p)).all()), ""))
@@ -218,8 +227,7 @@ def save_checkpoint(out, step, learned, opt, settings, keep):
     values = whole(x for named in files.values() for x in named.values())   # one by one: all would not fit
     if ranks()[0]:
         return sum(1 for _ in values)                           # hand over the parts that lie here
-    last = f"step_{step:06}"
-    with M.new_folder(Path(out) / last) as folder:
+    with M.new_folder(Path(out) / f"step_{step:06}") as folder:
         for name, named in files.items():
             M.write_tensors(folder / name, named, islice(values, len(named)))
         state = {"step": step, "settings": settings, "bytes": {p.name: p.stat().st_size for p in folder.iterdir()},
@@ -227,7 +235,7 @@ def save_checkpoint(out, step, learned, opt, settings, keep):
         state["self"] = hashlib.sha256(json.dumps(state).encode()).hexdigest()
         (folder / "state.json").write_text(json.dumps(state, allow_nan=False))
     # Damaged ones, and later ones of a run that went on from here another way, neither count nor go.
-    complete = sorted(p for p in Path(out).glob("step_??????") if p.name <= last and valid(p, contents=False))
+    complete = [p for p in checkpoints(out) if step_of(p) <= step and valid(p, contents=False)]
     for old in complete[:-keep]:
         try:
             shutil.rmtree(old)
@@ -257,8 +265,7 @@ def find_checkpoint(out, resume):
         if not valid(resume):
             raise SystemExit(f"train: {resume} is not a complete checkpoint")
         return Path(resume)
-    folders = sorted(Path(out).glob("step_??????"), reverse=True) if resume == "auto" else []
-    for folder in folders:
+    for folder in reversed(checkpoints(out)) if resume == "auto" else ():
         if valid(folder):
             return folder
         print(f"passing over {folder}: damaged", file=sys.stderr)

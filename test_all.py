@@ -418,6 +418,16 @@ def test_locate_box_functions_keep_their_bounds():
     assert locate.giou(torch.zeros(1, 4), torch.zeros(1, 4)).isfinite().all()
 
 
+def test_locate_takes_no_boxes_and_padded_words():
+    cfg = SAMConfig(image_size=64, patch_size=16, dim=32, n_layer=1, n_head=2, mlp_dim=64, window=2, global_layers=(0,), prompt_dim=32,
+                    dec_head=2, dec_mlp_dim=64, iou_dim=32)
+    masks = locate.BoxHead(16, cfg).masks(torch.zeros(0, 16), torch.zeros(1, 32, 4, 4))
+    assert all(len(x) == 0 for x in masks)
+    boxes, logits = torch.rand(1, 3, 4) * 0.5 + 0.2, torch.tensor([[[0.5, -torch.inf]] * 3])
+    losses = locate.set_losses((boxes, logits), [torch.tensor([[0.5, 0.5, 0.2, 0.2]])])
+    assert all(torch.isfinite(x) for x in losses.values())
+
+
 def test_locate_box_losses_pass_over_the_mock_alone():
     pred, target = torch.rand(3, 4).sort().values.requires_grad_(), torch.rand(3, 4).sort().values
     for mock in (False, True):
@@ -6180,6 +6190,29 @@ def test_chat_pictures_with_regions_are_encoded_once(pointing):
     session.ask("what is [0] or [1] ?", str(pointing / "wide.png"), [(10, 5, 50, 30), (1, 2, 3, 4)])
     "".join(session.say("and [0] ?", boxes=[(4, 5, 50, 30)]))
     assert len(calls) == 1
+
+
+def test_model_save_loses_nothing_that_lay_there(tmp_path):
+    model = M.load(HERE / "weights/tiny")
+    (tmp_path / "w/painters/image").mkdir(parents=True)
+    (tmp_path / "w/painters/image/a.txt").write_text("a")
+    with pytest.raises(ValueError, match="would be lost"):
+        M.save(model, tmp_path / "w")
+    (tmp_path / "w/config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "w")
+    M.save(model, tmp_path / "link")
+    assert (tmp_path / "w/painters/image/a.txt").read_text() == "a" and M.load(tmp_path / "w") and (tmp_path / "link").is_symlink()
+    M.fuse(model)
+    with pytest.raises(ValueError, match="fused"):
+        M.save(model, tmp_path / "w")
+
+
+def test_model_that_has_spoken_may_learn():
+    model = M.load(HERE / "weights/tiny", dtype=torch.float32)
+    x = model.llm.embed(torch.tensor([[1, 5, 7]]))
+    list(M.generate(model, x.detach(), max_new_tokens=2))
+    assert M.beam_search(model, x.detach(), max_new_tokens=0) == []
+    model.llm(x).sum().backward()
 
 
 def test_model_regions_and_pictures_are_encoded_at_once(pointing):

@@ -229,13 +229,14 @@ def learn(model, stage):
 
 
 def optimizer(learned, stage, s):
-    """AdamW over what learns, in a group for each of its rates."""
+    """AdamW over what learns, in a group for each of its rates. An embedding of which some rows learn does not decay."""
     groups = {}
     for name, p in learned.items():
         factor = next((factor for part, factor in stage.rates.items() if re.fullmatch(part, name)), 1.0)
-        groups.setdefault(factor, []).append(p)
-    return torch.optim.AdamW([{"params": params, "factor": factor} for factor, params in groups.items()], lr=0,
-                             betas=(0.9, s.beta2), weight_decay=s.weight_decay, fused=True)
+        decay = 0.0 if stage.rows and name == "llm.embed.weight" else s.weight_decay
+        groups.setdefault((factor, decay), []).append(p)
+    return torch.optim.AdamW([{"params": params, "factor": factor, "weight_decay": decay}
+                              for (factor, decay), params in groups.items()], lr=0, betas=(0.9, s.beta2), fused=True)
 
 
 # ---- One step

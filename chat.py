@@ -77,7 +77,7 @@ def parse_args():
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("weights", nargs="?", default=TINY, help="weights folder (weights/tiny)")
-    add("-p", "--prompt", metavar="TEXT", help="ask this one question and end")
+    add("-p", "--prompt", metavar="TEXT", help="ask this one question and end; @FILE attaches a file")
     for kind in KINDS:
         add(f"--{kind}", dest="media", metavar="FILE", action="append", default=[],
             type=lambda path, kind=kind: (path, kind), help=f"attach {kind} to the first message; repeatable")

@@ -4557,6 +4557,21 @@ def test_ranks_signals_save_and_leave(mini, tmp_path, place, n):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
+def test_train_signals_to_the_whole_group_save_and_leave(world, tmp_path, number):
+    """As batch systems and Ctrl-C send them: loader workers get them too."""
+    words = ["system=tiny", "stage=2", f"init={HERE / 'weights/tiny'}", f"data={world}/conversations.json", f"out={tmp_path}", "batch=4",
+             "steps=5000", "log_every=1", "workers=2"]
+    with subprocess.Popen([sys.executable, HERE / "train.py", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                          start_new_session=True) as run:
+        while run.poll() is None and not (tmp_path / "metrics.jsonl").exists():
+            time.sleep(0.1)
+        os.killpg(run.pid, number)
+        told = run.communicate()[1]
+    assert run.returncode == 0 and len(list(tmp_path.glob("step_*"))) == 1, told[-2000:]
+
+
+@pytest.mark.slow
 def test_ranks_a_full_disk_leaves_the_last_checkpoint(mini, tmp_path, capfd):
     mini.here(tmp_path / "size", "full", "steps=1")
     whole = max(path.stat().st_size for path in (tmp_path / "size/step_000001").iterdir())

@@ -1350,21 +1350,27 @@ class Prepared(torch.utils.data.Dataset):
     spec: MediaSpec
     max_bad: int = 0                    # how many may be replaced before DataError or MediaError ends the run
     media_front: bool = False           # see media_in_front
-    where: list | None = None           # a mixture: (set, record) numbers in their order; None: all
+    where: Callable | None = None       # a mixture: epoch -> its (set, record) numbers in order, as many; None: all
     max_len: int = sys.maxsize          # ids of a sample; of a longer one the last go, but none of media and boxes
 
     def __post_init__(self):
         names = (*self.tok.added, self.system.frame[1])
         self.protected = {self.tok.special[name] for name in names if name in self.tok.special}
-        if self.where is None:
-            self.where = [(s, i) for s, one in enumerate(self.sets) for i in range(len(one))]
+        every = ((s, i) for s, one in enumerate(self.sets) for i in range(len(one)))
+        self.epoch, self.items = 0, self.where(0) if self.where else [*every]
         sizes = [one.sizes() for one in self.sets]
-        self.sizes = [sizes[s][i] for s, i in self.where]       # rough length of each sample
+        self.sizes = [sizes[s][i] for s, i in self.items]       # rough length of each sample
         self.bad = {}                                           # number of an unusable record: why
-        self.is_bad = torch.zeros(len(self.where), dtype=torch.bool).share_memory_()        # by all loader workers
+        self.is_bad = torch.zeros(len(self), dtype=torch.bool).share_memory_()              # by all loader workers
 
     def __len__(self):
-        return len(self.where)
+        return len(self.items)
+
+    def items_of(self, epoch):
+        """(set, record) numbers of an epoch in their order. Only the last one's are kept: they may be millions."""
+        if self.where and epoch != self.epoch:
+            self.epoch, self.items = epoch, self.where(epoch)
+        return self.items
 
     def __getitem__(self, i):
         for j in range(i, i + len(self)):
@@ -1383,7 +1389,7 @@ class Prepared(torch.utils.data.Dataset):
         raise DataError(f"{self.sets[0].path}: no usable record in the whole data set {self.bad or ''}")
 
     def prepare(self, number, epoch):
-        s, i = self.where[number]
+        s, i = self.items_of(epoch)[number]
         self.sets[s].epoch = epoch      # what a set draws for a record, such as words to ask in, it draws anew in each
         sample = self.sets[s][i]
         turns = sample.turns

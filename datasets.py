@@ -512,7 +512,8 @@ class Part:
 
     def __init__(self, whole, share):
         self.whole, self.path = whole, whole.path
-        self.index = np.linspace(0, len(whole) - 1, min(max(round(share * len(whole)), 1), len(whole))).astype(int).tolist()
+        n = min(max(round(share * len(whole)), 1), len(whole))
+        self.index = np.linspace(0, len(whole) - 1, n).astype(int).tolist()
 
     def __len__(self):
         return len(self.index)
@@ -586,13 +587,13 @@ def draw(n, p, seed):
         yield from rng.choice(n, 1000, p=p).tolist()            # parity: a thousand at a time
 
 
-def nextchat_1(s):
+def nextchat_1(s, batch, seed, epoch):
     """The first stage, to be shuffled by the trainer."""
     whole = ("vqa", "caption", "rec", "reg", "flickr", "vcr", "v7w")
     return sum((s[name] for name in whole), subset(s["gc"], 1 / 20, 42) + subset(s["recvg"], 1 / 10, 43))
 
 
-def nextchat_2(s, seed=0):
+def nextchat_2(s, batch, seed, epoch):
     """The second stage. The original draws the two interleavings without a seed."""
     talk = shuffled([s["gpt4gen"], s["gpt4gen-rd"], subset(s["llava"], 1 / 3, 42)])
     tasks = [s["flickr"], s["rec"], shuffled([s["vqa"], s["vqa-e"], s["vqa-x"]], 43), shuffled([s["vcr"]], 44),
@@ -600,9 +601,12 @@ def nextchat_2(s, seed=0):
     return interleave([talk, interleave(tasks, [0.2] * 5, seed)], [0.5, 0.5], seed)
 
 
-MIXTURES = {                            # (system, stage) -> {name: items}, batch, seed -> items
-    ("nextchat", 1): lambda s, batch, seed: nextchat_1(s), ("nextchat", 2): lambda s, batch, seed: nextchat_2(s, seed),
-    ("nextchat", 3): lambda s, batch, seed: s["res"],
+def nextchat_3(s, batch, seed, epoch):
+    return s["res"]
+
+
+MIXTURES = {                            # (system, stage) -> {name: items}, batch, seed, epoch -> items
+    ("nextchat", 1): nextchat_1, ("nextchat", 2): nextchat_2, ("nextchat", 3): nextchat_3,
 }
 SOURCES = {                             # name in a mixture of NExT-Chat -> format and published file
     "caption": "caption:CAP_coco2014_train.jsonl", "flickr": "flickr:CWB_flickr30k_train.jsonl",
@@ -634,7 +638,8 @@ def open_mixture(key, folder, media, batch, seed=0, prompts=PROMPTS):
     if key not in MIXTURES:
         raise ValueError(f"{folder}: no mixture is known for stage {key[1]} of {key[0]}; name files, with commas between")
     sources = Sources(folder, media or folder, prompts)
-    where = MIXTURES[key](sources, batch, seed)
+    where = partial(MIXTURES[key], sources, batch, seed)
+    where(0)                            # opens the sets
     return sources.sets, where
 
 
@@ -1146,13 +1151,13 @@ def draws(s, rates, n, rng):
     return [sources[k][i] for k, i in zip(which.tolist(), items.tolist())]
 
 
-def chatterbox_1(s, batch, seed):
-    return draws(s, GROUNDING, STEPS * batch, np.random.default_rng(seed))
+def chatterbox_1(s, batch, seed, epoch):
+    return draws(s, GROUNDING, STEPS * batch, np.random.default_rng([seed, epoch]))
 
 
-def chatterbox_2(s, batch, seed):
+def chatterbox_2(s, batch, seed, epoch):
     """An epoch of the second stage, in batches of one kind, in order: one that asks for boxes teaches no text."""
-    rng, items = np.random.default_rng(seed), []
+    rng, items = np.random.default_rng([seed, epoch]), []
     for step in range(1, STEPS + 1):
         for rates, every in ((GROUNDING, 1), (REFERRING, 10), (TALKING, 5)):                # every so many steps
             if step % every == 0:

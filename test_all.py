@@ -2734,7 +2734,7 @@ def test_data_grounding_rows_reach_the_batch(tmp_path):
     spec, n_token = data.MediaSpec(image_size=28, square=True, sam_size=64), {"image": 4, "box": 1}.get
     rows, tok = datasets.Rows(tmp_path / "d.jsonl", "res", tmp_path), nextchat_tokenizer(meta)
     prepared = data.Prepared([rows], tok, data.SYSTEMS["nextchat"], data.TEMPLATES["vicuna_v1_1"], n_token, spec,
-                             where=[(0, 1), (0, 0), (0, 1)])
+                             where=lambda epoch: [(0, 1), (0, 0), (0, 1)])
     batch = data.collate([prepared[i] for i in range(3)], n_token)
     at = batch.targets["at"]
     assert batch.media["image"].shape == (3, 3, 28, 28) and at["image"].shape == (3, 3, 64, 64)
@@ -2774,7 +2774,7 @@ def test_data_text_in_records_stays_text(tmp_path):
 def test_data_mixtures_of_the_stages():
     names = "gc recvg vqa caption rec reg flickr vcr v7w gpt4gen gpt4gen-rd llava vqa-e vqa-x res".split()
     sources = {name: [(s, i) for i in range(60 + s)] for s, name in enumerate(names)}
-    first, second, third = (datasets.MIXTURES["nextchat", stage](sources, 0, 0) for stage in (1, 2, 3))
+    first, second, third = (datasets.MIXTURES["nextchat", stage](sources, 0, 0, 0) for stage in (1, 2, 3))
     assert len(first) == 60 // 20 + 61 // 10 + sum(range(62, 69)) and third == sources["res"]
     drawn = {names[s] for s, _ in second}
     assert drawn <= {*names} - {"recvg", "reg", "v7w", "res"} and len(set(second)) == len(second) > 50
@@ -2784,7 +2784,7 @@ def test_data_a_folder_of_published_files_is_mixed(world, tmp_path):
     shutil.copy(world / "RES_train.jsonl", tmp_path / "RES_ref3_train.jsonl")
     (tmp_path / "pictures").mkdir(), (tmp_path / "res").symlink_to(world)                   # where the pictures of `res` lie
     sets, where = datasets.open_mixture(("nextchat", 3), tmp_path, "", 4)
-    assert where == [(0, i) for i in range(len(sets[0]))] and Path(sets[0][0].turns[0][0].path).is_file()
+    assert where(0) == where(1) == [(0, i) for i in range(len(sets[0]))] and Path(sets[0][0].turns[0][0].path).is_file()
     with pytest.raises(FileNotFoundError, match="GC_genome196_train.jsonl"):
         datasets.open_mixture(("nextchat", 1), tmp_path, "", 4)
     with pytest.raises(ValueError, match="no mixture is known for stage 1 of tiny"):
@@ -3085,11 +3085,14 @@ def test_data_chatterbox_mixtures_keep_their_rates(monkeypatch):
     names = [*datasets.GROUNDING, *datasets.REFERRING, *datasets.TALKING]
     assert set(names) == set(datasets.CHATTERBOX)
     sources = {name: [(s, i) for i in range(5)] for s, name in enumerate(names)}
-    first = np.bincount([s for s, _ in datasets.MIXTURES["chatterbox", 1](sources, 1, 0)])
+    first = np.bincount([s for s, _ in datasets.MIXTURES["chatterbox", 1](sources, 1, 0, 0)])
     monkeypatch.setattr(datasets, "STEPS", 10)
+    for stage in (1, 2):                                        # each epoch draws anew, and as many
+        one, same, two = (datasets.MIXTURES["chatterbox", stage](sources, 20, 0, epoch) for epoch in (0, 0, 1))
+        assert one == same != two and len(one) == len(two)
     assert np.abs(first / 3000 - np.array([*datasets.GROUNDING.values()]) / 15).max() < 0.03 and len(first) == 4
     kinds = [set(np.searchsorted([4, 13], [s for s, _ in batch], side="right")) for batch in np.array(
-        datasets.MIXTURES["chatterbox", 2](sources, 20, 0)).reshape(-1, 20, 2).tolist()]
+        datasets.MIXTURES["chatterbox", 2](sources, 20, 0, 0)).reshape(-1, 20, 2).tolist()]
     assert [kind for kind, in kinds].count(0) == 10 and [kind for kind, in kinds][5:6] + [kind for kind, in kinds][-2:] == [2, 1, 2]
 
 

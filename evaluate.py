@@ -280,10 +280,14 @@ TASKS = {                               # task -> (sample, what the model said) 
 
 # ---- Predictions
 
-def read_rows(path, run):               # and the bytes they fill; ValueError if they are of another run
+def whole_lines(path):                  # and the bytes they fill: a kill may have cut the last one
     raw = path.read_bytes()
-    size = raw.rfind(b"\n") + 1                                 # a kill may have cut the last line
-    lines = raw[:size].splitlines()
+    size = raw.rfind(b"\n") + 1
+    return raw[:size].splitlines(), size
+
+
+def read_rows(path, run):               # and the bytes they fill; ValueError if they are of another run
+    lines, size = whole_lines(path)
     if lines and lines[0] != json.dumps(run).encode():
         raise ValueError(f"{path}: predictions of another run, {lines[0].decode():.200}; move them away")
     return [json.loads(line) for line in lines[1:]], size
@@ -570,9 +574,8 @@ def review_requests(questions, answers, rules, contexts=None):
 def review(requests, command, path):
     """Have any program judge: it reads lines of JSON requests, writes a line {id, content} for each, in any order."""
     path.touch()
-    raw = path.read_bytes()
-    size = raw.rfind(b"\n") + 1                                 # a kill may have cut the last line
-    done = [json.loads(line) for line in raw[:size].splitlines()]
+    lines, size = whole_lines(path)
+    done = [json.loads(line) for line in lines]
     digests = {row["id"]: hashlib.sha256(row["prompt"].encode()).hexdigest()[:16] for row in requests}
     if odd := [row["id"] for row in done if row.get("digest") != digests.get(row["id"])]:
         raise ValueError(f"{path}: its review {odd[0]} is of other answers; move the file away")

@@ -209,7 +209,7 @@ class GroupNorm(nn.GroupNorm):
     to be near 0 already."""
 
     def forward(self, x):
-        if x.dtype == torch.float32 and x.device.type == "cpu":
+        if x.dtype == torch.float32 and x.device.type == "cpu" and not x.is_contiguous():
             n = x.shape[1] // self.num_groups                                               # channels of a group
             near = x.detach().flatten(2)[:, ::n, :1].repeat_interleave(n, dim=1)            # (N, C, 1): one value each
             x = x - near.view(*x.shape[:2], *[1] * (x.ndim - 2))

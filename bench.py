@@ -165,6 +165,7 @@ def prefill(side, s):
     model, ids = load(s, "llm", side), tokens(s, 1, PROMPT)
     if side != "ours":
         return Job(lambda: model(ids, use_cache=True, logits_to_keep=1).logits[:, 0], PROMPT)
+    M.fuse(model)
     llm = model.llm
     return Job(lambda: llm.lm_head(llm(llm.embed(ids), M.KVCache(llm, 1, PROMPT))[:, -1]), PROMPT,
                flops=2 * PROMPT * n_weight(llm, "embed", "lm_head"))
@@ -183,8 +184,7 @@ def decode(side, s, quantize=""):       # peers stay in floats, which is what th
         return Job(lambda: answer(model, ids, NEW, side), NEW)
     model = load(s, "llm", side, quantize=quantize)
     model.cfg = replace(model.cfg, eos=())                      # random weights may say anything, also the end
-    if s.device == "cuda" or quantize:
-        M.fuse(model)                   # as chat.py does
+    M.fuse(model)                       # as chat.py does
     size = sum(x.nbytes for name, x in model.llm.state_dict().items() if not name.startswith("embed"))
     return Job(lambda: answer(model, ids, NEW, side), NEW, bytes=NEW * size)            # a token reads all weights once
 
@@ -201,6 +201,7 @@ Thread(target=read_ahead, args=(sys.argv[1],), daemon=True).start()
 """ + FIRST + """
 import model
 it = model.load(folder, device, getattr(torch, dtype))
+model.fuse(it)
 print(next(model.generate(it, it.llm.embed(ids), max_new_tokens=1)))
 """,
     "transformers": "import sys" + FIRST + """

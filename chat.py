@@ -616,8 +616,8 @@ def open_session(folder=TINY, device=None, dtype=None, quantize="", painters=Non
     model = load(folder, device, getattr(torch, dtype), quantize)
     cfg = model.cfg
     tok, system, template = open_language(folder, cfg, templates)
-    if (device.type == "cuda" or cfg.quantized) and not cfg.llm.lora_rank:
-        fuse(model)                     # where starting a product costs as much as the product
+    if not cfg.llm.lora_rank:
+        fuse(model)
     if painters and not Path(painters).is_dir():
         raise ValueError(f"{painters}: no folder of painters")
     if painters is None:

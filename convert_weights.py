@@ -87,7 +87,6 @@ if __name__ == "__main__":
     ARGS = parse_args()                 # before the imports that take seconds, so that --help answers at once
 
 import torch
-from safetensors import safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
@@ -385,18 +384,8 @@ def read_json(path):                                    # the object in a JSON f
 
 
 def open_safetensors(path):
-    with safe_open(path, "np"):                         # the library checks sizes, overlaps, gaps and types; "pt" would
-        pass                                            # ask for as much memory as the file is long
-    with open(path, "rb") as f:
-        n = int.from_bytes(f.read(8), "little")         # length of the header, which the data follow
-        rows, header = json.loads(f.read(n), object_pairs_hook=list), {}
-    for key, row in rows:                               # a dict of json's would hide that a key stands there twice
-        if key in header:
-            raise ValueError(f"{key} stands in it twice")
-        header[key] = dict(row)
-    return [Stored(path, key, 8 + n + row["data_offsets"][0],
-                   torch.empty(row["shape"], dtype=DTYPES[row["dtype"]], device="meta"))
-            for key, row in header.items() if key != "__metadata__"]
+    return [Stored(path, key, start, torch.empty(shape, dtype=dtype, device="meta"))
+            for key, (dtype, shape, start) in M.stored_in(path).items()]
 
 
 def zip_records(path):
@@ -1086,7 +1075,8 @@ def plan_weights(paths, preset="", dtype="keep", merge_lora=False):
     report = recipe.gather() + recipe.fill(model)
     if merge_lora and getattr(getattr(cfg, "llm", None), "lora_rank", 0):
         cfg, report = merge(recipe.targets, cfg, report)
-    targets = {name: target._replace(dtype=cast(target.dtype, dtype)) for name, target in recipe.targets.items()}
+    targets = {name: recipe.targets[name] for name in shapes if name in recipe.targets}     # as M.fuse wants them to lie
+    targets = {name: target._replace(dtype=cast(target.dtype, dtype)) for name, target in targets.items()}
     order = sorted(reversed(sources), key=lambda source: source.kind in (*LLMS, "delta", "nextgpt"))
     folders = [beside(source.path, "tokenizer" if source.kind == "painter" else "") for source in order]
     copies = [path for folder in folders for path in tokenizer_files(folder)]

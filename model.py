@@ -12,8 +12,9 @@ import math
 import os
 import shutil
 import sys
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import get_args, get_origin
 
@@ -191,8 +192,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
 
     def forward(self, x):
-        wide = x.float()                                    # parity: the mean square is taken in float32
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)      # parity: rounded before
 
 
 class Linear(nn.Linear):
@@ -841,18 +841,42 @@ def read_config(folder, cls=ModelConfig):
     return to_config(cls, values, path)
 
 
-def tensor_files(folder):
-    """{tensor name: file} of a folder's safetensors. Shard names must be plain names of existing files."""
+def stored_in(path):
+    """{tensor name: (type, shape, byte where it begins)} of a safetensors file. Raises SafetensorError, ValueError."""
+    with safe_open(path, "np"):                         # the library checks sizes, overlaps, gaps and types; "pt" would
+        pass                                            # ask for as much memory as the file is long
+    with open(path, "rb") as f:
+        n = int.from_bytes(f.read(8), "little")         # length of the header, which the numbers follow
+        rows, out = json.loads(f.read(n), object_pairs_hook=list), {}
+    for name, row in rows:                              # a dict of json's would hide that a name stands there twice
+        if name in out:
+            raise ValueError(f"{path}: {name} stands in it twice")
+        if name != "__metadata__":
+            row = dict(row)
+            out[name] = DTYPES[row["dtype"]], row["shape"], 8 + n + row["data_offsets"][0]
+    return out
+
+
+def mapped(path):
+    """{tensor name: tensor} of a safetensors file, in one mapping: neighbours in the file are neighbours in memory."""
+    whole, out = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8), {}
+    for name, (dtype, shape, start) in stored_in(path).items():
+        part = whole[start:start + math.prod(shape) * dtype.itemsize]
+        out[name] = (part.clone() if start % dtype.itemsize else part).view(dtype).view(shape)
+    return out
+
+
+def tensors_in(folder):
+    """{tensor name: tensor} of a weights folder, mapped. Raises ValueError if a shard is no plain name of a file there."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        with safe_open(folder / "model.safetensors", "pt") as f:
-            return {key: folder / "model.safetensors" for key in f.keys()}
-    names = json.loads(index.read_text())["weight_map"]
-    for name in set(names.values()):
+        return mapped(folder / "model.safetensors")
+    names = set(json.loads(index.read_text())["weight_map"].values())
+    for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise ValueError(f"{index}: shard {name!r} is not a file of this folder")
-    return {key: folder / name for key, name in names.items()}
+    return {key: x for name in names for key, x in mapped(folder / name).items()}
 
 
 class WithoutNumbers(TorchFunctionMode):
@@ -865,34 +889,23 @@ class WithoutNumbers(TorchFunctionMode):
 
 
 def skeleton(folder, build=Model, cls=ModelConfig):
-    """build(config), a Model, of a weights folder on meta, in the stored types, and the file of each tensor. Raises
-    FileNotFoundError, ValueError naming the file and key that do not fit."""
+    """build(config), a Model, of a weights folder on meta, in the stored types, and {name: tensor} as stored, mapped. Raises
+    FileNotFoundError, ValueError naming the folder and key that do not fit."""
     cfg = read_config(folder, cls)
     quantized = getattr(cfg, "quantized", "")
     with torch.device("meta"), WithoutNumbers():
         model = build(replace(cfg, quantized="") if quantized else cfg)
         if quantized:
             quantize_llm(model, quantized)
-    want, state = model.state_dict(), {}
-    files = tensor_files(folder)
-    if odd := set(files) ^ (set(want) - tied(model)):
-        what = "unexpected" if min(odd) in files else "missing"
+    want, state = model.state_dict(), tensors_in(folder)
+    if odd := set(state) ^ (set(want) - tied(model)):
+        what = "unexpected" if min(odd) in state else "missing"
         raise ValueError(f"{folder}: {min(odd)} is {what} ({len(odd)} keys do not fit config.json)")
-    with open_all(files.values()) as opened:
-        for key, path in files.items():
-            stored = opened[path].get_slice(key)
-            if (shape := stored.get_shape()) != list(want[key].shape):
-                raise ValueError(f"{path}: {key} has shape {shape}, config.json asks for {list(want[key].shape)}")
-            state[key] = torch.empty(shape, dtype=DTYPES[stored.get_dtype()], device="meta")
-    assign(model, state)
-    return model, files
-
-
-@contextmanager
-def open_all(paths, device="cpu"):
-    """{path: open safetensors file}."""
-    with ExitStack() as stack:
-        yield {path: stack.enter_context(safe_open(path, "pt", device=str(device))) for path in set(paths)}
+    for key, x in state.items():
+        if x.shape != want[key].shape:
+            raise ValueError(f"{folder}: {key} has shape {list(x.shape)}, config.json asks for {list(want[key].shape)}")
+    assign(model, {key: torch.empty_like(x, device="meta") for key, x in state.items()})
+    return model, state
 
 
 def tied(model):
@@ -918,20 +931,18 @@ def load(folder, device="cpu", dtype=None, quantize="", build=Model, cls=ModelCo
 
     quantize: int8 or int4 (see quantize.py), a matrix at a time; ValueError for a model that is so already.
     """
-    model, files = skeleton(folder, build, cls)
+    model, stored = skeleton(folder, build, cls)
     shared = {name: "llm.embed.weight" for name in tied(model)}
 
-    def fetch(name, layer):             # opened for this layer alone: what was read leaves memory with it
-        keys = {key: shared.get(f"{name}.{key}", f"{name}.{key}") for key in layer.state_dict()}
-        with open_all([files[full] for full in keys.values()], device) as opened:
-            state = {key: opened[files[full]].get_tensor(full) for key, full in keys.items()}
-            layer.load_state_dict(state, assign=True)
+    def fetch(name, layer):             # mapped for this layer alone: what was read leaves memory with it
+        stored = tensors_in(folder)
+        state = {key: stored[shared.get(f"{name}.{key}", f"{name}.{key}")].to(device) for key in layer.state_dict()}
+        layer.load_state_dict(state, assign=True)
         return layer
     if quantize:
         quantize_llm(model, quantize, fetch)
-    with open_all(files.values(), device) as opened:
-        assign(model, {key: opened[files[key]].get_tensor(key) if x.is_meta else x
-                       for key, x in model.state_dict().items() if key not in tied(model)})
+    assign(model, {key: stored[key].to(device) if x.is_meta else x
+                   for key, x in model.state_dict().items() if key not in tied(model)})
     return model.to(dtype=dtype).eval()
 
 
@@ -1029,6 +1040,16 @@ def merge_lora(model):
     model.llm.cfg = model.cfg.llm
 
 
+def one_behind_the_other(weights):
+    """Matrices (N, K) as one, a view of them where they lie so in memory, as those of our files do."""
+    first, *rest = weights
+    ends = list(accumulate(w.nbytes for w in weights))
+    if all(w.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and w.data_ptr() == first.data_ptr() + end
+           for w, end in zip(rest, ends)):
+        return first.as_strided((ends[-1] // first[0].nbytes, first.shape[1]), first.stride())
+    return torch.cat(weights)
+
+
 def fuse(model):
     """Join q|k|v and gate|up into one matrix each, in place, for faster generation; such a model is not for saving.
     Raises ValueError for LoRA layers: merge them first."""
@@ -1040,7 +1061,7 @@ def fuse(model):
             if model.cfg.quantized:
                 one = join(layers)
             else:
-                one = linear_of(torch.cat([layer.weight.detach() for layer in layers])).requires_grad_(False)
+                one = linear_of(one_behind_the_other([layer.weight.detach() for layer in layers])).requires_grad_(False)
             setattr(part, name, one)
             for n in names:
                 setattr(part, n, None)

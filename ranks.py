@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from safetensors import safe_open
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -85,14 +84,12 @@ def whole(tensors):
         yield x.detach().full_tensor() if isinstance(x, DTensor) else x
 
 
-def fill(named, path):
-    """Read stored tensors into those of the same names: of each, only the rows that lie here."""
-    with safe_open(path, "pt") as f:
-        for name, x in named.items():
-            stored = f.get_slice(name)
-            if list(x.shape) != stored.get_shape():
-                raise ValueError(f"{path}: {name} has shape {stored.get_shape()}, the model's is {list(x.shape)}")
-            local(x).copy_(stored[rows(x)] if x.ndim else f.get_tensor(name))
+def fill(named, stored, where):
+    """Read stored tensors, mapped from files `where`, into those of the same names: of each, only the rows that lie here."""
+    for name, x in named.items():
+        if x.shape != stored[name].shape:
+            raise ValueError(f"{where}: {name} has shape {list(stored[name].shape)}, the model's is {list(x.shape)}")
+        local(x).copy_(stored[name][rows(x)] if x.ndim else stored[name])
 
 
 # ---- Sharding
@@ -273,14 +270,13 @@ def find_checkpoint(out, resume):
 
 def restore(folder, learned, opt):
     """Put a checkpoint back, exactly, each rank its part -> steps done. ValueError if other tensors learned then."""
-    with safe_open(folder / "model.safetensors", "pt") as model, safe_open(folder / "optim.safetensors", "pt") as optim:
-        names, saved = set(model.keys()), set(optim.keys())
-    if odd := sorted(names ^ learned.keys()):
+    model, optim = M.mapped(folder / "model.safetensors"), M.mapped(folder / "optim.safetensors")
+    if odd := sorted(model.keys() ^ learned.keys()):
         raise ValueError(f"{folder}: holds other tensors than this stage learns, such as {odd[0]}")
     for name, p in learned.items():
-        if f"step.{name}" in saved:     # AdamW knows nothing of those that never had a gradient
+        if f"step.{name}" in optim:     # AdamW knows nothing of those that never had a gradient
             zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
             opt.state[p] = {"step": torch.zeros((), device=p.device)} | zeros
-    fill(learned, folder / "model.safetensors")
-    fill(moments(learned, opt), folder / "optim.safetensors")
+    fill(learned, model, folder)
+    fill(moments(learned, opt), optim, folder)
     return json.loads((folder / "state.json").read_text())["step"]

@@ -4481,7 +4481,7 @@ def test_ranks_hold_only_their_part_of_a_model(mini, tmp_path, world, monkeypatc
             def watched(*args):
                 fill(*args)
                 peaks[rank] = max(peaks[rank], own() - before)
-            monkeypatch.setattr(train, "fill", lambda named, path: [watched({name: x}, path) for name, x in named.items()])
+            monkeypatch.setattr(train, "fill", lambda named, *file: [watched({name: x}, *file) for name, x in named.items()])
             return load(*args)
         train.load_model = measured
     assert mini(tmp_path / "run", "projector", f"init={tmp_path}/w", "steps=1", n=2, hurt=measure) == [0, 0]

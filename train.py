@@ -27,7 +27,6 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from safetensors import safe_open
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -371,15 +370,14 @@ def show_plan(s):
 def load_model(s, stage, spread):
     """The model of `init`, `spread` over the ranks before each reads only its part of every tensor. What learns is
     float32. In bf16 maths the other matrices stay in the type of the file, and are saved as they came."""
-    model, files = M.skeleton(s.init)
+    model, stored = M.skeleton(s.init)
     if model.cfg.quantized:
         raise SystemExit(f"train: {s.init} is {model.cfg.quantized}; training takes float weights")
     learn(model, stage)
     widen(model, s.precision)
     spread(model).to_empty(device=s.device)
     M.tie(model)
-    for path in set(files.values()):
-        fill({name: x for name, x in M.tensors_of(model).items() if files[name] == path}, path)
+    fill(M.tensors_of(model), stored, s.init)
     return model
 
 
@@ -419,12 +417,11 @@ def batches(prepared, s, stage, start):
 
 def lay_over(model, path):
     """Read the tensors that another run learned into a model."""
-    with safe_open(path, "pt") as f:
-        names = set(f.keys())
-    named = {name: p for name, p in model.named_parameters() if name in names}
-    if unknown := names - named.keys():
+    stored = M.mapped(path)
+    named = {name: p for name, p in model.named_parameters() if name in stored}
+    if unknown := stored.keys() - named.keys():
         raise SystemExit(f"train: {path}: {min(unknown)} is no tensor of this model")
-    fill(named, path)
+    fill(named, stored, path)
 
 
 def begin(s):

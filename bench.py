@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,6 +90,7 @@ class Job(NamedTuple):
     bytes: float = 0                    # weights read per run
     flops: float = 0
     disk: bool = False                  # waiting for it counts
+    around: object = nullcontext        # what comes before and after it, untimed
 
 
 class Case(NamedTuple):
@@ -196,18 +198,18 @@ torch.set_num_threads(int(threads))
 ids = torch.tensor([[int(i) for i in ids]], device=device)
 """
 STARTS = {                              # programs that print the first token of an answer; ours begins as chat.py does
-    "ours": "import os, sys\nfrom pathlib import Path\nfrom threading import Thread\n" + inspect.getsource(chat.read_ahead) + """
+    "ours": "import os, sys\nfrom contextlib import suppress\nfrom pathlib import Path\nfrom threading import Thread\n" + inspect.getsource(chat.read_ahead) + """
 Thread(target=read_ahead, args=(sys.argv[1],), daemon=True).start()
 """ + FIRST + """
 import model
 it = model.load(folder, device, getattr(torch, dtype))
 model.fuse(it)
-print(next(model.generate(it, it.llm.embed(ids), max_new_tokens=1)))
+print(next(model.generate(it, it.llm.embed(ids), max_new_tokens=1)), flush=True)
 """,
     "transformers": "import sys" + FIRST + """
 from transformers import LlamaForCausalLM
 it = LlamaForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
-print(it.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)[0, -1].item())
+print(it.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)[0, -1].item(), flush=True)
 """}
 
 
@@ -223,12 +225,20 @@ def start(side, s, cold):
     ids, folder = tokens(s, 1, 8)[0].tolist(), folder_of(s, "llm", side).resolve()
     command = [sys.executable, "-c", STARTS[side], folder, s.device, str(s.dtype)[6:], s.threads, *ids]
     home = HERE if side == "ours" else s.folder                 # where datasets.py is not taken for the package
+    last = None
 
-    def run():
+    @contextmanager
+    def around():
         if cold:
             forget(folder)
-        return torch.tensor(float(subprocess.run(map(str, command), cwd=home, check=True, capture_output=True).stdout))
-    return Job(run, 1, disk=True)
+        yield
+        last.wait()
+
+    def run():
+        nonlocal last
+        last = subprocess.Popen(map(str, command), cwd=home, stdout=subprocess.PIPE)
+        return torch.tensor(float(last.stdout.readline()))
+    return Job(run, 1, disk=True, around=around)
 
 
 def conversion(side, s):                # of a language model; nobody else does it
@@ -375,12 +385,14 @@ def seconds(job, s, n=1):               # of one run, over n of them
     alone = s.device == "cpu" and s.threads == 1 and not job.disk
     clock = time.process_time if alone else time.perf_counter
     wait = torch.cuda.synchronize if s.device == "cuda" else lambda: None       # kernels run on after the call
-    wait()
-    begin = clock()
-    for _ in range(n):
-        job.run()
-    wait()
-    return (clock() - begin) / n
+    with job.around():
+        wait()
+        begin = clock()
+        for _ in range(n):
+            job.run()
+        wait()
+        took = clock() - begin
+    return took / n
 
 
 def limits(s):

@@ -107,7 +107,8 @@ def parse_args():
 
 def read_ahead(folder):
     """Have the system read weights into memory while Python imports: page by page, when they are needed, takes longer."""
-    for path in Path(folder).glob("*.safetensors") if hasattr(os, "posix_fadvise") else ():     # macOS has none
+    files = [path for path in Path(folder).glob("*") if path.is_file() and hasattr(os, "posix_fadvise")]    # macOS: none
+    for path in sorted(files, key=os.path.getsize):             # config.json would else have to wait for the weights
         with suppress(OSError), open(path, "rb") as f:          # whoever loads it will say what is wrong
             for at in range(0, os.path.getsize(path), 1 << 22):                 # Linux heeds no more at a time
                 os.posix_fadvise(f.fileno(), at, 1 << 22, os.POSIX_FADV_WILLNEED)

@@ -349,10 +349,9 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(self.norm3(x))
 
     def mlp(self, x):
-        """On a CPU piece by piece, so that the caches hold what is widest."""
-        rows = x.flatten(0, 1)
-        n = 2 ** 22 // self.ff.net[-1].in_features if x.device.type == "cpu" else len(rows)
-        return torch.cat([self.ff.net(part) for part in rows.split(n)]).view_as(x)
+        """On a CPU in pieces: what is widest would be new memory each time, see model.keep_memory."""
+        rows, n = x.flatten(0, 1), -(-4 * x.numel() // 2 ** 24) if x.device.type == "cpu" else 1        # rounded up
+        return torch.cat([self.ff.net(part) for part in rows.chunk(n)]).view_as(x)
 
 
 class Transformer(nn.Module):

@@ -293,15 +293,24 @@ def test_triton_on_a_gpu_equals_float64(feature, dtype):
 
 # ---- Vision
 
-def golden_imagebind(config, weights, **more):
+def golden_towers(c):
+    """ImageBind's config of a fixture's sizes; what the fixture does not tell is as published."""
+    towers = {kind: M.replace(huge, dim=c[f"{kind}_embed_dim"], n_layer=c[f"{kind}_num_blocks"], n_head=c[f"{kind}_num_heads"])
+              for kind, huge in HUGE.items() if f"{kind}_embed_dim" in c}
+    if "image_size" in c:
+        side, (depth, thermal, audio) = (c["image_size"],) * 2, ((c[f"{kind}_kernel_size"],) * 2 for kind in ("depth", "thermal", "audio"))
+        told = {"vision": dict(size=(c["video_frames"], *side), patch=tuple(c["kernel_size"])),
+                "text": dict(size=(c["text_context_length"],), channels=c["text_vocab_size"]),
+                "audio": dict(size=(c["audio_num_mel_bins"], c["audio_target_len"]), patch=audio, stride=(c["audio_stride"],) * 2),
+                "depth": dict(size=side, patch=depth), "thermal": dict(size=side, patch=thermal),
+                "imu": dict(size=(c["imu_window"],), patch=(c["imu_kernel_size"],))}
+        towers = {kind: M.replace(tower, **told[kind]) for kind, tower in towers.items()}
+    return ImageBindConfig(towers, c["out_embed_dim"])
+
+
+def golden_imagebind(config, weights):
     """An ImageBind of a fixture's sizes, filled from original keys."""
-    towers = {}
-    for kind, huge in HUGE.items():
-        if f"{kind}_embed_dim" not in config:
-            continue
-        towers[kind] = M.replace(huge, dim=config[f"{kind}_embed_dim"], n_layer=config[f"{kind}_num_blocks"],
-                                 n_head=config[f"{kind}_num_heads"])
-    bind = ImageBind(ImageBindConfig(towers, config["out_embed_dim"]))
+    bind = ImageBind(golden_towers(config))
     prefix = "readers.imagebind.tower."
     bind.load_state_dict({k.removeprefix(prefix): v for k, v in cw.rename(weights, cw.IMAGEBIND).items()})
     return bind.eval()
@@ -368,9 +377,10 @@ def test_golden_nextchat_sam_prompts_and_masks():
     close(meta, t, "box.sparse", encoder(boxes_px=boxes))
     close(meta, t, "pt.sparse", encoder(points=points))
     close(meta, t, "ptbox.sparse", encoder(points=points, boxes_px=boxes))
-    close(meta, t, "box.dense", encoder.masks().expand(meta["full"]["box.dense"][0]))
+    close(meta, t, "box.dense", encoder.masks().expand(len(boxes), -1, *encoder.grid().shape[2:]))
     close(meta, t, "pt.dense", encoder.masks(t["pt.masks"]))
-    features, extra, n = sam.encode(t["in.images"]), t["lm.extra_sparse"], meta["full"]["dec.paired"][0][0]
+    features, extra = sam.encode(t["in.images"]), t["lm.extra_sparse"]
+    n = min(len(features), len(boxes))
     cases = {"single": (features[:1], encoder(extra, boxes), encoder.masks()),
              "multi": (features[:1], encoder(points=points), encoder.masks(t["pt.masks"]), True),
              "paired": (features[:n], encoder(boxes_px=boxes[:n]), encoder.masks())}
@@ -541,7 +551,7 @@ def golden_swin(c, **more):
 
 def golden_locator_config(c):
     return locate.LocatorConfig(golden_swin(c["swin"]), c["hidden_dim"], c["enc_layers"], c["dec_layers"], c["nheads"],
-                                c["dim_feedforward"], c["num_queries"])
+                                c["dim_feedforward"], c["num_queries"], c.get("enc_n_points", 4))
 
 
 def golden_locator(c, weights):
@@ -584,7 +594,7 @@ def test_golden_chatterbox_msda():
 
 def golden_region(c, state):
     """The region encoder of a fixture's sizes from a converted checkpoint."""
-    cfg = locate.RegionConfig(c["clip"], c["llm"], c["pos_hidden"], groups=c["gn"])
+    cfg = locate.RegionConfig(c["clip"], c["llm"], c["pos_hidden"], c["num_levels"], c["num_fuse"], c["gn"], c["pool"])
     return fill(locate.RegionEncoder(cfg), state, "readers.region.")
 
 
@@ -592,7 +602,8 @@ def test_golden_chatterbox_roi():
     meta, weights, t = read_golden("chatterbox/roi")
     c = meta["config"]
     region = golden_region(c, cw.rename({f"spi_module.{k}": v for k, v in weights.items()}, cw.CHATTERBOX))
-    boxes, levels = [t["in.boxes0"], t["in.boxes1"]], [t[f"in.feats{i}"] for i in range(c["num_levels"])]
+    levels = [t[f"in.feats{i}"] for i in range(c["num_levels"])]
+    boxes = [t[f"in.boxes{i}"] for i in range(len(levels[0]))]
     maps = region.enlarge(levels)
     for layer in region.fuse:
         maps = [layer(region.mix(maps, i)).relu() for i in range(len(maps))]
@@ -669,11 +680,12 @@ def test_golden_chatterbox_referring_step():
     model, mask = golden_chatterbox(meta, weights), t["in.ref.attention_mask"]
     batch = golden_chatterbox_batch(meta, t, "ref")
     x = model.embed(batch.ids, batch.media, batch.slots)
-    close(meta, t, "out.ref.inputs_embeds_to12", x[:, :12])
-    close(meta, t, "out.ref.inputs_embeds_from258", x[:, 258:] * mask[:, 258:, None])
     h = model.llm(x)
     close(meta, t, "out.ref.last_hidden", h * mask[..., None])
-    close(meta, t, "out.ref.logits_from258", (model.llm.lm_head(h) * mask[..., None])[:, 258:])
+    whole = {"inputs_embeds": x * mask[..., None], "logits": model.llm.lm_head(h) * mask[..., None]}
+    for what, side, n in re.findall(r"out\.ref\.(\w+)_(to|from)(\d+)", " ".join(t)):         # of a row's tokens
+        part = slice(int(n)) if side == "to" else slice(int(n), None)
+        close(meta, t, f"out.ref.{what}_{side}{n}", whole[what][:, part])
     with torch.backends.mkldnn.flags(enabled=False):            # whose convolutions round otherwise on every processor
         losses = model(batch)
         losses["lm"].backward()
@@ -698,7 +710,7 @@ def test_golden_chatterbox_grounding_step():
         assert picks == meta["gnd_matched_query"][name]
         close(meta, t, f"out.gnd.{name.replace('final', 'pred')}_boxes", prediction.boxes_cxcywh)
         close(meta, t, f"out.gnd.{name.replace('final', 'pred')}_logits", prediction.logits)
-        for case, wanted in (("mix", [targets[0][:0], targets[1]]), ("gnd", targets)):
+        for case, wanted in (("mix", [targets[0][:0], *targets[1:]]), ("gnd", targets)):
             for ours, theirs in (("focal", "ce"), ("l1", "bbox"), ("giou", "giou")):
                 key = f"loss_{theirs}_{name}".replace("_final", "").replace("_aux", "_")
                 got, want = locate.set_losses(prediction, wanted)[ours].item(), meta[f"{case}_losses"][key]
@@ -971,10 +983,12 @@ def golden_run(name, embeds, noise):
     painter.vae.post_quant_conv.register_forward_hook(lambda m, args, out: latents.append(args[0] * scale))
     painter.vae.decoder.register_forward_hook(lambda m, args, out: decoded.append(out))
     size = meta.get("audio_length_in_s") or tuple(meta[k] for k in ("num_frames", "height", "width") if k in meta)
-    how = dict(steps=meta["steps"], guidance=meta["guidance_scale"], noise=t[noise])
+    how, B = dict(steps=meta["steps"], guidance=meta["guidance_scale"], noise=t[noise]), len(t[embeds])
     run.media = G.DRAW[kind](painter, t[embeds], size, **how)
-    last, run.decoded = (torch.stack(x, 2) if kind == "vid" else x[0] for x in (latents, decoded))
-    run.latents = torch.stack([*(x[:1] for x, *_ in run.calls[1:]), last])                  # after each call
+    last, run.decoded = (torch.cat(x) for x in (latents, decoded))
+    if kind == "vid":
+        last, run.decoded = (x.unflatten(0, (B, -1)).transpose(1, 2) for x in (last, run.decoded))
+    run.latents = torch.stack([*(x[:B] for x, *_ in run.calls[1:]), last])                  # after each call
     return meta, t, kind, painter, run
 
 
@@ -982,8 +996,8 @@ def golden_run(name, embeds, noise):
 def test_golden_diffusion_pipelines(name):
     meta, t, kind, painter, run = golden_run(f"diffusion/{name}", "in.prompt_embeds", "in.latents")
     assert [step for _, step, _ in run.calls] == t["out.timesteps"].tolist()
-    guidance, pairs = meta["guidance_scale"], (out for *_, out in run.calls)
-    noise = torch.stack([away + guidance * (towards - away) for away, towards in pairs])[:, None]
+    guidance, pairs = meta["guidance_scale"], (out.chunk(2) for *_, out in run.calls)
+    noise = torch.stack([away + guidance * (towards - away) for away, towards in pairs])
     for key, x in (("out.noise_pred_guided", noise), ("out.latents_per_step", run.latents)):
         close(meta, t, key, x.transpose(2, 3) if kind == "vid" else x)                      # frames first
     if kind == "img":
@@ -1340,6 +1354,7 @@ def test_generate_public_keys(kind, vae):
 # ---- Model
 
 def golden_llm(c, **more):
+    more = {"rope_theta": c.get("rope_theta", 10000.0)} | more
     return M.LLMConfig(dim=c["hidden_size"], n_layer=c["num_hidden_layers"], n_head=c["num_attention_heads"],
                        n_kv_head=c.get("num_key_value_heads", c["num_attention_heads"]), mlp_dim=c["intermediate_size"],
                        vocab_size=c["vocab_size"], norm_eps=c["rms_norm_eps"], max_len=c["max_position_embeddings"], **more)
@@ -1349,9 +1364,7 @@ def golden_chatbind(meta, weights):
     """The chat model of a ChatBind fixture, tower included."""
     c, ids = meta["config"], meta["config"]["special_token_ids"]
     small = c.get("imagebind") or c["imagebind_vision"]
-    towers = {kind: M.replace(HUGE[kind], dim=small[f"{kind}_embed_dim"], n_layer=small[f"{kind}_num_blocks"],
-                              n_head=small[f"{kind}_num_heads"]) for kind in HUGE if f"{kind}_embed_dim" in small}
-    cfg = M.ModelConfig(llm=golden_llm(c["llama"]), imagebind=ImageBindConfig(towers, small["out_embed_dim"]),
+    cfg = M.ModelConfig(llm=golden_llm(c["llama"]), imagebind=golden_towers(small),
                         reads=M.IMAGEBIND_READS, system="chatbind", eos=(ids.get("eos", 2),))
     model = M.Model(cfg)
     model.load_state_dict(cw.rename(weights["state_dict"], cw.CHATBIND) | cw.rename(weights["tower"], cw.IMAGEBIND))
@@ -3190,7 +3203,7 @@ def test_golden_chatbind_delta(tmp_path):
         delta[k][:len(x)] -= x
         close(meta, t, f"delta.{k}", delta[k], 0)
     config = {k: v for k, v in meta["config"].items() if "vocab" not in k}
-    tokens = {name: 120 + i for i, name in enumerate(M.CHATBIND_TOKENS)}
+    tokens = {name: meta["config"]["base_vocab"] + i for i, name in enumerate(M.CHATBIND_TOKENS)}
     sources = put(tmp_path / "base", base, config) + put(tmp_path / "delta", delta, config, tokens=tokens)
     assert (done := cli(*sources, "--out", tmp_path / "out")).returncode == 0, done.stderr
     back = {ours: theirs for theirs, ours in ((k, cw.translate(k, cw.CHATBIND)) for k in target)}

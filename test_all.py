@@ -1,7 +1,7 @@
 """Every test, in the order of the code: attention, vision, locate, generate, model, data, convert, train, shapes, chat, docs.
 
 Golden tests compare with what the original code computed (folder GOLDEN_DIR, default golden/): every size, seed and case
-comes from the fixtures. Vocabularies of others are found through LLAMA_TOKENIZER and CLIP_BPE.
+comes from the fixtures. Vocabularies of others are there, too, or found through LLAMA_TOKENIZER and CLIP_BPE.
 """
 import ast
 import ctypes
@@ -62,8 +62,14 @@ from vision import CLIPConfig, CLIPVision, ImageBind, ImageBindConfig, HUGE, SAM
 HERE = Path(__file__).parent
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", HERE / "golden"))
 SHARED = HERE.parent / "shared"
-LLAMA_TOKENIZER = Path(os.environ.get("LLAMA_TOKENIZER", SHARED / "golden/tokenizer.model"))
-CLIP_BPE = Path(os.environ.get("CLIP_BPE", SHARED / "golden/imagebind/bpe_simple_vocab_16e6.txt.gz"))
+
+
+def golden_file(name):                  # in GOLDEN_DIR or where all fixtures lie
+    return next((path for path in (GOLDEN / name, SHARED / "golden" / name) if path.exists()), GOLDEN / name)
+
+
+LLAMA_TOKENIZER = Path(os.environ.get("LLAMA_TOKENIZER", golden_file("tokenizer.model")))
+CLIP_BPE = Path(os.environ.get("CLIP_BPE", golden_file("imagebind/bpe_simple_vocab_16e6.txt.gz")))
 PARITY = 1e-4                           # of the output's scale: float32 sums in another order
 KINK = 5e-3                             # gradients behind a million ReLUs: rounding puts some on the other side
 
@@ -127,9 +133,8 @@ def read_golden(name):
 
 
 def read_golden_if_near(name):
-    """A fixture of another system, from GOLDEN_DIR or from where all fixtures lie; skips where it is absent."""
-    path = next((p for p in (GOLDEN, SHARED / "golden") if (p / f"{name}.json").exists()), None)
-    return (json.loads((path / f"{name}.json").read_text()), None, None) if path else pytest.skip(f"{name}.json is absent")
+    """A fixture of another system."""
+    return json.loads(need(golden_file(f"{name}.json"), name).read_text()), None, None
 
 
 def close(meta, tensors, name, got, tol=PARITY, where=None):
@@ -295,13 +300,15 @@ def test_triton_on_a_gpu_equals_float64(feature, dtype):
 
 def golden_towers(c):
     """ImageBind's config of a fixture's sizes; what the fixture does not tell is as published."""
-    towers = {kind: M.replace(huge, dim=c[f"{kind}_embed_dim"], n_layer=c[f"{kind}_num_blocks"], n_head=c[f"{kind}_num_heads"])
-              for kind, huge in HUGE.items() if f"{kind}_embed_dim" in c}
+    towers = {kind: M.replace(huge, dim=c[f"{kind}_embed_dim"], n_layer=c[f"{kind}_num_blocks"],
+                              n_head=c[f"{kind}_num_heads"]) for kind, huge in HUGE.items() if f"{kind}_embed_dim" in c}
     if "image_size" in c:
-        side, (depth, thermal, audio) = (c["image_size"],) * 2, ((c[f"{kind}_kernel_size"],) * 2 for kind in ("depth", "thermal", "audio"))
+        side = (c["image_size"],) * 2
+        depth, thermal, audio = ((c[f"{kind}_kernel_size"],) * 2 for kind in ("depth", "thermal", "audio"))
         told = {"vision": dict(size=(c["video_frames"], *side), patch=tuple(c["kernel_size"])),
                 "text": dict(size=(c["text_context_length"],), channels=c["text_vocab_size"]),
-                "audio": dict(size=(c["audio_num_mel_bins"], c["audio_target_len"]), patch=audio, stride=(c["audio_stride"],) * 2),
+                "audio": dict(size=(c["audio_num_mel_bins"], c["audio_target_len"]), patch=audio,
+                              stride=(c["audio_stride"],) * 2),
                 "depth": dict(size=side, patch=depth), "thermal": dict(size=side, patch=thermal),
                 "imu": dict(size=(c["imu_window"],), patch=(c["imu_kernel_size"],))}
         towers = {kind: M.replace(tower, **told[kind]) for kind, tower in towers.items()}
@@ -2151,9 +2158,8 @@ def test_golden_chatbind_tokens_conversations():
 def test_golden_chatbind_tokens_prompts():
     meta, _, _ = read_golden("chatbind/tokens")
     templates, skipped = dict(data.TEMPLATES), []
-    for path in (GOLDEN / "chatbind/templates.json", SHARED / "golden/chatbind/templates.json"):
-        if path.exists():
-            templates = data.load_templates(path) | templates
+    if (path := golden_file("chatbind/templates.json")).exists():
+        templates = data.load_templates(path) | templates
     for p in meta["prompts"]:
         if p["template"] not in templates:
             skipped.append(p["template"])
@@ -2432,7 +2438,7 @@ def test_data_bad_samples_are_replaced_by_the_next(world, tmp_path):
 
 
 def test_data_templates_equal_the_originals():
-    path = need(SHARED / "golden/chatbind/templates.json", "templates.json")
+    path = need(golden_file("chatbind/templates.json"), "templates.json")
     theirs = data.load_templates(path)
     for name in theirs.keys() & data.TEMPLATES.keys():
         ours = M.replace(data.TEMPLATES[name], front="")
@@ -2839,7 +2845,7 @@ def test_data_mock_sample_has_a_box_to_say():
 
 # ---- Data: regions, boxes to find, ChatterBox's sets
 
-TALK_TABLES = Path(os.environ.get("CHATTERBOX_TEMPLATES", SHARED / "golden/chatterbox/templates.json"))
+TALK_TABLES = Path(os.environ.get("CHATTERBOX_TEMPLATES", golden_file("chatterbox/templates.json")))
 BOX_SYSTEM = data.SYSTEMS["chatterbox"]
 
 
@@ -3014,7 +3020,8 @@ def test_data_chatterbox_chain_asks_at_the_first_single_box():
 
 
 def test_data_chatterbox_names_give_way_to_regions():
-    said = ("human", "What is on the table? <table:[0, 30, 80, 60]>"), ("gpt", "A vase is on the table. <vase:[33, 10, 50, 31]>")
+    said = (("human", "What is on the table? <table:[0, 30, 80, 60]>"),
+            ("gpt", "A vase is on the table. <vase:[33, 10, 50, 31]>"))
     record = {"image": "0.png", "conversation": [{"from": who, "value": text} for who, text in said]}
     turns = datasets.to_sample(record, datasets.FORMATS["cb-mrg-ref"], "", (), First()).turns
     assert [part if isinstance(part, str) else part.kind for turn in turns for part in turn] == [

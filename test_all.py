@@ -386,8 +386,7 @@ def test_golden_nextchat_sam_prompts_and_masks():
     close(meta, t, "ptbox.sparse", encoder(points=points, boxes_px=boxes))
     close(meta, t, "box.dense", encoder.masks().expand(len(boxes), -1, *encoder.grid().shape[2:]))
     close(meta, t, "pt.dense", encoder.masks(t["pt.masks"]))
-    features, extra = sam.encode(t["in.images"]), t["lm.extra_sparse"]
-    n = min(len(features), len(boxes))
+    features, extra, n = sam.encode(t["in.images"]), t["lm.extra_sparse"], len(t["dec.paired_iou"])
     cases = {"single": (features[:1], encoder(extra, boxes), encoder.masks()),
              "multi": (features[:1], encoder(points=points), encoder.masks(t["pt.masks"]), True),
              "paired": (features[:n], encoder(boxes_px=boxes[:n]), encoder.masks())}

@@ -434,7 +434,7 @@ def attention(q, k, v, *, causal=False, bias=None, segments=None, rel=None):
     """Attend with the chosen backend. Returns (B, nh, T, hd) in q's dtype.
 
     q (B, nh, T, hd), k and v (B, nkv, S, hd) with nkv dividing nh. causal: query t sees keys up to S - T + t.
-    bias: floats that broadcast to (B, nh, T, S), added to the scores.
+    bias: floats (B or 1, nh or 1, T or 1, S), added to the scores.
     segments (B, T) int32, T = S: samples packed one after another, each a run of one number that sees only itself.
     rel: SAM's tables (B, nh, T, H) and (B, nh, T, W), S = H * W; rel_h[..., s // W] + rel_w[..., s % W] is added.
     """

@@ -702,7 +702,7 @@ def plms(k, past, times, signal):
 
 def dpm_times(n):
     """n training steps from 999 down, evenly spaced up to rounding."""
-    return torch.linspace(0, 999, n + 1).round().int().tolist()[:0:-1]
+    return [round(k * (999 / n)) for k in reversed(range(1, n + 1))]
 
 
 def dpm(k, past, times, signal):

@@ -1,7 +1,7 @@
 """Every test, in the order of the code: attention, vision, locate, generate, model, data, convert, train, shapes, chat, docs.
 
 Golden tests compare with what the original code computed (folder GOLDEN_DIR, default golden/): every size, seed and case
-comes from the fixtures. Vocabularies of others are found through LLAMA_TOKENIZER and CLIP_BPE.
+comes from the fixtures. Vocabularies of others are there, too, or found through LLAMA_TOKENIZER and CLIP_BPE.
 """
 import ast
 import ctypes
@@ -62,8 +62,14 @@ from vision import CLIPConfig, CLIPVision, ImageBind, ImageBindConfig, HUGE, SAM
 HERE = Path(__file__).parent
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", HERE / "golden"))
 SHARED = HERE.parent / "shared"
-LLAMA_TOKENIZER = Path(os.environ.get("LLAMA_TOKENIZER", SHARED / "golden/tokenizer.model"))
-CLIP_BPE = Path(os.environ.get("CLIP_BPE", SHARED / "golden/imagebind/bpe_simple_vocab_16e6.txt.gz"))
+
+
+def golden_file(name):                  # in GOLDEN_DIR or where all fixtures lie
+    return next((path for path in (GOLDEN / name, SHARED / "golden" / name) if path.exists()), GOLDEN / name)
+
+
+LLAMA_TOKENIZER = Path(os.environ.get("LLAMA_TOKENIZER", golden_file("tokenizer.model")))
+CLIP_BPE = Path(os.environ.get("CLIP_BPE", golden_file("imagebind/bpe_simple_vocab_16e6.txt.gz")))
 PARITY = 1e-4                           # of the output's scale: float32 sums in another order
 KINK = 5e-3                             # gradients behind a million ReLUs: rounding puts some on the other side
 
@@ -127,9 +133,8 @@ def read_golden(name):
 
 
 def read_golden_if_near(name):
-    """A fixture of another system, from GOLDEN_DIR or from where all fixtures lie; skips where it is absent."""
-    path = next((p for p in (GOLDEN, SHARED / "golden") if (p / f"{name}.json").exists()), None)
-    return (json.loads((path / f"{name}.json").read_text()), None, None) if path else pytest.skip(f"{name}.json is absent")
+    """A fixture of another system."""
+    return json.loads(need(golden_file(f"{name}.json"), name).read_text()), None, None
 
 
 def close(meta, tensors, name, got, tol=PARITY, where=None):
@@ -293,15 +298,26 @@ def test_triton_on_a_gpu_equals_float64(feature, dtype):
 
 # ---- Vision
 
-def golden_imagebind(config, weights, **more):
+def golden_towers(c):
+    """ImageBind's config of a fixture's sizes; what the fixture does not tell is as published."""
+    towers = {kind: M.replace(huge, dim=c[f"{kind}_embed_dim"], n_layer=c[f"{kind}_num_blocks"],
+                              n_head=c[f"{kind}_num_heads"]) for kind, huge in HUGE.items() if f"{kind}_embed_dim" in c}
+    if "image_size" in c:
+        side = (c["image_size"],) * 2
+        depth, thermal, audio = ((c[f"{kind}_kernel_size"],) * 2 for kind in ("depth", "thermal", "audio"))
+        told = {"vision": dict(size=(c["video_frames"], *side), patch=tuple(c["kernel_size"])),
+                "text": dict(size=(c["text_context_length"],), channels=c["text_vocab_size"]),
+                "audio": dict(size=(c["audio_num_mel_bins"], c["audio_target_len"]), patch=audio,
+                              stride=(c["audio_stride"],) * 2),
+                "depth": dict(size=side, patch=depth), "thermal": dict(size=side, patch=thermal),
+                "imu": dict(size=(c["imu_window"],), patch=(c["imu_kernel_size"],))}
+        towers = {kind: M.replace(tower, **told[kind]) for kind, tower in towers.items()}
+    return ImageBindConfig(towers, c["out_embed_dim"])
+
+
+def golden_imagebind(config, weights):
     """An ImageBind of a fixture's sizes, filled from original keys."""
-    towers = {}
-    for kind, huge in HUGE.items():
-        if f"{kind}_embed_dim" not in config:
-            continue
-        towers[kind] = M.replace(huge, dim=config[f"{kind}_embed_dim"], n_layer=config[f"{kind}_num_blocks"],
-                                 n_head=config[f"{kind}_num_heads"])
-    bind = ImageBind(ImageBindConfig(towers, config["out_embed_dim"]))
+    bind = ImageBind(golden_towers(config))
     prefix = "readers.imagebind.tower."
     bind.load_state_dict({k.removeprefix(prefix): v for k, v in cw.rename(weights, cw.IMAGEBIND).items()})
     return bind.eval()
@@ -368,9 +384,9 @@ def test_golden_nextchat_sam_prompts_and_masks():
     close(meta, t, "box.sparse", encoder(boxes_px=boxes))
     close(meta, t, "pt.sparse", encoder(points=points))
     close(meta, t, "ptbox.sparse", encoder(points=points, boxes_px=boxes))
-    close(meta, t, "box.dense", encoder.masks().expand(meta["full"]["box.dense"][0]))
+    close(meta, t, "box.dense", encoder.masks().expand(len(boxes), -1, *encoder.grid().shape[2:]))
     close(meta, t, "pt.dense", encoder.masks(t["pt.masks"]))
-    features, extra, n = sam.encode(t["in.images"]), t["lm.extra_sparse"], meta["full"]["dec.paired"][0][0]
+    features, extra, n = sam.encode(t["in.images"]), t["lm.extra_sparse"], len(t["dec.paired_iou"])
     cases = {"single": (features[:1], encoder(extra, boxes), encoder.masks()),
              "multi": (features[:1], encoder(points=points), encoder.masks(t["pt.masks"]), True),
              "paired": (features[:n], encoder(boxes_px=boxes[:n]), encoder.masks())}
@@ -541,7 +557,7 @@ def golden_swin(c, **more):
 
 def golden_locator_config(c):
     return locate.LocatorConfig(golden_swin(c["swin"]), c["hidden_dim"], c["enc_layers"], c["dec_layers"], c["nheads"],
-                                c["dim_feedforward"], c["num_queries"])
+                                c["dim_feedforward"], c["num_queries"], c.get("enc_n_points", 4))
 
 
 def golden_locator(c, weights):
@@ -584,7 +600,7 @@ def test_golden_chatterbox_msda():
 
 def golden_region(c, state):
     """The region encoder of a fixture's sizes from a converted checkpoint."""
-    cfg = locate.RegionConfig(c["clip"], c["llm"], c["pos_hidden"], groups=c["gn"])
+    cfg = locate.RegionConfig(c["clip"], c["llm"], c["pos_hidden"], c["num_levels"], c["num_fuse"], c["gn"], c["pool"])
     return fill(locate.RegionEncoder(cfg), state, "readers.region.")
 
 
@@ -592,7 +608,8 @@ def test_golden_chatterbox_roi():
     meta, weights, t = read_golden("chatterbox/roi")
     c = meta["config"]
     region = golden_region(c, cw.rename({f"spi_module.{k}": v for k, v in weights.items()}, cw.CHATTERBOX))
-    boxes, levels = [t["in.boxes0"], t["in.boxes1"]], [t[f"in.feats{i}"] for i in range(c["num_levels"])]
+    levels = [t[f"in.feats{i}"] for i in range(c["num_levels"])]
+    boxes = [t[f"in.boxes{i}"] for i in range(len(levels[0]))]
     maps = region.enlarge(levels)
     for layer in region.fuse:
         maps = [layer(region.mix(maps, i)).relu() for i in range(len(maps))]
@@ -606,10 +623,9 @@ def test_golden_chatterbox_roi():
         close(meta, t, f"out.query{i}", out)
 
 
-@pytest.mark.parametrize("case", ["plain", "padded"])
-def test_golden_chatterbox_locator(case):
-    meta, weights, t = read_golden("chatterbox/locator")
-    locator, hs, calls, pad = golden_locator(meta["config"], weights), [], [], t[f"in.{case}.mask"]
+def check_golden_locator(meta, t, case, locator):
+    """What a locator finds in the pictures of a case, and on the way."""
+    hs, calls, pad = [], [], t[f"in.{case}.mask"]
     locator.norm.register_forward_hook(lambda module, args, out: hs.append(out))
     propose = locator.propose
     locator.propose = lambda *args: calls.append((*args, propose(*args))) or calls[0][-1]
@@ -625,6 +641,12 @@ def test_golden_chatterbox_locator(case):
         close(meta, t, f"out.{case}.{name}_logits", prediction.logits)
     close(meta, t, f"out.{case}.best_score", locate.best_box(found[-1])[1])
     assert torch.equal(found[-1].logits[..., 0].sigmoid().argmax(1), t[f"out.{case}.best_query"])
+
+
+def test_golden_chatterbox_locator():
+    meta, weights, t = read_golden("chatterbox/locator")
+    for case in meta["config"]["cases"]:
+        check_golden_locator(meta, t, case, golden_locator(meta["config"], weights))
 
 
 def golden_chatterbox(meta, weights):
@@ -669,11 +691,12 @@ def test_golden_chatterbox_referring_step():
     model, mask = golden_chatterbox(meta, weights), t["in.ref.attention_mask"]
     batch = golden_chatterbox_batch(meta, t, "ref")
     x = model.embed(batch.ids, batch.media, batch.slots)
-    close(meta, t, "out.ref.inputs_embeds_to12", x[:, :12])
-    close(meta, t, "out.ref.inputs_embeds_from258", x[:, 258:] * mask[:, 258:, None])
     h = model.llm(x)
     close(meta, t, "out.ref.last_hidden", h * mask[..., None])
-    close(meta, t, "out.ref.logits_from258", (model.llm.lm_head(h) * mask[..., None])[:, 258:])
+    whole = {"inputs_embeds": x * mask[..., None], "logits": model.llm.lm_head(h) * mask[..., None]}
+    for what, side, n in re.findall(r"out\.ref\.(\w+)_(to|from)(\d+)", " ".join(t)):         # of a row's tokens
+        part = slice(int(n)) if side == "to" else slice(int(n), None)
+        close(meta, t, f"out.ref.{what}_{side}{n}", whole[what][:, part])
     with torch.backends.mkldnn.flags(enabled=False):            # whose convolutions round otherwise on every processor
         losses = model(batch)
         losses["lm"].backward()
@@ -698,7 +721,7 @@ def test_golden_chatterbox_grounding_step():
         assert picks == meta["gnd_matched_query"][name]
         close(meta, t, f"out.gnd.{name.replace('final', 'pred')}_boxes", prediction.boxes_cxcywh)
         close(meta, t, f"out.gnd.{name.replace('final', 'pred')}_logits", prediction.logits)
-        for case, wanted in (("mix", [targets[0][:0], targets[1]]), ("gnd", targets)):
+        for case, wanted in (("mix", [targets[0][:0], *targets[1:]]), ("gnd", targets)):
             for ours, theirs in (("focal", "ce"), ("l1", "bbox"), ("giou", "giou")):
                 key = f"loss_{theirs}_{name}".replace("_final", "").replace("_aux", "_")
                 got, want = locate.set_losses(prediction, wanted)[ours].item(), meta[f"{case}_losses"][key]
@@ -971,10 +994,12 @@ def golden_run(name, embeds, noise):
     painter.vae.post_quant_conv.register_forward_hook(lambda m, args, out: latents.append(args[0] * scale))
     painter.vae.decoder.register_forward_hook(lambda m, args, out: decoded.append(out))
     size = meta.get("audio_length_in_s") or tuple(meta[k] for k in ("num_frames", "height", "width") if k in meta)
-    how = dict(steps=meta["steps"], guidance=meta["guidance_scale"], noise=t[noise])
+    how, B = dict(steps=meta["steps"], guidance=meta["guidance_scale"], noise=t[noise]), len(t[embeds])
     run.media = G.DRAW[kind](painter, t[embeds], size, **how)
-    last, run.decoded = (torch.stack(x, 2) if kind == "vid" else x[0] for x in (latents, decoded))
-    run.latents = torch.stack([*(x[:1] for x, *_ in run.calls[1:]), last])                  # after each call
+    last, run.decoded = (torch.cat(x) for x in (latents, decoded))
+    if kind == "vid":
+        last, run.decoded = (x.unflatten(0, (B, -1)).transpose(1, 2) for x in (last, run.decoded))
+    run.latents = torch.stack([*(x[:B] for x, *_ in run.calls[1:]), last])                  # after each call
     return meta, t, kind, painter, run
 
 
@@ -982,8 +1007,8 @@ def golden_run(name, embeds, noise):
 def test_golden_diffusion_pipelines(name):
     meta, t, kind, painter, run = golden_run(f"diffusion/{name}", "in.prompt_embeds", "in.latents")
     assert [step for _, step, _ in run.calls] == t["out.timesteps"].tolist()
-    guidance, pairs = meta["guidance_scale"], (out for *_, out in run.calls)
-    noise = torch.stack([away + guidance * (towards - away) for away, towards in pairs])[:, None]
+    guidance, pairs = meta["guidance_scale"], (out.chunk(2) for *_, out in run.calls)
+    noise = torch.stack([away + guidance * (towards - away) for away, towards in pairs])
     for key, x in (("out.noise_pred_guided", noise), ("out.latents_per_step", run.latents)):
         close(meta, t, key, x.transpose(2, 3) if kind == "vid" else x)                      # frames first
     if kind == "img":
@@ -1192,10 +1217,12 @@ def test_generate_schedulers_equal_diffusers(name):
              "dpm": d.DPMSolverMultistepScheduler(**more),
              "ddim": d.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1, **more)}
     plan, update = G.SCHEDULERS[name]
+    for n in range(1, 100):
+        peers[name].set_timesteps(n)
+        assert plan(n) == peers[name].timesteps.tolist(), n
     for n in (1, 2, 3, 4, 7, 20, 50):
         peers[name].set_timesteps(n)
         times, signal, past = plan(n), G.signal_levels(0.0015, 0.0195), []
-        assert times == peers[name].timesteps.tolist()
         got = want = torch.randn(2, 3, generator=torch.Generator().manual_seed(n))
         for k, t in enumerate(times):
             past = [(got, torch.sin(got + t)), *past[:4]]
@@ -1340,6 +1367,7 @@ def test_generate_public_keys(kind, vae):
 # ---- Model
 
 def golden_llm(c, **more):
+    more = {"rope_theta": c.get("rope_theta", 10000.0)} | more
     return M.LLMConfig(dim=c["hidden_size"], n_layer=c["num_hidden_layers"], n_head=c["num_attention_heads"],
                        n_kv_head=c.get("num_key_value_heads", c["num_attention_heads"]), mlp_dim=c["intermediate_size"],
                        vocab_size=c["vocab_size"], norm_eps=c["rms_norm_eps"], max_len=c["max_position_embeddings"], **more)
@@ -1349,9 +1377,7 @@ def golden_chatbind(meta, weights):
     """The chat model of a ChatBind fixture, tower included."""
     c, ids = meta["config"], meta["config"]["special_token_ids"]
     small = c.get("imagebind") or c["imagebind_vision"]
-    towers = {kind: M.replace(HUGE[kind], dim=small[f"{kind}_embed_dim"], n_layer=small[f"{kind}_num_blocks"],
-                              n_head=small[f"{kind}_num_heads"]) for kind in HUGE if f"{kind}_embed_dim" in small}
-    cfg = M.ModelConfig(llm=golden_llm(c["llama"]), imagebind=ImageBindConfig(towers, small["out_embed_dim"]),
+    cfg = M.ModelConfig(llm=golden_llm(c["llama"]), imagebind=golden_towers(small),
                         reads=M.IMAGEBIND_READS, system="chatbind", eos=(ids.get("eos", 2),))
     model = M.Model(cfg)
     model.load_state_dict(cw.rename(weights["state_dict"], cw.CHATBIND) | cw.rename(weights["tower"], cw.IMAGEBIND))
@@ -1478,9 +1504,10 @@ def test_golden_nextchat_train_stage3():
     golden_gradients(meta, t, model, cw.NEXTCHAT, r"writers\.at\.(seg_prompt_mlp|sam\.mask_decoder)\.")
 
 
-@pytest.mark.parametrize("case", ["greedy", "beam5", "greedy_no_box_input"])
+@pytest.mark.parametrize("case", ["greedy", "beam", "greedy_no_box_input"])
 def test_golden_nextchat_generate(case):
     meta, weights, t = read_golden("nextchat/generate")
+    case = f"beam{meta['num_beams'][1]}" if case == "beam" else case
     model, where = golden_nextchat(meta, weights, t)
     n_box, at = where["boxes"].shape[1], meta["config"]["special_token_ids"]["at"]
     media = {"image": t["in.images"]} | ({} if "no_box" in case else {"box": t["in.loc_inputs"][:n_box]})
@@ -2130,9 +2157,8 @@ def test_golden_chatbind_tokens_conversations():
 def test_golden_chatbind_tokens_prompts():
     meta, _, _ = read_golden("chatbind/tokens")
     templates, skipped = dict(data.TEMPLATES), []
-    for path in (GOLDEN / "chatbind/templates.json", SHARED / "golden/chatbind/templates.json"):
-        if path.exists():
-            templates = data.load_templates(path) | templates
+    if (path := golden_file("chatbind/templates.json")).exists():
+        templates = data.load_templates(path) | templates
     for p in meta["prompts"]:
         if p["template"] not in templates:
             skipped.append(p["template"])
@@ -2411,7 +2437,7 @@ def test_data_bad_samples_are_replaced_by_the_next(world, tmp_path):
 
 
 def test_data_templates_equal_the_originals():
-    path = need(SHARED / "golden/chatbind/templates.json", "templates.json")
+    path = need(golden_file("chatbind/templates.json"), "templates.json")
     theirs = data.load_templates(path)
     for name in theirs.keys() & data.TEMPLATES.keys():
         ours = M.replace(data.TEMPLATES[name], front="")
@@ -2818,7 +2844,7 @@ def test_data_mock_sample_has_a_box_to_say():
 
 # ---- Data: regions, boxes to find, ChatterBox's sets
 
-TALK_TABLES = Path(os.environ.get("CHATTERBOX_TEMPLATES", SHARED / "golden/chatterbox/templates.json"))
+TALK_TABLES = Path(os.environ.get("CHATTERBOX_TEMPLATES", golden_file("chatterbox/templates.json")))
 BOX_SYSTEM = data.SYSTEMS["chatterbox"]
 
 
@@ -2993,8 +3019,9 @@ def test_data_chatterbox_chain_asks_at_the_first_single_box():
 
 
 def test_data_chatterbox_names_give_way_to_regions():
-    meta, _, _ = read_golden("chatterbox/data")
-    record, = meta["files"]["CB_MRG"]
+    said = (("human", "What is on the table? <table:[0, 30, 80, 60]>"),
+            ("gpt", "A vase is on the table. <vase:[33, 10, 50, 31]>"))
+    record = {"image": "0.png", "conversation": [{"from": who, "value": text} for who, text in said]}
     turns = datasets.to_sample(record, datasets.FORMATS["cb-mrg-ref"], "", (), First()).turns
     assert [part if isinstance(part, str) else part.kind for turn in turns for part in turn] == [
         "image", "\n ", "What is on the region ", "region", " ? ", "A vase is on the region. "]
@@ -3190,7 +3217,7 @@ def test_golden_chatbind_delta(tmp_path):
         delta[k][:len(x)] -= x
         close(meta, t, f"delta.{k}", delta[k], 0)
     config = {k: v for k, v in meta["config"].items() if "vocab" not in k}
-    tokens = {name: 120 + i for i, name in enumerate(M.CHATBIND_TOKENS)}
+    tokens = {name: meta["config"]["base_vocab"] + i for i, name in enumerate(M.CHATBIND_TOKENS)}
     sources = put(tmp_path / "base", base, config) + put(tmp_path / "delta", delta, config, tokens=tokens)
     assert (done := cli(*sources, "--out", tmp_path / "out")).returncode == 0, done.stderr
     back = {ours: theirs for theirs, ours in ((k, cw.translate(k, cw.CHATBIND)) for k in target)}
@@ -3938,7 +3965,7 @@ def test_golden_chatbind_train(stage):
     opt.zero_grad()
     for step, want in enumerate(meta[f"stage{stage}_steps"]):
         lr = row.lr * train.schedule(step, total, 1 / total)
-        losses, norm = train.update(model, opt, [batch], lr, 1.0, row)
+        losses, norm = train.update(model, opt, [batch], lr, meta["optimizer"]["max_grad_norm"], row)
         assert lr == pytest.approx(want["lr"], rel=1e-6)
         assert losses["lm"] == pytest.approx(want["loss"], rel=PARITY)
         assert norm == pytest.approx(want["grad_norm_before_clip"], rel=PARITY)

@@ -1013,9 +1013,10 @@ def pieces_of(part, tok, system, n_token, learn):
 
 def media_in_front(content, template):
     """A turn with its media moved to its front (ChatBind's sep_image_conv_front)."""
-    media = [part for part in content if not isinstance(part, str)]
-    text = "".join(part for part in content if isinstance(part, str)).strip()
-    return [*media, template.front, text] if media else content
+    media, words = ([part for part in content if isinstance(part, Medium) == moves] for moves in (True, False))
+    if all(isinstance(part, str) for part in words):
+        words = ["".join(words).strip()]
+    return [*media, template.front, *words] if media else content
 
 
 def conversation_pieces(turns, tok, system, template, n_token):

@@ -2299,6 +2299,14 @@ def test_data_regions_of_packed_rows_lie_in_their_own_pictures():
         assert region["image_of"].tolist() == [0, 2, 3]
 
 
+def test_data_media_go_to_the_front_past_boxes_and_signals():
+    picture, box, signal, template = data.Medium("image"), data.Box((0, 0, 1, 1)), data.Signal("img"), data.TEMPLATES["vicuna_v1_1"]
+    assert data.media_in_front(["What is ", box, " in ", picture], template) == [picture, " USER: ", "What is ", box, " in "]
+    assert data.media_in_front(["What?\n", picture], template) == [picture, " USER: ", "What?"]
+    for answer in (["Here: ", box, " ."], ["A dog", signal]):
+        assert data.media_in_front(answer, template) == answer
+
+
 def test_data_records_that_are_no_text_are_named(world, tmp_path):
     bad = [[{"from": "human", "value": "a"}, {"from": "gpt", "value": value}] for value in (7, None, ["b"], "\ud83d")]
     (tmp_path / "a.json").write_text(json.dumps([{"conversations": rows} for rows in bad]))

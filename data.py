@@ -757,12 +757,10 @@ def read_wav(path):
 
 def decode_audio(path):
     container, stream = open_media(path, "audio")
-    samples = np.concatenate([frame.to_ndarray() for frame in container.decode(stream)], 1)
-    if not stream.format.is_planar:
-        samples = samples.reshape(-1, stream.channels).T        # channels take turns -> (channels, samples)
-    if samples.dtype.kind in "iu":
-        samples = samples / float(np.iinfo(samples.dtype).max + 1)
-    return torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32)), stream.rate
+    from av import AudioResampler                               # there, for open_media has imported it
+    floats = AudioResampler(format="fltp").resample             # channel by channel; of any size, sign and layout
+    frames = [part for frame in chain(container.decode(stream), [None]) for part in floats(frame)]
+    return torch.from_numpy(np.concatenate([frame.to_ndarray() for frame in frames], 1)), stream.rate
 
 
 def pcm(data, width, channels):

@@ -2307,6 +2307,19 @@ def test_data_media_go_to_the_front_past_boxes_and_signals():
         assert data.media_in_front(answer, template) == answer
 
 
+@pytest.mark.parametrize("codec", ["pcm_u8", "pcm_s16le", "pcm_s24le", "pcm_s32le", "pcm_f32le", "flac"])
+def test_data_sounds_of_any_sample_size_are_read(codec, tmp_path):
+    av, wave = pytest.importorskip("av"), np.random.RandomState(0).uniform(-1, 1, (2, 500)).astype(np.float32)
+    with av.open(tmp_path / "a.mkv", "w") as file:
+        stream = file.add_stream(codec, rate=8000, layout="stereo")
+        frame = av.AudioFrame.from_ndarray(wave, format="fltp", layout="stereo")
+        frame.rate = 8000
+        for part in [*av.AudioResampler(stream.format, "stereo", 8000).resample(frame), None]:
+            file.mux(stream.encode(part))
+    x, rate = data.read_audio(tmp_path / "a.mkv")
+    assert rate == 8000 and x.shape == (2, 500) and np.abs(x.numpy() - wave).max() < 0.01
+
+
 def test_data_records_that_are_no_text_are_named(world, tmp_path):
     bad = [[{"from": "human", "value": "a"}, {"from": "gpt", "value": value}] for value in (7, None, ["b"], "\ud83d")]
     (tmp_path / "a.json").write_text(json.dumps([{"conversations": rows} for rows in bad]))

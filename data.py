@@ -453,6 +453,8 @@ def open_image(path):
         image = Image.open(check_file(path), formats=STILLS)
     except MediaError:
         raise
+    except Image.DecompressionBombError:
+        raise MediaError(f"{path}: more than {MAX_PIXELS // 10 ** 6} million pixels") from None
     except Exception:
         raise MediaError(f"{path}: not a picture ({', '.join(STILLS)} are read)") from None
     if image.width * image.height > MAX_PIXELS:
@@ -464,6 +466,8 @@ def read_image(path):
     """RGB picture (the first frame of an animation). EXIF rotation is ignored, as the originals do."""
     image = open_image(path)
     try:
+        if image.mode[0] == "I":                                # grey of 16 bits, of which Pillow would clip the upper 8
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("RGB")                             # only now are pixels decoded
     except Exception as error:
         raise MediaError(f"{path}: damaged picture ({error})") from None
@@ -765,6 +769,7 @@ def decode_audio(path):
 
 def pcm(data, width, channels):
     """Little-endian PCM of 1 to 4 bytes -> (channels, samples) in -1..1."""
+    data = data[:len(data) // (width * channels) * width * channels]                        # a file may end too soon
     x = np.frombuffer(data, np.uint8).reshape(-1, width)
     if width == 1:
         x = x ^ 128                                             # only single bytes have no sign

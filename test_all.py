@@ -2307,6 +2307,22 @@ def test_data_media_go_to_the_front_past_boxes_and_signals():
         assert data.media_in_front(answer, template) == answer
 
 
+def test_data_grey_of_16_bits_keeps_its_upper_8(tmp_path):
+    grey = image(20, 30, 1)[..., 0]
+    for name, pixels in (("a.png", grey), ("b.png", grey * np.uint16(256) + 99)):
+        data.Image.fromarray(pixels).save(tmp_path / name)
+    one, two = (np.asarray(data.read_image(tmp_path / name)) for name in ("a.png", "b.png"))
+    assert (one == grey[..., None]).all() and (two == one).all()
+
+
+def test_data_pcm_that_ends_too_soon_loses_its_last_sample_alone():
+    raw = np.random.RandomState(0).bytes(48)
+    for width, channels in itertools.product((1, 2, 3, 4), (1, 2)):
+        whole, size = data.pcm(raw, width, channels), width * channels
+        for cut in range(1, size + 1):
+            assert torch.equal(data.pcm(raw[:-cut], width, channels), whole[:, :-1])
+
+
 @pytest.mark.parametrize("codec", ["pcm_u8", "pcm_s16le", "pcm_s24le", "pcm_s32le", "pcm_f32le", "flac"])
 def test_data_sounds_of_any_sample_size_are_read(codec, tmp_path):
     av, wave = pytest.importorskip("av"), np.random.RandomState(0).uniform(-1, 1, (2, 500)).astype(np.float32)
@@ -2383,6 +2399,9 @@ def test_data_broken_files_are_named(tmp_path):
 def test_data_media_limits(tmp_path):
     big = data.Image.new("1", (9000, 6000))
     big.save(tmp_path / "big.png")
+    data.Image.new("1", (16000, 12000)).save(tmp_path / "huge.png")
+    with pytest.raises(data.MediaError, match="huge.png: more than 50 million pixels"):
+        data.read_image(tmp_path / "huge.png")
     data.Image.new("RGB", (20000, 1)).save(tmp_path / "thin.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "big.png").read_bytes()[:2000])
     (tmp_path / "note.png").write_text("not a picture")

@@ -274,7 +274,7 @@ class RobertaTokenizer:
     WORDS = re.compile(r" ?L+| ?N+| ?O+|[ S]+(?![^ S])|[ S]+")  # a blank belongs to the word behind it
 
     def __init__(self, folder):
-        self.ids = json.loads((Path(folder) / "vocab.json").read_text(encoding="utf-8"))
+        self.ids = json.loads((Path(folder) / "vocab.json").read_bytes())
         self.rank = {merge: i for i, merge in enumerate(read_merges(Path(folder) / "merges.txt"))}
 
     def encode(self, text):
@@ -390,7 +390,7 @@ def load_templates(path):
     """The originals' JSON {templates: {name: {system, roles, style, sep, sep2, messages}}}. Raises ValueError."""
     out = {}
     try:
-        for name, row in json.loads(Path(path).read_text())["templates"].items():
+        for name, row in json.loads(Path(path).read_bytes())["templates"].items():
             user, bot = row["roles"]
             seps = {"single": (row["sep"], row["sep"]), "two": (row["sep"], row["sep2"])}.get(row["style"])
             if seps is None:
@@ -1242,10 +1242,10 @@ def read_records(path, unpack=lambda whole: whole):
     lines = path.suffix == ".jsonl"
     try:
         if lines:
-            for line in path.open():
+            for line in path.open("rb"):                        # bytes: json knows UTF-8 and a mark before it
                 rows.append(json.loads(line))
         else:
-            rows = unpack(json.loads(path.read_text()))
+            rows = unpack(json.loads(path.read_bytes()))
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         where = f"line {len(rows) + 1}: " if lines else ""
         raise DataError(f"{path}: {where}{error}") from None

@@ -255,7 +255,7 @@ PLACES = {"image", "expr", "objs", "question"}
 
 def load_prompts(path):
     """Prompts from JSON in a layout of the originals; ours for other tasks."""
-    tables, out = json.loads(Path(path).read_text()), dict(PROMPTS)
+    tables, out = json.loads(Path(path).read_bytes()), dict(PROMPTS)
     if not isinstance(tables, dict):
         raise DataError(f"{path}: lists of prompts by task are expected, not {type(tables).__name__}")
     if "placeholder" in tables:                                 # ChatterBox: {placeholder, set: {prefix, ...}}

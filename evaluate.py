@@ -498,7 +498,7 @@ def question_samples(path, media, read=dict):           # rows {question_id, ima
 
 def science_samples(path, media):
     """ScienceQA's conversations; the choices and the right one's number are in the problems.json beside them."""
-    problems = json.loads((path.parent / "problems.json").read_text())
+    problems = json.loads((path.parent / "problems.json").read_bytes())
 
     def read(record):
         text, problem = record["conversations"][0]["value"].replace("<image>", "").strip(), problems[str(record["id"])]

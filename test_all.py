@@ -2396,6 +2396,14 @@ def test_data_broken_files_are_named(tmp_path):
             data.Conversations(tmp_path / name)
 
 
+def test_data_files_with_a_mark_before_them_are_read(tmp_path):
+    row = {"image_name": "a.png", "caption": "Ein Stück 写"}
+    for name, text in (("a.json", json.dumps([row], ensure_ascii=False)), ("b.jsonl", json.dumps(row, ensure_ascii=False) + "\n")):
+        for mark in (b"", b"\xef\xbb\xbf"):                    # some editors of Windows write it
+            (tmp_path / name).write_bytes(mark + text.encode())
+            assert data.read_records(tmp_path / name) == [row]
+
+
 def test_data_media_limits(tmp_path):
     big = data.Image.new("1", (9000, 6000))
     big.save(tmp_path / "big.png")

@@ -255,18 +255,23 @@ PLACES = {"image", "expr", "objs", "question"}
 
 def load_prompts(path):
     """Prompts from JSON in a layout of the originals; ours for other tasks."""
-    tables, out = json.loads(Path(path).read_bytes()), dict(PROMPTS)
-    if not isinstance(tables, dict):
-        raise DataError(f"{path}: lists of prompts by task are expected, not {type(tables).__name__}")
-    if "placeholder" in tables:                                 # ChatterBox: {placeholder, set: {prefix, ...}}
-        return out | talks_of(tables, path)
-    for task, prompts in tables.get("v1", tables).items():      # NExT-Chat: {task: [prompt, ...]}
-        for prompt in prompts:
-            places = re.findall(r"<(\w+)>", prompt)
-            if places.count("image") != 1 or not set(places) <= PLACES:
-                raise DataError(f"{path}: {task}: {prompt!r:.80}: places are one <image> and some of {sorted(PLACES)}")
-        out[task] = tuple(prompts)
-    return out
+    try:
+        tables = json.loads(Path(path).read_bytes())
+        tables = tables.get("v1", tables)
+        return PROMPTS | (talks_of(tables) if "placeholder" in tables else {task: prompts_of(tables, task) for task in tables})
+    except (AttributeError, TypeError):
+        raise DataError(f"{path}: lists of prompts by task are expected, not {type(tables).__name__}") from None
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def prompts_of(tables, task):
+    """Those of a task in NExT-Chat's {task: [prompt, ...]}."""
+    for prompt in texts(tables, task):
+        places = re.findall(r"<(\w+)>", prompt)
+        if places.count("image") != 1 or not set(places) <= PLACES:
+            raise DataError(f"{task}: {prompt!r:.80}: places are one <image> and some of {sorted(PLACES)}")
+    return tuple(tables[task])
 
 
 class Ask(NamedTuple):
@@ -999,8 +1004,8 @@ TALKS = {                               # ours; load_prompts reads the originals
 }
 
 
-def talks_of(tables, path):
-    """TALKS of the originals' own words, from what their JSON file holds."""
+def talks_of(tables):
+    """TALKS of the originals' own words, from ChatterBox's {placeholder, set: {prefix, ...}}."""
     out = {}
     for name in TALKS:
         task = name.removeprefix("talk-")
@@ -1008,9 +1013,9 @@ def talks_of(tables, path):
             row = tables["refcoco"] | {key: value for key, value in tables[task].items() if value != "as refcoco"}
             one = talk_of(row, tables["placeholder"])
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}: {task}: {type(error).__name__} {error}") from None
+            raise DataError(f"{task}: {type(error).__name__} {error}") from None
         if one.prefix.count("<image>") != 1 or any(q.count("<objs>") != 1 for q in one.questions + one.first):
-            raise DataError(f"{path}: {task}: one <image> in the prefix and one placeholder in each question are expected")
+            raise DataError(f"{task}: one <image> in the prefix and one placeholder in each question are expected")
         out[name] = one
     return out
 

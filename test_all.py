@@ -2803,8 +2803,9 @@ def test_data_prompts_lose_no_word(tmp_path):
             assert 0 not in nextchat_render(meta, [turn, None], (50, 50), train=False)[0].ids, prompt
     (tmp_path / "p.json").write_text(json.dumps({"v1": {"REC": ["<image> <expr>"]}}))
     assert datasets.load_prompts(tmp_path / "p.json") == datasets.PROMPTS | {"REC": ("<image> <expr>",)}
-    for bad in ({"REC": ["<expr>"]}, {"REC": ["<image> <image>"]}, {"REC": ["<image> <exp>"]}, ["<image> <expr>"]):
-        (tmp_path / "p.json").write_text(json.dumps(bad))
+    bad = {"REC": ["<expr>"]}, {"REC": ["<image> <image>"]}, {"REC": ["<image> <exp>"]}, ["<image>"], {"v1": ["<image>"]}, {"REC": [5]}, {"REC": 5}
+    for text in (*map(json.dumps, bad), "no JSON"):
+        (tmp_path / "p.json").write_text(text)
         with pytest.raises(data.DataError, match=r"p\.json"):
             datasets.load_prompts(tmp_path / "p.json")
 

@@ -313,7 +313,9 @@ def predict_all(samples, predict, task, folder, run, rank=0, world=1):
         for i in tqdm(range(rank, len(samples), world), unit="sample", disable=None):
             if i not in done:
                 sample = samples[i]
-                append(file, {"index": i, "id": sample.id, **row_of(sample, predict(sample))})
+                with data.naming(task, i, sample.meta):
+                    row = row_of(sample, predict(sample))
+                append(file, {"index": i, "id": sample.id, **row})
 
 
 def read_predictions(folder, run):      # the rows of all ranks in the order of their samples, each once
@@ -348,8 +350,11 @@ class Asker:
         self.signals = {id for name in cfg.projections for id in cfg.signal(name)}
 
     def embed(self, rendered):          # embeddings (1, T, C) of a prompt, and its attn_mask or None
+        length, room = len(rendered.ids), self.model.cfg.llm.max_len
+        if length > room:
+            raise ValueError(f"{length} tokens, more than the {room} that the model reads")
         batch = data.collate([rendered._replace(labels=rendered.ids, targets=[])], self.model.cfg.n_token,
-                             max_len=self.model.cfg.llm.max_len, mask_pad=self.system.mask_pad)
+                             max_len=room, mask_pad=self.system.mask_pad)
         batch = data.to_device(batch, self.device)
         return self.model.embed(batch.ids, batch.media, batch.slots), batch.attn_mask
 

@@ -5144,6 +5144,15 @@ def test_evaluate_talks_that_fill_the_context_count_as_wrong(pointing, world):
     assert first == ["no"] and others[-1] == [] and evaluate.rounds_row(sample, {"replies": [first, *others]})
 
 
+@pytest.mark.parametrize("text, fault", [("red or blue? " * 300, "tokens, more than the 512"), (5, "5 where text")])
+def test_evaluate_names_a_question_that_cannot_be_asked(text, fault, pointing, tmp_path):
+    rows = [{"question_id": i, "text": text} for i, text in enumerate(("What?", text))]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=f"vqa: record 1 .*{fault}"):
+        evaluate_main(pointing / "nextchat", tmp_path / "q.jsonl", "--task", "vqa", "--out", tmp_path / "out", "--device", "cpu")
+    assert len(evaluate.whole_lines(tmp_path / "out/predictions-0.jsonl")[0]) == 2
+
+
 def test_evaluate_points_as_the_fixed_ids_do(pointing, world):
     asker, row = evaluate.Asker(pointing / "nextchat"), datasets.Rows(world / "REC_train.jsonl", "rec", world)[0]
     data.load_media(row.turns, asker.spec)

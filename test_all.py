@@ -5266,6 +5266,17 @@ def test_evaluate_judge_is_asked_in_the_originals_words(science, capsys):
         evaluate_main(*words, "-c", science / "context.jsonl")
 
 
+@pytest.mark.parametrize("name, text, fault", [
+    ("questions.jsonl", "{", "questions.jsonl: line 1"), ("questions.jsonl", "", "holds no questions"), ("questions.jsonl", "{}", "no 'question_id'"),
+    ("a.jsonl", "{}", "has no answer"), ("c.jsonl", "{}", "no 'pictures/000000.png'"), ("rules.json", "{", "rules.json: "),
+    ("rules.json", "[]", "record 1"), ("rules.json", '{"conv": {"role": "Helper"}}', "no 'prompt'")])
+def test_evaluate_judge_is_not_asked_about_broken_files(name, text, fault, science):
+    words = review_words(science)
+    (science / name).write_text(text)
+    with pytest.raises(ValueError, match=fault):
+        evaluate_main(*words, *["-c", science / name] * (name == "c.jsonl"))
+
+
 # ---- Shapes
 
 def check_answer(question, answer, things):

@@ -5341,6 +5341,17 @@ def test_shapes_world_is_fixed_by_its_seed(world, tmp_path):
     assert [one.id_to_piece(i) for i in range(one.vocab_size())] == [two.id_to_piece(i) for i in range(two.vocab_size())]
 
 
+def test_shapes_leaves_other_folders_alone(tmp_path):
+    words = ["--out", str(tmp_path), "--questions", "4"]
+    for _ in range(2):
+        shapes.main(words)                                      # into an empty folder, then into its own
+    (tmp_path / "clips").rename(tmp_path / "photos")
+    (tmp_path / "questions.json").write_text("mine")
+    with pytest.raises(SystemExit):
+        shapes.main(words)
+    assert (tmp_path / "questions.json").read_text() == "mine"
+
+
 def test_shapes_scenes_stay_what_their_seeds_gave():
     """Models were trained on these. Per seed: number of things, mean brightness, next random number."""
     before = [(4, 204.66, 0.575953), (2, 200.05, 0.541412), (1, 206.93, 0.949395), (2, 227.45, 0.472749)]
@@ -6801,7 +6812,7 @@ def test_train_wishes_teach_the_writers(drawing, world, tmp_path):
 # ---- Docs
 
 OURS = {"attention": set(), "quantize": set(), "vision": {"attention"}, "locate": {"attention", "vision"}, "generate": {"attention", "vision"},
-        "model": {"attention", "vision", "locate", "generate", "quantize"}, "data": set(), "datasets": {"data"}, "shapes": {"datasets"},
+        "model": {"attention", "vision", "locate", "generate", "quantize"}, "data": set(), "datasets": {"data"}, "shapes": {"data", "datasets"},
         "convert_weights": {"model", "generate", "locate", "vision"}, "ranks": {"model"},
         "train": {"model", "data", "datasets", "ranks"},
         "evaluate": {"model", "data", "datasets", "chat"}, "chat": {"model", "generate", "data", "datasets"}, "web": {"chat", "data", "shapes"},
@@ -6840,9 +6851,9 @@ def test_docs_readme_counts_parameters():
 
 
 @pytest.mark.parametrize("command", ("evaluate.py weights/tiny nowhere.json", "evaluate.py nowhere x.json", "chat.py nowhere -p hi",
-                                     "evaluate.py review -q nowhere -a nowhere -r nowhere", "paint.py nowhere --judge weights/tiny",
+                                     "evaluate.py review -q nowhere -a nowhere nowhere -r nowhere", "paint.py nowhere --judge weights/tiny",
                                      "train.py system=tiny stage=2 init=weights/tiny data=nowhere out={tmp}",
-                                     "convert_weights.py nowhere --out {tmp}"))
+                                     "convert_weights.py nowhere --out {tmp}", "shapes.py --out /dev/null/nowhere"))
 def test_docs_programs_tell_faults_in_a_line(command, tmp_path):
     done = subprocess.run([sys.executable, *command.format(tmp=tmp_path / "out").split()], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 2 and re.search(r"^.*nowhere.*\n\Z", done.stderr, re.M) and "Traceback" not in done.stderr

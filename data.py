@@ -756,7 +756,10 @@ def read_audio(path):
 def read_wav(path):
     with wave.open(str(path)) as f:
         width, channels, rate = f.getsampwidth(), f.getnchannels(), f.getframerate()
-        return pcm(f.readframes(min(f.getnframes(), MAX_SECONDS * rate)), width, channels), rate
+        x = pcm(f.readframes(MAX_SECONDS * rate + 1), width, channels)
+    if x.shape[1] > MAX_SECONDS * rate:
+        raise MediaError(f"longer than {MAX_SECONDS // 60} minutes")
+    return x, rate
 
 
 def decode_audio(path):

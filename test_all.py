@@ -2315,6 +2315,17 @@ def test_data_grey_of_16_bits_keeps_its_upper_8(tmp_path):
     assert (one == grey[..., None]).all() and (two == one).all()
 
 
+def test_data_wavs_longer_than_the_limit_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MAX_SECONDS", 60)
+    for seconds in (60, 61):
+        with data.wave.open(str(tmp_path / f"{seconds}.wav"), "wb") as f:
+            f.setnchannels(1), f.setsampwidth(1), f.setframerate(800)
+            f.writeframes(bytes(800 * seconds))
+    assert data.read_audio(tmp_path / "60.wav")[0].shape == (1, 48000)
+    with pytest.raises(data.MediaError, match="61.wav: longer than 1 minutes"):
+        data.read_audio(tmp_path / "61.wav")
+
+
 def test_data_pcm_that_ends_too_soon_loses_its_last_sample_alone():
     raw = np.random.RandomState(0).bytes(48)
     for width, channels in itertools.product((1, 2, 3, 4), (1, 2)):

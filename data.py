@@ -14,7 +14,7 @@ import sys
 import unicodedata
 import wave
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -837,16 +837,23 @@ def audio_tensor(x, rate, spec=MediaSpec()):
 
 FIRST_BYTES = {                         # kind: how its files begin; the first row that fits counts
     "image": re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|BM|.{8}WEBP", re.S),
-    "audio": re.compile(rb"ID3|fLaC|OggS|\xff[\xfb\xf3\xf1]|.{4}ftypM4A |.{8}WAVE", re.S),
+    "audio": re.compile(rb"ID3|fLaC|OggS|\xff[\xe2\xe3\xf0-\xfb]|.{4}ftypM4A |.{8}WAVE", re.S),
     "video": re.compile(rb"\x1aE\xdf\xa3|.{4}ftyp|.{8}AVI ", re.S),
 }
 
 
 def sniff(path):
-    """'image', 'audio', 'video' or '' by the first bytes, never by the name. An animation counts as an image."""
+    """'image', 'audio', 'video' or '' by what it holds, never by the name. An animation counts as an image."""
     with open(check_file(path), "rb") as f:
         head = f.read(16)
-    return next((kind for kind, start in FIRST_BYTES.items() if start.match(head)), "")
+    kind = next((kind for kind, start in FIRST_BYTES.items() if start.match(head)), "")
+    return "audio" if kind == "video" and holds(path, "audio") and not holds(path, "video") else kind
+
+
+def holds(path, kind):
+    """Whether PyAV finds a stream of a kind: recordings of phones and browsers are clips without pictures."""
+    with suppress(Exception):           # what is wrong with a file is told when it is read
+        return bool(open_media(path, kind))
 
 
 STILL_TENSORS = {"image": image_tensor, "stretched": stretched_tensor, "thermal": thermal_tensor, "sam": sam_tensor,

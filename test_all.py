@@ -2307,6 +2307,20 @@ def test_data_media_go_to_the_front_past_boxes_and_signals():
         assert data.media_in_front(answer, template) == answer
 
 
+@pytest.mark.parametrize("codec, name", [("aac", "a.m4a"), ("aac", "a.mp4"), ("aac", "a.3gp"), ("libopus", "a.webm")])
+def test_data_recordings_without_pictures_are_sounds(codec, name, tmp_path):
+    av = pytest.importorskip("av")
+    with av.open(tmp_path / name, "w") as file:
+        stream = file.add_stream(codec, rate=48000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4800), np.float32), format="fltp", layout="mono")
+        frame.rate = 48000
+        for part in [*av.AudioResampler(stream.format, "mono", 48000, stream.frame_size).resample(frame), None]:
+            file.mux(stream.encode(part))
+    (tmp_path / "with_crc.mp3").write_bytes(b"\xff\xfa\x90\x44")
+    assert data.sniff(tmp_path / name) == data.sniff(tmp_path / "with_crc.mp3") == "audio"
+    assert data.read_media(tmp_path / name, "audio").isfinite().all()
+
+
 def test_data_grey_of_16_bits_keeps_its_upper_8(tmp_path):
     grey = image(20, 30, 1)[..., 0]
     for name, pixels in (("a.png", grey), ("b.png", grey * np.uint16(256) + 99)):

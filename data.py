@@ -1246,7 +1246,7 @@ def safe_join(root, name):
     return Path(root) / name
 
 
-def read_records(path, unpack=lambda whole: whole):
+def read_records(path, unpack=None):
     """The list in a .json file, after `unpack` of what it holds, or the lines of a .jsonl file. Raises DataError."""
     path, rows = Path(path), []
     lines = path.suffix == ".jsonl"
@@ -1255,7 +1255,8 @@ def read_records(path, unpack=lambda whole: whole):
             for line in path.open("rb"):                        # bytes: json knows UTF-8 and a mark before it
                 rows.append(json.loads(line))
         else:
-            rows = unpack(json.loads(path.read_bytes()))
+            rows = json.loads(path.read_bytes())
+            rows = unpack(rows) if unpack else rows
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         where = f"line {len(rows) + 1}: " if lines else ""
         raise DataError(f"{path}: {where}{error}") from None

@@ -455,7 +455,7 @@ class Format(NamedTuple):
     prompts: str = ""                   # task in PROMPTS
     picture: str = "img_path"           # key of the picture's name
     name: str = "*"                     # its file, * being the name
-    unpack: Callable = lambda whole: whole                      # what a .json file holds -> its records
+    unpack: Callable | None = None      # what a .json file holds -> its records; no lambda: rows go to loader processes
     stretch: bool = False               # the picture, see data.Medium
     moves: bool = False                 # the picture is shifted and mirrored at random, see move
 

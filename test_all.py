@@ -4065,6 +4065,13 @@ def test_train_asks_in_the_words_of_a_file(world, tmp_path):
     assert front[0].slots[0][1] < plain[0].slots[0][1]
 
 
+def test_datasets_go_to_loader_processes(world):
+    """Where these are no forks (Python 3.14, macOS, Windows), all that a sample is made of must be told them."""
+    flags = [f"data=rec:{world}/REC_train.jsonl@0.5", f"tokenizer={world}/tokenizer.model", "device=cpu"]
+    prepared = train.prepare(train.parse_settings(["stage=2", *flags]))[3]
+    assert pickle.loads(pickle.dumps(prepared))[0].ids == prepared[0].ids and pickle.dumps(datasets.FORMATS)
+
+
 def test_datasets_take_a_share(world):
     whole, part = (datasets.open_set(f"rec:{world}/REC_train.jsonl{share}") for share in ("", "@0.25"))
     assert len(part) == round(len(whole) / 4) and len(part.sizes()) == len(part)

@@ -449,10 +449,9 @@ def check_file(path):
 
 def open_image(path):
     """PIL image of a still or of an animation. Raises MediaError before any pixel of a too large one is decoded."""
+    check_file(path)
     try:
-        image = Image.open(check_file(path), formats=STILLS)
-    except MediaError:
-        raise
+        image = Image.open(path, formats=STILLS)
     except Image.DecompressionBombError:
         raise MediaError(f"{path}: more than {MAX_PIXELS // 10 ** 6} million pixels") from None
     except Exception:
@@ -745,11 +744,10 @@ def seek_frames(container, stream, fps, numbers):
 @guarded
 def read_audio(path):
     """-> waveform (channels, samples) float32 in -1..1, sample rate. Wav by the standard library, the rest by PyAV."""
-    with open(check_file(path), "rb") as f:
-        riff = f.read(4) == b"RIFF"
+    check_file(path)
     try:
-        return read_wav(path) if riff else decode_audio(path)
-    except wave.Error:                                          # compressed or float wav
+        return read_wav(path)
+    except (wave.Error, EOFError):                              # no wav, or one that is compressed or of floats
         return decode_audio(path)
 
 

@@ -11,6 +11,7 @@ import re
 import sys
 from functools import partial
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Callable, NamedTuple
 
@@ -1028,10 +1029,6 @@ def talk_of(row, placeholder):
     return Talk(prefix, questions, tuple(row["heads"]), tuple(row["tails"]), name, row["max_boxes"], first)
 
 
-def under_data(whole):
-    return whole["data"]
-
-
 def by_picture(whole):
     """COCO's {images, annotations, categories} -> images as records, each with its `boxes`: annotations, no crowds."""
     names, boxes = {kind["id"]: kind["name"] for kind in whole["categories"]}, {}
@@ -1126,7 +1123,7 @@ def flickr_regions(row, ask):
 
 
 CHATTERBOX = {
-    name: Format(turns, picture="image", unpack=under_data) for name, turns in {
+    name: Format(turns, picture="image", unpack=itemgetter("data")) for name, turns in {
         "cb-refcoco-gnd": partial(cb_gnd, read=corners_of), "cb-coco-gnd": cb_gnd, "cb-gnd": partial(cb_chain, late=True),
         "cb-lc-gnd": cb_chain, "cb-lc": cb_vqa, "cb-mrg": cb_vqa, "cb-mrg-ref": cb_mrg, "cb-ref": cb_ref,
         "cb-refcoco-ref": partial(cb_ref, read=corners_of, late=False)}.items()
@@ -1137,14 +1134,12 @@ CHATTERBOX = {
         "refcoco+": partial(by_region, label=ref_caption), "refcocog": partial(by_region, label=ref_caption),
         "vg": partial(by_region, label=own_caption), "flickr30k": flickr_regions}.items()
 } | {"llava-instruct": Format(llava, picture="image")}
-FORMATS |= CHATTERBOX | {"rounds": Format(cb_rounds, picture="image", unpack=under_data)}
+FORMATS |= CHATTERBOX | {"rounds": Format(cb_rounds, picture="image", unpack=itemgetter("data"))}
 
 GROUNDING = {"cb-refcoco-gnd": 5, "cb-coco-gnd": 8, "cb-gnd": 1, "cb-lc-gnd": 1}            # how often each is drawn
 REFERRING = {"cb-mrg-ref": 3, "cb-ref": 2, "cb-refcoco-ref": 3, "coco-regions": 1, "refcoco-regions": 1,
              "refcoco+-regions": 1, "refcocog-regions": 1, "vg-regions": 1, "flickr30k-regions": 1}
 TALKING = {"cb-lc": 2, "cb-mrg": 1, "llava-instruct": 7}
-
-
 STEPS = 3000                            # of an epoch
 
 

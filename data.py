@@ -867,7 +867,9 @@ def read_media(path, kind, spec=MediaSpec()):
         return read_video(path, spec)
     if kind == "audio":
         return audio_tensor(*read_audio(path), spec)
-    values = np.load(check_file(path), allow_pickle=False)      # depth in metres (H, W), IMU (6, n)
+    values = np.load(check_file(path), allow_pickle=False)
+    if values.ndim != 2 or np.isnan(values).any() or kind == "imu" and len(values) != 6:
+        raise MediaError(f"depth in metres (H, W) or motion (6, n), no NaN, is expected; this is {values.shape}")
     return depth_tensor(values, spec=spec) if kind == "depth" else imu_tensor(values)
 
 

@@ -2321,6 +2321,16 @@ def test_data_recordings_without_pictures_are_sounds(codec, name, tmp_path):
     assert data.read_media(tmp_path / name, "audio").isfinite().all()
 
 
+@pytest.mark.parametrize("kind, good, bad", [("imu", (6, 9), (9, 6)), ("depth", (4, 5), (5,))])
+def test_data_arrays_of_other_shapes_or_with_holes_are_refused(kind, good, bad, tmp_path):
+    np.save(tmp_path / "good.npy", np.ones(good))
+    assert data.read_media(tmp_path / "good.npy", kind).isfinite().all()
+    for values in (np.ones(bad), np.where(np.arange(good[1]) == 2, np.nan, np.ones(good))):
+        np.save(tmp_path / "bad.npy", values)
+        with pytest.raises(data.MediaError, match="bad.npy: .*is expected"):
+            data.read_media(tmp_path / "bad.npy", kind)
+
+
 def test_data_grey_of_16_bits_keeps_its_upper_8(tmp_path):
     grey = image(20, 30, 1)[..., 0]
     for name, pixels in (("a.png", grey), ("b.png", grey * np.uint16(256) + 99)):

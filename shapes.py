@@ -562,7 +562,7 @@ def talks(of, rng):                     # as many as there are drawings; none wh
 
 def talk(drawing, of, rng):
     """All a model can do, one thing after another, in any order; no kind of medium is shown twice, nor made twice."""
-    picture, clip, sound, _, *made = (rng.choice(of[kind]) for kind in ("image", "video", "audio") * 2)
+    picture, clip, sound, unused, *made = (rng.choice(of[kind]) for kind in ("image", "video", "audio") * 2)
     shown = rng.choice([(picture,), (picture,), (picture, sound), (picture, sound), (clip,), (sound,)])
     row, parts = {"image_wh": [SIDE, SIDE]}, []
     for m in shown:

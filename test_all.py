@@ -2331,6 +2331,15 @@ def test_data_arrays_of_other_shapes_or_with_holes_are_refused(kind, good, bad, 
             data.read_media(tmp_path / "bad.npy", kind)
 
 
+def test_data_odd_sample_rates_cost_no_more_than_others():
+    t = torch.arange(11127) / 11127
+    x, began = torch.sin(2 * torch.pi * 440 * t)[None], time.process_time()
+    y = data.resample(x, 11127, 16000)
+    want = torch.sin(2 * torch.pi * 440 * torch.arange(y.shape[1]) / 16000)
+    assert time.process_time() - began < 1 and abs(y.shape[1] - 16000) < 9
+    assert (y[0] - want)[100:4000].abs().max() < 0.2            # in step for a quarter of a second
+
+
 def test_data_grey_of_16_bits_keeps_its_upper_8(tmp_path):
     grey = image(20, 30, 1)[..., 0]
     for name, pixels in (("a.png", grey), ("b.png", grey * np.uint16(256) + 99)):

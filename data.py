@@ -465,7 +465,7 @@ def read_image(path):
     """RGB picture (the first frame of an animation). EXIF rotation is ignored, as the originals do."""
     image = open_image(path)
     try:
-        if image.mode[0] == "I":                                # grey of 16 bits, of which Pillow would clip the upper 8
+        if image.mode[0] == "I":                                # grey of 16 bits, which Pillow would clip at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("RGB")                             # only now are pixels decoded
     except Exception as error:
@@ -762,7 +762,7 @@ def read_wav(path):
 
 def decode_audio(path):
     container, stream = open_media(path, "audio")
-    from av import AudioResampler                               # there, for open_media has imported it
+    from av import AudioResampler                               # below open_media, which says if PyAV is missing
     floats = AudioResampler(format="fltp").resample             # channel by channel; of any size, sign and layout
     frames = [part for frame in chain(container.decode(stream), [None]) for part in floats(frame)]
     return torch.from_numpy(np.concatenate([frame.to_ndarray() for frame in frames], 1)), stream.rate

@@ -259,7 +259,8 @@ def load_prompts(path):
     try:
         tables = json.loads(Path(path).read_bytes())
         tables = tables.get("v1", tables)
-        return PROMPTS | (talks_of(tables) if "placeholder" in tables else {task: prompts_of(tables, task) for task in tables})
+        talks = "placeholder" in tables                         # of ChatterBox
+        return PROMPTS | (talks_of(tables) if talks else {task: prompts_of(tables, task) for task in tables})
     except (AttributeError, TypeError):
         raise DataError(f"{path}: lists of prompts by task are expected, not {type(tables).__name__}") from None
     except ValueError as error:

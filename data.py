@@ -836,7 +836,7 @@ def audio_tensor(x, rate, spec=MediaSpec()):
 
 
 FIRST_BYTES = {                         # kind: how its files begin; the first row that fits counts
-    "image": re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|BM|.{8}WEBP", re.S),
+    "image": re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|BM|.{8}WEBP|.{4}ftyp(?:avi|hei|mif)", re.S),  # AVIF, HEIC: named, not read
     "audio": re.compile(rb"ID3|fLaC|OggS|\xff[\xe2\xe3\xf0-\xfb]|.{4}ftypM4A |.{8}WAVE", re.S),
     "video": re.compile(rb"\x1aE\xdf\xa3|.{4}ftyp|.{8}AVI ", re.S),
 }

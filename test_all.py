@@ -2316,9 +2316,14 @@ def test_data_recordings_without_pictures_are_sounds(codec, name, tmp_path):
         frame.rate = 48000
         for part in [*av.AudioResampler(stream.format, "mono", 48000, stream.frame_size).resample(frame), None]:
             file.mux(stream.encode(part))
-    (tmp_path / "with_crc.mp3").write_bytes(b"\xff\xfa\x90\x44")
-    assert data.sniff(tmp_path / name) == data.sniff(tmp_path / "with_crc.mp3") == "audio"
-    assert data.read_media(tmp_path / name, "audio").isfinite().all()
+    assert data.sniff(tmp_path / name) == "audio" and data.read_media(tmp_path / name, "audio").isfinite().all()
+
+
+def test_data_first_bytes_tell_the_kind(tmp_path):
+    for start, kind in ((b"\0\0\0 ftypavif", "image"), (b"\0\0\0 ftypheic", "image"), (b"\0\0\0 ftypisom", "video"), (b"RIFF1234AVI ", "video"),
+                        (b"\xff\xfa\x90\x44", "audio"), (b"\xff\xf9\x50\x80", "audio"), (b"RIFF1234WAVE", "audio"), (b"\xff\xfe{\0", "")):
+        (tmp_path / "a").write_bytes(start)
+        assert data.sniff(tmp_path / "a") == kind, start
 
 
 @pytest.mark.parametrize("kind, good, bad", [("imu", (6, 9), (9, 6)), ("depth", (4, 5), (5,))])

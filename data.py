@@ -1007,10 +1007,6 @@ def box_references(text):
 
 def pieces_of(part, tok, system, n_token, learn):
     """Pieces of a part of a turn: strings stay text, media become framed placeholders, boxes and Signals tokens."""
-    if not isinstance(part, (str, Piece, Medium, Box, Signal)):
-        raise DataError(f"{part!r:.40} where text is expected")
-    if isinstance(part, Box) and part.kind == "find" and not system.find:
-        raise DataError("this system has no token that asks for a box to be found")
     if isinstance(part, Piece):
         return [part]
     if isinstance(part, str):
@@ -1020,6 +1016,10 @@ def pieces_of(part, tok, system, n_token, learn):
     if isinstance(part, Medium):
         before, place, after = system.frame
         return [*tok.parse(before), Piece(place, True, count=n_token(part.kind), medium=part), *tok.parse(after)]
+    if not isinstance(part, Box):
+        raise DataError(f"{part!r:.40} where text is expected")
+    if part.kind == "find" and not system.find:
+        raise DataError("this system has no token that asks for a box to be found")
     if not system.box:
         raise ValueError("this system has no tokens for boxes; leave the boxes out of the turn")
     *signal, reader = [system.find] if part.kind == "find" else system.box
@@ -1409,12 +1409,9 @@ class Prepared(torch.utils.data.Dataset):
         s, i = self.items_of(epoch)[number]
         self.sets[s].epoch = epoch      # what a set draws for a record, such as words to ask in, it draws anew in each
         sample = self.sets[s][i]
-        turns = sample.turns
         with naming(self.sets[s].path, i, sample.meta):
-            load_media(turns, self.spec)
-        if self.media_front:
-            turns = [media_in_front(turn, self.template) for turn in turns]
-        with naming(self.sets[s].path, i, sample.meta):
+            load_media(sample.turns, self.spec)
+            turns = [media_in_front(turn, self.template) if self.media_front else turn for turn in sample.turns]
             r = truncate(self.render(turns), self.max_len, self.protected)
             if len(r.ids) > self.max_len or not r.learns():
                 raise DataError(f"nothing to learn within max_len = {self.max_len}")

@@ -14,7 +14,7 @@ import sys
 import unicodedata
 import wave
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -274,7 +274,7 @@ class RobertaTokenizer:
     WORDS = re.compile(r" ?L+| ?N+| ?O+|[ S]+(?![^ S])|[ S]+")  # a blank belongs to the word behind it
 
     def __init__(self, folder):
-        self.ids = json.loads((Path(folder) / "vocab.json").read_text(encoding="utf-8"))
+        self.ids = json.loads((Path(folder) / "vocab.json").read_bytes())
         self.rank = {merge: i for i, merge in enumerate(read_merges(Path(folder) / "merges.txt"))}
 
     def encode(self, text):
@@ -390,7 +390,7 @@ def load_templates(path):
     """The originals' JSON {templates: {name: {system, roles, style, sep, sep2, messages}}}. Raises ValueError."""
     out = {}
     try:
-        for name, row in json.loads(Path(path).read_text())["templates"].items():
+        for name, row in json.loads(Path(path).read_bytes())["templates"].items():
             user, bot = row["roles"]
             seps = {"single": (row["sep"], row["sep"]), "two": (row["sep"], row["sep2"])}.get(row["style"])
             if seps is None:
@@ -449,10 +449,11 @@ def check_file(path):
 
 def open_image(path):
     """PIL image of a still or of an animation. Raises MediaError before any pixel of a too large one is decoded."""
+    check_file(path)
     try:
-        image = Image.open(check_file(path), formats=STILLS)
-    except MediaError:
-        raise
+        image = Image.open(path, formats=STILLS)
+    except Image.DecompressionBombError:
+        raise MediaError(f"{path}: more than {MAX_PIXELS // 10 ** 6} million pixels") from None
     except Exception:
         raise MediaError(f"{path}: not a picture ({', '.join(STILLS)} are read)") from None
     if image.width * image.height > MAX_PIXELS:
@@ -464,6 +465,8 @@ def read_image(path):
     """RGB picture (the first frame of an animation). EXIF rotation is ignored, as the originals do."""
     image = open_image(path)
     try:
+        if image.mode[0] == "I":                                # grey of 16 bits, which Pillow would clip at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("RGB")                             # only now are pixels decoded
     except Exception as error:
         raise MediaError(f"{path}: damaged picture ({error})") from None
@@ -741,32 +744,33 @@ def seek_frames(container, stream, fps, numbers):
 @guarded
 def read_audio(path):
     """-> waveform (channels, samples) float32 in -1..1, sample rate. Wav by the standard library, the rest by PyAV."""
-    with open(check_file(path), "rb") as f:
-        riff = f.read(4) == b"RIFF"
+    check_file(path)
     try:
-        return read_wav(path) if riff else decode_audio(path)
-    except wave.Error:                                          # compressed or float wav
+        return read_wav(path)
+    except (wave.Error, EOFError):                              # no wav, or one that is compressed or of floats
         return decode_audio(path)
 
 
 def read_wav(path):
     with wave.open(str(path)) as f:
         width, channels, rate = f.getsampwidth(), f.getnchannels(), f.getframerate()
-        return pcm(f.readframes(min(f.getnframes(), MAX_SECONDS * rate)), width, channels), rate
+        x = pcm(f.readframes(MAX_SECONDS * rate + 1), width, channels)
+    if x.shape[1] > MAX_SECONDS * rate:
+        raise MediaError(f"longer than {MAX_SECONDS // 60} minutes")
+    return x, rate
 
 
 def decode_audio(path):
     container, stream = open_media(path, "audio")
-    samples = np.concatenate([frame.to_ndarray() for frame in container.decode(stream)], 1)
-    if not stream.format.is_planar:
-        samples = samples.reshape(-1, stream.channels).T        # channels take turns -> (channels, samples)
-    if samples.dtype.kind in "iu":
-        samples = samples / float(np.iinfo(samples.dtype).max + 1)
-    return torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32)), stream.rate
+    from av import AudioResampler                               # below open_media, which says if PyAV is missing
+    floats = AudioResampler(format="fltp").resample             # channel by channel; of any size, sign and layout
+    frames = [part for frame in chain(container.decode(stream), [None]) for part in floats(frame)]
+    return torch.from_numpy(np.concatenate([frame.to_ndarray() for frame in frames], 1)), stream.rate
 
 
 def pcm(data, width, channels):
     """Little-endian PCM of 1 to 4 bytes -> (channels, samples) in -1..1."""
+    data = data[:len(data) // (width * channels) * width * channels]                        # a file may end too soon
     x = np.frombuffer(data, np.uint8).reshape(-1, width)
     if width == 1:
         x = x ^ 128                                             # only single bytes have no sign
@@ -776,6 +780,8 @@ def pcm(data, width, channels):
 
 def resample(x, rate, new):
     """Windowed-sinc (Hann, width 6, roll-off 0.99) resampling of (channels, samples), as torchaudio computes it."""
+    if math.gcd(rate, new) < 25:        # a filter for each of 16,000 places takes gigabytes: 11,127 Hz count as 11,125
+        rate = max(round(rate / 25), 1) * 25
     if rate == new:
         return x
     g = math.gcd(rate, new)
@@ -830,17 +836,24 @@ def audio_tensor(x, rate, spec=MediaSpec()):
 
 
 FIRST_BYTES = {                         # kind: how its files begin; the first row that fits counts
-    "image": re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|BM|.{8}WEBP", re.S),
-    "audio": re.compile(rb"ID3|fLaC|OggS|\xff[\xfb\xf3\xf1]|.{4}ftypM4A |.{8}WAVE", re.S),
+    "image": re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|BM|.{8}WEBP|.{4}ftyp(?:avi|hei|mif)", re.S),  # AVIF, HEIC: named, not read
+    "audio": re.compile(rb"ID3|fLaC|OggS|\xff[\xe2\xe3\xf0-\xfb]|.{4}ftypM4A |.{8}WAVE", re.S),
     "video": re.compile(rb"\x1aE\xdf\xa3|.{4}ftyp|.{8}AVI ", re.S),
 }
 
 
 def sniff(path):
-    """'image', 'audio', 'video' or '' by the first bytes, never by the name. An animation counts as an image."""
+    """'image', 'audio', 'video' or '' by what it holds, never by the name. An animation counts as an image."""
     with open(check_file(path), "rb") as f:
         head = f.read(16)
-    return next((kind for kind, start in FIRST_BYTES.items() if start.match(head)), "")
+    kind = next((kind for kind, start in FIRST_BYTES.items() if start.match(head)), "")
+    return "audio" if kind == "video" and holds(path, "audio") and not holds(path, "video") else kind
+
+
+def holds(path, kind):
+    """Whether PyAV finds a stream of a kind: recordings of phones and browsers are clips without pictures."""
+    with suppress(Exception):           # what is wrong with a file is told when it is read
+        return bool(open_media(path, kind))
 
 
 STILL_TENSORS = {"image": image_tensor, "stretched": stretched_tensor, "thermal": thermal_tensor, "sam": sam_tensor,
@@ -856,7 +869,9 @@ def read_media(path, kind, spec=MediaSpec()):
         return read_video(path, spec)
     if kind == "audio":
         return audio_tensor(*read_audio(path), spec)
-    values = np.load(check_file(path), allow_pickle=False)      # depth in metres (H, W), IMU (6, n)
+    values = np.load(check_file(path), allow_pickle=False)
+    if values.ndim != 2 or np.isnan(values).any() or kind == "imu" and len(values) != 6:
+        raise MediaError(f"depth in metres (H, W) or motion (6, n), no NaN, is expected; this is {values.shape}")
     return depth_tensor(values, spec=spec) if kind == "depth" else imu_tensor(values)
 
 
@@ -992,10 +1007,6 @@ def box_references(text):
 
 def pieces_of(part, tok, system, n_token, learn):
     """Pieces of a part of a turn: strings stay text, media become framed placeholders, boxes and Signals tokens."""
-    if not isinstance(part, (str, Piece, Medium, Box, Signal)):
-        raise DataError(f"{part!r:.40} where text is expected")
-    if isinstance(part, Box) and part.kind == "find" and not system.find:
-        raise DataError("this system has no token that asks for a box to be found")
     if isinstance(part, Piece):
         return [part]
     if isinstance(part, str):
@@ -1005,6 +1016,10 @@ def pieces_of(part, tok, system, n_token, learn):
     if isinstance(part, Medium):
         before, place, after = system.frame
         return [*tok.parse(before), Piece(place, True, count=n_token(part.kind), medium=part), *tok.parse(after)]
+    if not isinstance(part, Box):
+        raise DataError(f"{part!r:.40} where text is expected")
+    if part.kind == "find" and not system.find:
+        raise DataError("this system has no token that asks for a box to be found")
     if not system.box:
         raise ValueError("this system has no tokens for boxes; leave the boxes out of the turn")
     *signal, reader = [system.find] if part.kind == "find" else system.box
@@ -1013,9 +1028,10 @@ def pieces_of(part, tok, system, n_token, learn):
 
 def media_in_front(content, template):
     """A turn with its media moved to its front (ChatBind's sep_image_conv_front)."""
-    media = [part for part in content if not isinstance(part, str)]
-    text = "".join(part for part in content if isinstance(part, str)).strip()
-    return [*media, template.front, text] if media else content
+    media, words = ([part for part in content if isinstance(part, Medium) == moves] for moves in (True, False))
+    if all(isinstance(part, str) for part in words):
+        words = ["".join(words).strip()]
+    return [*media, template.front, *words] if media else content
 
 
 def conversation_pieces(turns, tok, system, template, n_token):
@@ -1232,16 +1248,17 @@ def safe_join(root, name):
     return Path(root) / name
 
 
-def read_records(path, unpack=lambda whole: whole):
+def read_records(path, unpack=None):
     """The list in a .json file, after `unpack` of what it holds, or the lines of a .jsonl file. Raises DataError."""
     path, rows = Path(path), []
     lines = path.suffix == ".jsonl"
     try:
         if lines:
-            for line in path.open():
+            for line in path.open("rb"):                        # bytes: json knows UTF-8 and a mark before it
                 rows.append(json.loads(line))
         else:
-            rows = unpack(json.loads(path.read_text()))
+            rows = json.loads(path.read_bytes())
+            rows = unpack(rows) if unpack else rows
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         where = f"line {len(rows) + 1}: " if lines else ""
         raise DataError(f"{path}: {where}{error}") from None
@@ -1392,12 +1409,9 @@ class Prepared(torch.utils.data.Dataset):
         s, i = self.items_of(epoch)[number]
         self.sets[s].epoch = epoch      # what a set draws for a record, such as words to ask in, it draws anew in each
         sample = self.sets[s][i]
-        turns = sample.turns
         with naming(self.sets[s].path, i, sample.meta):
-            load_media(turns, self.spec)
-        if self.media_front:
-            turns = [media_in_front(turn, self.template) for turn in turns]
-        with naming(self.sets[s].path, i, sample.meta):
+            load_media(sample.turns, self.spec)
+            turns = [media_in_front(turn, self.template) if self.media_front else turn for turn in sample.turns]
             r = truncate(self.render(turns), self.max_len, self.protected)
             if len(r.ids) > self.max_len or not r.learns():
                 raise DataError(f"nothing to learn within max_len = {self.max_len}")

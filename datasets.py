@@ -11,6 +11,7 @@ import re
 import sys
 from functools import partial
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Callable, NamedTuple
 
@@ -255,18 +256,24 @@ PLACES = {"image", "expr", "objs", "question"}
 
 def load_prompts(path):
     """Prompts from JSON in a layout of the originals; ours for other tasks."""
-    tables, out = json.loads(Path(path).read_text()), dict(PROMPTS)
-    if not isinstance(tables, dict):
-        raise DataError(f"{path}: lists of prompts by task are expected, not {type(tables).__name__}")
-    if "placeholder" in tables:                                 # ChatterBox: {placeholder, set: {prefix, ...}}
-        return out | talks_of(tables, path)
-    for task, prompts in tables.get("v1", tables).items():      # NExT-Chat: {task: [prompt, ...]}
-        for prompt in prompts:
-            places = re.findall(r"<(\w+)>", prompt)
-            if places.count("image") != 1 or not set(places) <= PLACES:
-                raise DataError(f"{path}: {task}: {prompt!r:.80}: places are one <image> and some of {sorted(PLACES)}")
-        out[task] = tuple(prompts)
-    return out
+    try:
+        tables = json.loads(Path(path).read_bytes())
+        tables = tables.get("v1", tables)
+        talks = "placeholder" in tables                         # of ChatterBox
+        return PROMPTS | (talks_of(tables) if talks else {task: prompts_of(tables, task) for task in tables})
+    except (AttributeError, TypeError):
+        raise DataError(f"{path}: lists of prompts by task are expected, not {type(tables).__name__}") from None
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def prompts_of(tables, task):
+    """Those of a task in NExT-Chat's {task: [prompt, ...]}."""
+    for prompt in texts(tables, task):
+        places = re.findall(r"<(\w+)>", prompt)
+        if places.count("image") != 1 or not set(places) <= PLACES:
+            raise DataError(f"{task}: {prompt!r:.80}: places are one <image> and some of {sorted(PLACES)}")
+    return tuple(tables[task])
 
 
 class Ask(NamedTuple):
@@ -450,7 +457,7 @@ class Format(NamedTuple):
     prompts: str = ""                   # task in PROMPTS
     picture: str = "img_path"           # key of the picture's name
     name: str = "*"                     # its file, * being the name
-    unpack: Callable = lambda whole: whole                      # what a .json file holds -> its records
+    unpack: Callable | None = None      # what a .json file holds -> its records; no lambda: rows go to loader processes
     stretch: bool = False               # the picture, see data.Medium
     moves: bool = False                 # the picture is shifted and mirrored at random, see move
 
@@ -999,8 +1006,8 @@ TALKS = {                               # ours; load_prompts reads the originals
 }
 
 
-def talks_of(tables, path):
-    """TALKS of the originals' own words, from what their JSON file holds."""
+def talks_of(tables):
+    """TALKS of the originals' own words, from ChatterBox's {placeholder, set: {prefix, ...}}."""
     out = {}
     for name in TALKS:
         task = name.removeprefix("talk-")
@@ -1008,9 +1015,9 @@ def talks_of(tables, path):
             row = tables["refcoco"] | {key: value for key, value in tables[task].items() if value != "as refcoco"}
             one = talk_of(row, tables["placeholder"])
         except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}: {task}: {type(error).__name__} {error}") from None
+            raise DataError(f"{task}: {type(error).__name__} {error}") from None
         if one.prefix.count("<image>") != 1 or any(q.count("<objs>") != 1 for q in one.questions + one.first):
-            raise DataError(f"{path}: {task}: one <image> in the prefix and one placeholder in each question are expected")
+            raise DataError(f"{task}: one <image> in the prefix and one placeholder in each question are expected")
         out[name] = one
     return out
 
@@ -1021,10 +1028,6 @@ def talk_of(row, placeholder):
     prefix = re.sub("{.*?}", ", ".join(row.get("classes", ())), row["prefix"])
     name = "region{i} " if first else row["replace_with"].replace("<bbox>", "")
     return Talk(prefix, questions, tuple(row["heads"]), tuple(row["tails"]), name, row["max_boxes"], first)
-
-
-def under_data(whole):
-    return whole["data"]
 
 
 def by_picture(whole):
@@ -1121,7 +1124,7 @@ def flickr_regions(row, ask):
 
 
 CHATTERBOX = {
-    name: Format(turns, picture="image", unpack=under_data) for name, turns in {
+    name: Format(turns, picture="image", unpack=itemgetter("data")) for name, turns in {
         "cb-refcoco-gnd": partial(cb_gnd, read=corners_of), "cb-coco-gnd": cb_gnd, "cb-gnd": partial(cb_chain, late=True),
         "cb-lc-gnd": cb_chain, "cb-lc": cb_vqa, "cb-mrg": cb_vqa, "cb-mrg-ref": cb_mrg, "cb-ref": cb_ref,
         "cb-refcoco-ref": partial(cb_ref, read=corners_of, late=False)}.items()
@@ -1132,14 +1135,12 @@ CHATTERBOX = {
         "refcoco+": partial(by_region, label=ref_caption), "refcocog": partial(by_region, label=ref_caption),
         "vg": partial(by_region, label=own_caption), "flickr30k": flickr_regions}.items()
 } | {"llava-instruct": Format(llava, picture="image")}
-FORMATS |= CHATTERBOX | {"rounds": Format(cb_rounds, picture="image", unpack=under_data)}
+FORMATS |= CHATTERBOX | {"rounds": Format(cb_rounds, picture="image", unpack=itemgetter("data"))}
 
 GROUNDING = {"cb-refcoco-gnd": 5, "cb-coco-gnd": 8, "cb-gnd": 1, "cb-lc-gnd": 1}            # how often each is drawn
 REFERRING = {"cb-mrg-ref": 3, "cb-ref": 2, "cb-refcoco-ref": 3, "coco-regions": 1, "refcoco-regions": 1,
              "refcoco+-regions": 1, "refcocog-regions": 1, "vg-regions": 1, "flickr30k-regions": 1}
 TALKING = {"cb-lc": 2, "cb-mrg": 1, "llava-instruct": 7}
-
-
 STEPS = 3000                            # of an epoch
 
 

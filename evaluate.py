@@ -313,7 +313,9 @@ def predict_all(samples, predict, task, folder, run, rank=0, world=1):
         for i in tqdm(range(rank, len(samples), world), unit="sample", disable=None):
             if i not in done:
                 sample = samples[i]
-                append(file, {"index": i, "id": sample.id, **row_of(sample, predict(sample))})
+                with data.naming(task, i, sample.meta):
+                    row = row_of(sample, predict(sample))
+                append(file, {"index": i, "id": sample.id, **row})
 
 
 def read_predictions(folder, run):      # the rows of all ranks in the order of their samples, each once
@@ -348,8 +350,11 @@ class Asker:
         self.signals = {id for name in cfg.projections for id in cfg.signal(name)}
 
     def embed(self, rendered):          # embeddings (1, T, C) of a prompt, and its attn_mask or None
+        length, room = len(rendered.ids), self.model.cfg.llm.max_len
+        if length > room:
+            raise ValueError(f"{length} tokens, more than the {room} that the model reads")
         batch = data.collate([rendered._replace(labels=rendered.ids, targets=[])], self.model.cfg.n_token,
-                             max_len=self.model.cfg.llm.max_len, mask_pad=self.system.mask_pad)
+                             max_len=room, mask_pad=self.system.mask_pad)
         batch = data.to_device(batch, self.device)
         return self.model.embed(batch.ids, batch.media, batch.slots), batch.attn_mask
 
@@ -498,7 +503,7 @@ def question_samples(path, media, read=dict):           # rows {question_id, ima
 
 def science_samples(path, media):
     """ScienceQA's conversations; the choices and the right one's number are in the problems.json beside them."""
-    problems = json.loads((path.parent / "problems.json").read_text())
+    problems = json.loads((path.parent / "problems.json").read_bytes())
 
     def read(record):
         text, problem = record["conversations"][0]["value"].replace("<image>", "").strip(), problems[str(record["id"])]
@@ -554,20 +559,20 @@ def review_prompt(question, answers, rule, context):            # parity: the or
 def review_requests(questions, answers, rules, contexts=None):
     """What a judge is asked about two lists of answers. rules: {category: {role, prompt}}; contexts: rows {image,
     captions, instances}, or None for text alone. Raises ValueError naming the question where rows do not fit."""
-    first, second = ({row["question_id"]: row for row in rows} for rows in answers)
-    seen, out = {row["image"]: row for row in contexts or ()}, []
-    default = rules.get("default") if contexts is None else None                            # of an unknown category
+    first, second = ({row.get("question_id"): row for row in rows} for rows in answers)
+    seen, out = {row.get("image"): row for row in contexts or ()}, []
     for i, question in enumerate(questions, 1):
-        name, category = question["question_id"], question.get("category", "default")
-        if name not in first or name not in second:
-            raise ValueError(f"question {name} has no answer in one of the files")
-        if category not in rules and default is None:
-            raise ValueError(f"question {name}: no rule for {category!r}; there are {', '.join(rules)}")
-        one, two = first[name], second[name]
-        context = None if contexts is None else seen[question["image"]]
-        out.append({"id": i, "question_id": name, "answer1_id": one.get("answer_id", name),
-                    "answer2_id": two.get("answer_id", name), "category": category,
-                    "prompt": review_prompt(question, (one, two), rules.get(category, default), context)})
+        with data.naming("questions", i, question):
+            name, category = question["question_id"], question.get("category", "default")
+            if name not in first or name not in second:
+                raise ValueError(f"question {name} has no answer in one of the files")
+            rule = rules.get(category) or contexts is None and rules.get("default")         # of an unknown category
+            if not rule:
+                raise ValueError(f"question {name}: no rule for {category!r}; there are {', '.join(rules)}")
+            one, two, context = first[name], second[name], None if contexts is None else seen[question["image"]]
+            out.append({"id": i, "question_id": name, "answer1_id": one.get("answer_id", name),
+                        "answer2_id": two.get("answer_id", name), "category": category,
+                        "prompt": review_prompt(question, (one, two), rule, context)})
     return out
 
 
@@ -603,17 +608,20 @@ def review(requests, command, path):
 
 def main_review(argv):                  # write the requests to a judge, or have it answer and print the mean scores
     p = argparse.ArgumentParser(description="Have a program compare two files of answers.", prog="evaluate.py review")
-    add, rows = p.add_argument, data.read_records
-    add("--questions", "-q", type=rows, required=True, help="jsonl {question_id, text, category, image}")
-    add("--answers", "-a", type=rows, nargs=2, required=True, help="two answers.jsonl")
+    add, read = p.add_argument, data.read_records
+    add("--questions", "-q", type=Path, required=True, help="jsonl {question_id, text, category, image}")
+    add("--answers", "-a", type=Path, nargs=2, required=True, help="two answers.jsonl")
     add("--rules", "-r", type=Path, required=True, help="JSON {category: {role, prompt}}")
-    add("--context", "-c", type=rows, help="jsonl {image, captions, instances}")
+    add("--context", "-c", type=Path, help="jsonl {image, captions, instances}")
     add("--judge", help="program that reads lines {id, prompt} and writes lines {id, content}; default: print requests")
     add("--out", "-o", type=Path, help="file of reviews")
     args = p.parse_args(argv)
     if args.judge and not args.out:
         p.error("--judge needs --out FILE")
-    requests = review_requests(args.questions, args.answers, json.loads(args.rules.read_text()), args.context)
+    [rules], contexts = read(args.rules, lambda whole: [whole]), args.context and read(args.context)
+    requests = review_requests(read(args.questions), map(read, args.answers), rules, contexts)
+    if not requests:
+        raise ValueError(f"{args.questions}: holds no questions")
     rows = [summarise_reviews(review(requests, args.judge, args.out))] if args.judge else requests
     print(*map(json.dumps, rows), sep="\n")
 

@@ -562,7 +562,7 @@ def talks(of, rng):                     # as many as there are drawings; none wh
 
 def talk(drawing, of, rng):
     """All a model can do, one thing after another, in any order; no kind of medium is shown twice, nor made twice."""
-    picture, clip, sound, _, *made = (rng.choice(of[kind]) for kind in ("image", "video", "audio") * 2)
+    picture, clip, sound, unused, *made = (rng.choice(of[kind]) for kind in ("image", "video", "audio") * 2)
     shown = rng.choice([(picture,), (picture,), (picture, sound), (picture, sound), (clip,), (sound,)])
     row, parts = {"image_wh": [SIDE, SIDE]}, []
     for m in shown:
@@ -722,7 +722,7 @@ def write_annotations(job):             # one of FILES, from random numbers of i
 def write_tokenizer(records, out, vocab_size):
     """Sentencepiece model of what is said in conversations and, less often, about boxes; with LLaMA's conventions."""
     import sentencepiece
-    from datasets import PROMPTS                                # here, for it brings torch, which no worker needs
+    from datasets import PROMPTS                                # not above: workers need no torch
     path, dialogues = out / "tokenizer.model", json.loads((out / "CB_LC.json").read_text())["data"]
     pointing = [json.loads(line)["expression"] for line in open(out / "REC_train.jsonl")]
     texts = sorted({turn["value"] for record in records for turn in record["conversations"]})
@@ -765,6 +765,9 @@ def main(argv=None):
     p.add_argument("--seed", type=int, help="default 0, with --questions 1")
     p.add_argument("--vocab-size", type=int, default=700, help="of the tokenizer, default %(default)s")
     args = p.parse_args(argv)
+    ours = all((args.out / folder).is_dir() for folder, *_ in MEDIA.values())
+    if args.out.is_file() or args.out.is_dir() and any(args.out.iterdir()) and not ours:
+        p.error(f"--out: {args.out} holds other things")
     counts = {"image": args.pictures, "video": args.clips, "audio": args.sounds, "drawing": args.pictures // 2}
     split, seed = "train", 0
     if args.questions:
@@ -782,4 +785,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    from data import program            # here, for it brings torch, which no worker needs
+    program(main)

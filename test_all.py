@@ -2325,6 +2325,92 @@ def test_data_regions_of_packed_rows_lie_in_their_own_pictures():
         assert region["image_of"].tolist() == [0, 2, 3]
 
 
+def test_data_media_go_to_the_front_past_boxes_and_signals():
+    picture, box, signal, template = data.Medium("image"), data.Box((0, 0, 1, 1)), data.Signal("img"), data.TEMPLATES["vicuna_v1_1"]
+    assert data.media_in_front(["What is ", box, " in ", picture], template) == [picture, " USER: ", "What is ", box, " in "]
+    assert data.media_in_front(["What?\n", picture], template) == [picture, " USER: ", "What?"]
+    for answer in (["Here: ", box, " ."], ["A dog", signal]):
+        assert data.media_in_front(answer, template) == answer
+
+
+@pytest.mark.parametrize("codec, name", [("aac", "a.m4a"), ("aac", "a.mp4"), ("aac", "a.3gp"), ("libopus", "a.webm")])
+def test_data_recordings_without_pictures_are_sounds(codec, name, tmp_path):
+    av = pytest.importorskip("av")
+    with av.open(tmp_path / name, "w") as file:
+        stream = file.add_stream(codec, rate=48000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4800), np.float32), format="fltp", layout="mono")
+        frame.rate = 48000
+        for part in [*av.AudioResampler(stream.format, "mono", 48000, stream.frame_size).resample(frame), None]:
+            file.mux(stream.encode(part))
+    assert data.sniff(tmp_path / name) == "audio" and data.read_media(tmp_path / name, "audio").isfinite().all()
+
+
+def test_data_first_bytes_tell_the_kind(tmp_path):
+    for start, kind in ((b"\0\0\0 ftypavif", "image"), (b"\0\0\0 ftypheic", "image"), (b"\0\0\0 ftypisom", "video"), (b"RIFF1234AVI ", "video"),
+                        (b"\xff\xfa\x90\x44", "audio"), (b"\xff\xf9\x50\x80", "audio"), (b"RIFF1234WAVE", "audio"), (b"\xff\xfe{\0", "")):
+        (tmp_path / "a").write_bytes(start)
+        assert data.sniff(tmp_path / "a") == kind, start
+
+
+@pytest.mark.parametrize("kind, good, bad", [("imu", (6, 9), (9, 6)), ("depth", (4, 5), (5,))])
+def test_data_arrays_of_other_shapes_or_with_holes_are_refused(kind, good, bad, tmp_path):
+    np.save(tmp_path / "good.npy", np.ones(good))
+    assert data.read_media(tmp_path / "good.npy", kind).isfinite().all()
+    for values in (np.ones(bad), np.where(np.arange(good[1]) == 2, np.nan, np.ones(good))):
+        np.save(tmp_path / "bad.npy", values)
+        with pytest.raises(data.MediaError, match="bad.npy: .*is expected"):
+            data.read_media(tmp_path / "bad.npy", kind)
+
+
+def test_data_odd_sample_rates_cost_no_more_than_others():
+    t = torch.arange(11127) / 11127
+    x, began = torch.sin(2 * torch.pi * 440 * t)[None], time.process_time()
+    y = data.resample(x, 11127, 16000)
+    want = torch.sin(2 * torch.pi * 440 * torch.arange(y.shape[1]) / 16000)
+    assert time.process_time() - began < 1 and abs(y.shape[1] - 16000) < 9
+    assert (y[0] - want)[100:4000].abs().max() < 0.2            # in step for a quarter of a second
+
+
+def test_data_grey_of_16_bits_keeps_its_upper_8(tmp_path):
+    grey = image(20, 30, 1)[..., 0]
+    for name, pixels in (("a.png", grey), ("b.png", grey * np.uint16(256) + 99)):
+        data.Image.fromarray(pixels).save(tmp_path / name)
+    one, two = (np.asarray(data.read_image(tmp_path / name)) for name in ("a.png", "b.png"))
+    assert (one == grey[..., None]).all() and (two == one).all()
+
+
+def test_data_wavs_longer_than_the_limit_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MAX_SECONDS", 60)
+    for seconds in (60, 61):
+        with data.wave.open(str(tmp_path / f"{seconds}.wav"), "wb") as f:
+            f.setnchannels(1), f.setsampwidth(1), f.setframerate(800)
+            f.writeframes(bytes(800 * seconds))
+    assert data.read_audio(tmp_path / "60.wav")[0].shape == (1, 48000)
+    with pytest.raises(data.MediaError, match="61.wav: longer than 1 minutes"):
+        data.read_audio(tmp_path / "61.wav")
+
+
+def test_data_pcm_that_ends_too_soon_loses_its_last_sample_alone():
+    raw = np.random.RandomState(0).bytes(48)
+    for width, channels in itertools.product((1, 2, 3, 4), (1, 2)):
+        whole, size = data.pcm(raw, width, channels), width * channels
+        for cut in range(1, size + 1):
+            assert torch.equal(data.pcm(raw[:-cut], width, channels), whole[:, :-1])
+
+
+@pytest.mark.parametrize("codec", ["pcm_u8", "pcm_s16le", "pcm_s24le", "pcm_s32le", "pcm_f32le", "flac"])
+def test_data_sounds_of_any_sample_size_are_read(codec, tmp_path):
+    av, wave = pytest.importorskip("av"), np.random.RandomState(0).uniform(-1, 1, (2, 500)).astype(np.float32)
+    with av.open(tmp_path / "a.mkv", "w") as file:
+        stream = file.add_stream(codec, rate=8000, layout="stereo")
+        frame = av.AudioFrame.from_ndarray(wave, format="fltp", layout="stereo")
+        frame.rate = 8000
+        for part in [*av.AudioResampler(stream.format, "stereo", 8000).resample(frame), None]:
+            file.mux(stream.encode(part))
+    x, rate = data.read_audio(tmp_path / "a.mkv")
+    assert rate == 8000 and x.shape == (2, 500) and np.abs(x.numpy() - wave).max() < 0.01
+
+
 def test_data_records_that_are_no_text_are_named(world, tmp_path):
     bad = [[{"from": "human", "value": "a"}, {"from": "gpt", "value": value}] for value in (7, None, ["b"], "\ud83d")]
     (tmp_path / "a.json").write_text(json.dumps([{"conversations": rows} for rows in bad]))
@@ -2385,9 +2471,20 @@ def test_data_broken_files_are_named(tmp_path):
             data.Conversations(tmp_path / name)
 
 
+def test_data_files_with_a_mark_before_them_are_read(tmp_path):
+    row = {"image_name": "a.png", "caption": "Ein Stück 写"}
+    for name, text in (("a.json", json.dumps([row], ensure_ascii=False)), ("b.jsonl", json.dumps(row, ensure_ascii=False) + "\n")):
+        for mark in (b"", b"\xef\xbb\xbf"):                    # some editors of Windows write it
+            (tmp_path / name).write_bytes(mark + text.encode())
+            assert data.read_records(tmp_path / name) == [row]
+
+
 def test_data_media_limits(tmp_path):
     big = data.Image.new("1", (9000, 6000))
     big.save(tmp_path / "big.png")
+    data.Image.new("1", (16000, 12000)).save(tmp_path / "huge.png")
+    with pytest.raises(data.MediaError, match="huge.png: more than 50 million pixels"):
+        data.read_image(tmp_path / "huge.png")
     data.Image.new("RGB", (20000, 1)).save(tmp_path / "thin.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "big.png").read_bytes()[:2000])
     (tmp_path / "note.png").write_text("not a picture")
@@ -2781,8 +2878,9 @@ def test_data_prompts_lose_no_word(tmp_path):
             assert 0 not in nextchat_render(meta, [turn, None], (50, 50), train=False)[0].ids, prompt
     (tmp_path / "p.json").write_text(json.dumps({"v1": {"REC": ["<image> <expr>"]}}))
     assert datasets.load_prompts(tmp_path / "p.json") == datasets.PROMPTS | {"REC": ("<image> <expr>",)}
-    for bad in ({"REC": ["<expr>"]}, {"REC": ["<image> <image>"]}, {"REC": ["<image> <exp>"]}, ["<image> <expr>"]):
-        (tmp_path / "p.json").write_text(json.dumps(bad))
+    bad = {"REC": ["<expr>"]}, {"REC": ["<image> <image>"]}, {"REC": ["<image> <exp>"]}, ["<image>"], {"v1": ["<image>"]}, {"REC": [5]}, {"REC": 5}
+    for text in (*map(json.dumps, bad), "no JSON"):
+        (tmp_path / "p.json").write_text(text)
         with pytest.raises(data.DataError, match=r"p\.json"):
             datasets.load_prompts(tmp_path / "p.json")
 
@@ -4018,6 +4116,13 @@ def test_train_asks_in_the_words_of_a_file(world, tmp_path):
     assert front[0].slots[0][1] < plain[0].slots[0][1]
 
 
+def test_datasets_go_to_loader_processes(world):
+    """Where these are no forks (Python 3.14, macOS, Windows), all that a sample is made of must be told them."""
+    flags = [f"data=rec:{world}/REC_train.jsonl@0.5", f"tokenizer={world}/tokenizer.model", "device=cpu"]
+    prepared = train.prepare(train.parse_settings(["stage=2", *flags]))[3]
+    assert pickle.loads(pickle.dumps(prepared))[0].ids == prepared[0].ids and pickle.dumps(datasets.FORMATS)
+
+
 def test_datasets_take_a_share(world):
     whole, part = (datasets.open_set(f"rec:{world}/REC_train.jsonl{share}") for share in ("", "@0.25"))
     assert len(part) == round(len(whole) / 4) and len(part.sizes()) == len(part)
@@ -5122,6 +5227,15 @@ def test_evaluate_talks_that_fill_the_context_count_as_wrong(pointing, world):
     assert first == ["no"] and others[-1] == [] and evaluate.rounds_row(sample, {"replies": [first, *others]})
 
 
+@pytest.mark.parametrize("text, fault", [("red or blue? " * 300, "tokens, more than the 512"), (5, "5 where text")])
+def test_evaluate_names_a_question_that_cannot_be_asked(text, fault, pointing, tmp_path):
+    rows = [{"question_id": i, "text": text} for i, text in enumerate(("What?", text))]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=f"vqa: record 1 .*{fault}"):
+        evaluate_main(pointing / "nextchat", tmp_path / "q.jsonl", "--task", "vqa", "--out", tmp_path / "out", "--device", "cpu")
+    assert len(evaluate.whole_lines(tmp_path / "out/predictions-0.jsonl")[0]) == 2
+
+
 def test_evaluate_points_as_the_fixed_ids_do(pointing, world):
     asker, row = evaluate.Asker(pointing / "nextchat"), datasets.Rows(world / "REC_train.jsonl", "rec", world)[0]
     data.load_media(row.turns, asker.spec)
@@ -5235,6 +5349,17 @@ def test_evaluate_judge_is_asked_in_the_originals_words(science, capsys):
         evaluate_main(*words, "-c", science / "context.jsonl")
 
 
+@pytest.mark.parametrize("name, text, fault", [
+    ("questions.jsonl", "{", "questions.jsonl: line 1"), ("questions.jsonl", "", "holds no questions"), ("questions.jsonl", "{}", "no 'question_id'"),
+    ("a.jsonl", "{}", "has no answer"), ("c.jsonl", "{}", "no 'pictures/000000.png'"), ("rules.json", "{", "rules.json: "),
+    ("rules.json", "[]", "record 1"), ("rules.json", '{"conv": {"role": "Helper"}}', "no 'prompt'")])
+def test_evaluate_judge_is_not_asked_about_broken_files(name, text, fault, science):
+    words = review_words(science)
+    (science / name).write_text(text)
+    with pytest.raises(ValueError, match=fault):
+        evaluate_main(*words, *["-c", science / name] * (name == "c.jsonl"))
+
+
 # ---- Shapes
 
 def check_answer(question, answer, things):
@@ -5297,6 +5422,17 @@ def test_shapes_world_is_fixed_by_its_seed(world, tmp_path):
         assert (tmp_path / path.relative_to(world)).read_bytes() == path.read_bytes(), path
     one, two = (data.Tokenizer(folder / "tokenizer.model").sp for folder in (world, tmp_path))
     assert [one.id_to_piece(i) for i in range(one.vocab_size())] == [two.id_to_piece(i) for i in range(two.vocab_size())]
+
+
+def test_shapes_leaves_other_folders_alone(tmp_path):
+    words = ["--out", str(tmp_path), "--questions", "4"]
+    for _ in range(2):
+        shapes.main(words)                                      # into an empty folder, then into its own
+    (tmp_path / "clips").rename(tmp_path / "photos")
+    (tmp_path / "questions.json").write_text("mine")
+    with pytest.raises(SystemExit):
+        shapes.main(words)
+    assert (tmp_path / "questions.json").read_text() == "mine"
 
 
 def test_shapes_scenes_stay_what_their_seeds_gave():
@@ -6759,7 +6895,7 @@ def test_train_wishes_teach_the_writers(drawing, world, tmp_path):
 # ---- Docs
 
 OURS = {"attention": set(), "quantize": set(), "vision": {"attention"}, "locate": {"attention", "vision"}, "generate": {"attention", "vision"},
-        "model": {"attention", "vision", "locate", "generate", "quantize"}, "data": set(), "datasets": {"data"}, "shapes": {"datasets"},
+        "model": {"attention", "vision", "locate", "generate", "quantize"}, "data": set(), "datasets": {"data"}, "shapes": {"data", "datasets"},
         "convert_weights": {"model", "generate", "locate", "vision"}, "ranks": {"model"},
         "train": {"model", "data", "datasets", "ranks"},
         "evaluate": {"model", "data", "datasets", "chat"}, "chat": {"model", "generate", "data", "datasets"}, "web": {"chat", "data", "shapes"},
@@ -6798,9 +6934,9 @@ def test_docs_readme_counts_parameters():
 
 
 @pytest.mark.parametrize("command", ("evaluate.py weights/tiny nowhere.json", "evaluate.py nowhere x.json", "chat.py nowhere -p hi",
-                                     "evaluate.py review -q nowhere -a nowhere -r nowhere", "paint.py nowhere --judge weights/tiny",
+                                     "evaluate.py review -q nowhere -a nowhere nowhere -r nowhere", "paint.py nowhere --judge weights/tiny",
                                      "train.py system=tiny stage=2 init=weights/tiny data=nowhere out={tmp}",
-                                     "convert_weights.py nowhere --out {tmp}"))
+                                     "convert_weights.py nowhere --out {tmp}", "shapes.py --out /dev/null/nowhere"))
 def test_docs_programs_tell_faults_in_a_line(command, tmp_path):
     done = subprocess.run([sys.executable, *command.format(tmp=tmp_path / "out").split()], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 2 and re.search(r"^.*nowhere.*\n\Z", done.stderr, re.M) and "Traceback" not in done.stderr

@@ -567,6 +567,13 @@ class Source(NamedTuple):
         return tokens
 
 
+# What config.json must say where it says it; of LLaVA's fields, ChatBind's original heeds one
+SEEN = {"hidden_act": "silu", "mm_vision_select_layer": "-2", "mm_vision_select_feature": "patch"}
+FRAMED = {"mm_use_im_start_end": "True"}
+LLM_KNOWN = {"llama": {"hidden_act": "silu", "model_type": "llama|llava.*"}, "llava": SEEN, "nextchat": SEEN | FRAMED,
+             "chatbind": {"hidden_act": "silu", "model_type": "llama|llava.*"} | FRAMED}
+
+
 def kind_of(keys):
     return next((kind for kind, sign in SIGNS.items() if any(re.search(sign, key) for key in keys)), None)
 
@@ -607,11 +614,13 @@ def open_source(path, found):                           # -> the Source of one c
     if kind is None:
         raise Refused(f"{path}: not a LLaMA, CLIP, SAM, GroundingDINO, ImageBind, ChatBind, NExT-Chat, ChatterBox, "
                       f"NExT-GPT or diffusion model (it holds {min(found)}); give one of those")
-    if kind == "llama" and read_json(beside(path, "config.json")).get("model_type") == "llava":
+    c = read_json(beside(path, "config.json"))
+    if kind == "llama" and re.fullmatch("llava(?!.*bind).*", str(c.get("model_type"))):
         kind = "llava"                                  # its projector is for CLIP; a ChatBind's has the same name
     tensors, rest = translate_all(found, kind, path)
     if kind == "llama" and BRIDGE in tensors:
         kind = "chatbind"
+    require(LLM_KNOWN.get(kind, {}), c, path)
     if kind in ("llama", "chatbind", "llava"):
         norms = [x.read().double().mean() for name, x in tensors.items() if re.match(r"llm\..*norm\.weight", name)]
         if norms and abs(sum(norms) / len(norms)) < 0.05:                       # in a whole model they are near 1
@@ -650,7 +659,7 @@ def open_sources(paths, preset):
 
 def require(known, given, where):                       # known: {name: pattern of the values that we can do}
     for key, pattern in known.items():
-        if key in given and not re.fullmatch(pattern, str(given[key])):
+        if given.get(key) is not None and not re.fullmatch(pattern, str(given[key])):
             raise Refused(f"{where}: {key} {given[key]!r} is not supported; known: {pattern}")
 
 
@@ -658,9 +667,7 @@ def llm_config(source, rows, c):
     """What their config.json says about the language model; left out values have the original LLaMA's defaults."""
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}      # the new name and the old one
     scaling = rope.get("rope_type") or rope.get("type") or "default"
-    known = {"model_type": ".*" if source.kind == "nextchat" else "llama|llava.*", "hidden_act": "silu",
-             "rope_scaling": "default|llama3"}
-    require(known, c | {"rope_scaling": scaling}, source.path)
+    require({"rope_scaling": "default|llama3"}, {"rope_scaling": scaling}, source.path)
     defaults = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": rope.get("rope_theta")}
     c = {key: value for key, value in (defaults | c | {"vocab_size": rows}).items() if value is not None}
     values = {ours: c[theirs] for theirs, ours in LLM_FIELDS.items() if theirs in c}
@@ -729,6 +736,7 @@ def imagebind_config(source, unit_sounds):
 PAINTER_KNOWN = {
     "unet": {"act_fn": "silu", "flip_sin_to_cos": "True", "freq_shift": "0", "norm_eps": "1e-05",
              "downsample_padding": "1", "only_cross_attention": "False", "use_linear_projection": "False",
+             "center_input_sample": "False", "mid_block_scale_factor": r"1(\.0)?", "dual_cross_attention": "False",
              "resnet_time_scale_shift": "default", "class_embed_type": "simple_projection",
              "time_embedding_type": "positional"},
     "vae": {"act_fn": "silu"},
@@ -737,7 +745,8 @@ PAINTER_KNOWN = {
     "scheduler": {"_class_name": "PNDMScheduler|DDIMScheduler", "num_train_timesteps": "1000",
                   "beta_schedule": "scaled_linear", "skip_prk_steps": "True", "steps_offset": "1",
                   "set_alpha_to_one": "False", "clip_sample": "False", "prediction_type": "epsilon",
-                  "timestep_spacing": "leading", "thresholding": "False"}}
+                  "timestep_spacing": "leading", "thresholding": "False", "trained_betas": "null",
+                  "rescale_betas_zero_snr": "False"}}
 PAINTER_FILES = {part: "config.json" for part in PAINTER_PARTS} | {
     "scheduler": "scheduler_config.json", "tokenizer": "special_tokens_map.json"}
 

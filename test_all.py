@@ -3379,7 +3379,10 @@ def test_convert_refuses_diffusion(tmp_path):
     hub_folder(tmp_path / "hub", "audioldm")
     llama, = put(tmp_path / "llm", llama_state())
     refused([tmp_path / "hub", llama], tmp_path / "out", match="convert it alone")
-    (tmp_path / "hub/scheduler/scheduler_config.json").unlink()
+    path = tmp_path / "hub/scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"trained_betas": [0.1]}))
+    refused([tmp_path / "hub"], tmp_path / "out", match="trained_betas")
+    path.unlink()
     refused([tmp_path / "hub"], tmp_path / "out", match="MISSING scheduler/scheduler_config.json")
 
 
@@ -3648,6 +3651,13 @@ CONFIGS = {"model_type": "gemma", "hidden_act": "gelu", "hidden_size": 1 << 40, 
 @pytest.mark.parametrize("field", CONFIGS)
 def test_convert_refuses_config(tmp_path, field):
     refused(put(tmp_path / "a", llama_state(), TINY_LLAMA | {field: CONFIGS[field]}), tmp_path / "out")
+
+
+@pytest.mark.parametrize("odd", ({"mm_vision_select_layer": -1}, {"mm_vision_select_feature": "cls_patch"}, {"mm_use_im_start_end": False}))
+def test_convert_refuses_other_features(tmp_path, monkeypatch, odd):
+    """A NExT-Chat that reads other features of CLIP, or frames them otherwise, would convert and see something else."""
+    weights, tokens, _ = small_nextchat(monkeypatch)
+    refused(put(tmp_path / "a", weights, TINY_LLAMA | {"model_type": "nextchat"} | odd, tokens=tokens), tmp_path / "out", match=min(odd))
 
 
 def test_convert_refuses_duplicates(tmp_path):

@@ -17,6 +17,7 @@ import sys
 import zipfile
 import zlib
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -258,6 +259,7 @@ LLM_FIELDS = SIZES | {"num_key_value_heads": "n_kv_head", "rms_norm_eps": "norm_
                       "vocab_size": "vocab_size"}
 ROPE_FIELDS = {"factor": "rope_factor", "low_freq_factor": "rope_low", "high_freq_factor": "rope_high",
                "original_max_position_embeddings": "rope_train_len"}                        # of Llama 3
+TOLD = "norm_eps", "max_len", "rope_theta", *ROPE_FIELDS.values()             # what no shape tells
 CLIP_FIELDS = SIZES | {"image_size": "image_size", "patch_size": "patch_size"}
 TEXT_FIELDS = SIZES | {"vocab_size": "vocab_size", "max_position_embeddings": "max_len", "hidden_act": "act",
                        "layer_norm_eps": "norm_eps"}
@@ -514,7 +516,8 @@ LLMS = "llama", "llava", "chatbind", "nextchat", "chatterbox"           # kinds 
 ADDITIONS = "delta", "projector", "nextgpt"                             # what is trained for one
 TOKENS = list(M.CHATBIND_TOKENS)                        # padding first, then the three around media
 PUBLISHED = {p.system: p.added_tokens for p in M.PRESETS.values() if p.system != "tiny"}
-EMBED, HEAD, BRIDGE = "llm.embed.weight", "llm.lm_head.weight", "readers.imagebind.projector.weight"
+EMBED, NORM, HEAD = "llm.embed.weight", "llm.norm.weight", "llm.lm_head.weight"
+BRIDGE = "readers.imagebind.projector.weight"
 AUDIO_SCALE, CLS = TOWER + "audio.log_scale", "readers.clip.tower.cls"
 MASK_TOKENS = "writers.at.sam.mask_decoder.mask_tokens.weight"
 
@@ -1057,15 +1060,32 @@ def check_base(base, delta, cfg):
                       f"({', '.join(cfg.added_tokens)}) do not explain; name the base it was made against")
 
 
-def skeleton(parts, preset):                            # the module of these sources, on meta
+@contextmanager
+def described(path):                                    # sizes of a stranger's config.json can break any layer
     try:
-        cfg = M.PRESETS[preset] if preset else configure(parts)
-        with torch.device("meta"):
-            return G.Painter(cfg) if "painter" in parts else M.Model(cfg)
+        yield
     except Refused:
         raise
-    except Exception as error:                          # sizes of a stranger's config.json can break any layer
-        raise Refused(f"{parts.popitem()[1].path}: config.json or shapes describe no model ({error!r:.200})") from None
+    except Exception as error:
+        raise Refused(f"{path}: config.json or shapes describe no model ({error!r:.200})") from None
+
+
+def skeleton(parts, preset):                            # the module of these sources, on meta
+    with described([*parts.values()][-1].path), torch.device("meta"):
+        cfg = M.PRESETS[preset] if preset else configure(parts)
+        return G.Painter(cfg) if "painter" in parts else M.Model(cfg)
+
+
+def as_told(recipe):
+    """The config of a preset, its language model with what only the config.json beside the taken one tells."""
+    cfg, norm = recipe.cfg, recipe.targets.get(NORM)    # a source gives all of a language model, or nothing
+    for source in recipe.sources:
+        taken = norm and source.tensors.get(NORM) is norm.stored
+        if taken and source.kind != "chatterbox" and (c := source.json("config.json")):
+            with described(source.path):
+                llm = llm_config(source, cfg.llm.vocab_size, c)["llm"]
+            cfg = replace(cfg, llm=replace(cfg.llm, **{name: getattr(llm, name) for name in TOLD}))
+    return cfg
 
 
 def plan_weights(paths, preset="", dtype="keep", merge_lora=False):
@@ -1082,6 +1102,7 @@ def plan_weights(paths, preset="", dtype="keep", merge_lora=False):
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if name not in M.tied(model)}
     recipe = Recipe(cfg, shapes, parts, sources, preset, (EMBED, HEAD) if preset or "projector" in parts else (), {})
     report = recipe.gather() + recipe.fill(model)
+    cfg = as_told(recipe) if preset else cfg
     if merge_lora and getattr(getattr(cfg, "llm", None), "lora_rank", 0):
         cfg, report = merge(recipe.targets, cfg, report)
     targets = {name: recipe.targets[name] for name in shapes if name in recipe.targets}     # as M.fuse wants them to lie

@@ -3478,6 +3478,17 @@ def test_convert_preset_of_bases(tmp_path, system):
     assert parts and not [part for part in parts if part.endswith(("tower", ".sam", "locator"))]
 
 
+def test_convert_preset_takes_the_numbers_of_its_language_model(tmp_path, monkeypatch):
+    """Not the preset's: weights of another RoPE base or epsilon would load and talk nonsense."""
+    cfg = small_omni()
+    monkeypatch.setitem(M.PRESETS, "omni-small", cfg)
+    folders = omni_sources(tmp_path, cfg)
+    (folders["vicuna"] / "config.json").write_text(json.dumps(TINY_LLAMA | {"rope_theta": 5e5, "rms_norm_eps": 1e-4}))
+    want = M.replace(cfg.llm, rope_theta=5e5, norm_eps=1e-4, max_len=64)
+    assert cw.plan_weights([*folders.values()], "omni-small").cfg == M.replace(cfg, llm=want)
+    assert cw.plan_weights([folders["nextchat"], folders["vicuna"], folders["imagebind"]], "omni-small").cfg == cfg
+
+
 LAYOUT_NAMES = ("single files", "single index", "single shards", "bin", "bin index", "bin files", "pth", "ckpt", "old")
 
 

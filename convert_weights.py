@@ -77,8 +77,8 @@ def parse_args():
     args = parser.parse_args()
     if bool(args.sources) == bool(args.export):
         parser.error("name the sources to convert, or --export WEIGHTS_DIR")
-    if args.export and args.quantize:
-        parser.error("--quantize makes weights folders only, not exports")
+    if args.export and (args.quantize or args.preset or args.merge_lora):
+        parser.error("--quantize, --preset and --merge-lora are for weights folders, not for exports")
     if not args.out and not args.dry_run:
         parser.error("--out DIR is needed (or --dry-run)")
     return args
@@ -874,6 +874,8 @@ def configure(parts):                                   # -> the config; Chatter
 
 COPIES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
           "bpe_simple_vocab_16e6.txt.gz", "merges.txt", "vocab.json")
+WRITTEN = re.compile(r"(model(-\d+-of-\d+)?|imagebind|clip)\.safetensors|" +           # all that conversions write
+                     "|".join(map(re.escape, (*COPIES, "config.json", "added_tokens.json", INDICES[0]))))
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_NEEDED = {HEAD: ("dropped", "tied to the embedding"),
               AUDIO_SCALE: ("dropped", "NExT-GPT's sounds stay at unit length")}
@@ -1144,10 +1146,6 @@ def plan_export(folder, dtype="keep"):
     """The Plan that writes a weights folder under the public names: that of the LLaMA or CLIP, with other towers."""
     cfg, folder = M.read_config(folder), Path(folder)
     files, texts, report = {}, {"added_tokens.json": cfg.added_tokens} if cfg.added_tokens else {}, []
-    if cfg.llm and cfg.llm.lora_rank:
-        raise Refused(f"{folder}: LoRA matrices have no public names; fold them in first (--merge-lora)")
-    if cfg.projections:
-        raise Refused(f"{folder}: the public form of NExT-GPT is an addition to another model, which is not written")
     table, towers = TABLE, {"readers.imagebind.tower": "imagebind", "readers.clip.tower": "clip"}
     if cfg.system == "nextchat":                        # its towers lie in the same file
         table, towers = NEXTCHAT, {}
@@ -1155,8 +1153,10 @@ def plan_export(folder, dtype="keep"):
         del towers["readers.clip.tower"]
     for name, x in open_files(folder).items():
         key, part = original(name, [table]), part_of(name)
-        fate, note = ("renamed", key) if key else ("UNEXPECTED", "has no public name")
-        report.append(Row(str(folder), "weights", fate, name, part, note))
+        if not key:
+            raise Refused(f"{folder}: {name} has no public name; what has all of them is a LLaMA, a CLIP, an ImageBind, "
+                          "a ChatBind or a NExT-Chat, without LoRA and not quantised")
+        report.append(Row(str(folder), "weights", "renamed", name, part, key))
         files.setdefault(towers.get(part, "model"), {})[key] = Target(x, tuple(x.like.shape), cast(x.like.dtype, dtype))
     if cfg.imagebind and "text" in cfg.imagebind.towers:        # the original's strict load asks for it
         n = cfg.imagebind.towers["text"].size[0]
@@ -1203,10 +1203,10 @@ def check(plan):                                        # Raises Refused if the 
 
 def clear(out):                                         # remove what dead runs left of it: out.tmp-1234 of process 1234
     for left in out.parent.glob("*.tmp-*"):
-        if left.stem != out.name or not left.suffix[5:].isdigit():
+        if not (found := re.fullmatch(re.escape(out.name) + r"(\.tmp-(\d+))+", left.name)):
             continue
         try:
-            os.kill(int(left.suffix[5:]), 0)            # signal 0 only asks
+            os.kill(int(found[2]), 0)                   # signal 0 only asks
         except ProcessLookupError:
             shutil.rmtree(left)
         except PermissionError:                         # it lives, and is someone else's
@@ -1216,8 +1216,10 @@ def clear(out):                                         # remove what dead runs 
 def make_room(out, nbytes, sources, overwrite):         # raise Refused if out must not be written or is too large
     if out.exists() and not overwrite:
         raise Refused(f"{out} exists; choose another --out, or add --overwrite to replace it")
-    if out.exists() and not list(out.glob("*.safetensors")):
-        raise Refused(f"{out} is no weights folder, so it is not replaced; remove it yourself or choose another --out")
+    for path in out.iterdir() if out.is_dir() else ():
+        if path.is_dir() or not WRITTEN.fullmatch(path.name):
+            raise Refused(f"{out} is not replaced, for it holds {path.name}, which no conversion wrote; "
+                          "move that away or choose another --out")
     if any(out == path or out in path.parents for path in (Path(source).resolve() for source in sources)):
         raise Refused(f"{out} holds a source; choose another --out")
     if nbytes > (free := shutil.disk_usage(out.parent).free):
@@ -1246,12 +1248,14 @@ def write_shard(path, targets, bar):                    # each tensor is compute
     M.write_tensors(path, targets, values())
 
 
-def write(plan, out, sources, max_shard=5e9, overwrite=False):# whole or not at all
+def write(plan, out, sources, max_shard=5e9, overwrite=False, quantize=""):     # whole or not at all
     check(plan)
+    if quantize and not getattr(plan.cfg, "llm", None):
+        raise Refused("--quantize is for language models, and here is none")
     out = Path(out).resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     clear(out)
-    make_room(out, plan.nbytes, sources, overwrite)
+    make_room(out, plan.nbytes * (2 if quantize else 1), sources, overwrite)
     with M.new_folder(out) as new, tqdm(total=plan.nbytes, unit="B", unit_scale=True, disable=None) as bar:
         for path in plan.copies:
             shutil.copyfile(path, new / path.name)
@@ -1268,6 +1272,8 @@ def write(plan, out, sources, max_shard=5e9, overwrite=False):# whole or not at 
             (new / name).write_text(json.dumps(values, indent=1))
         if plan.cfg:
             M.write_config(plan.cfg, new)
+        if quantize:                                    # in place of the floats, which are mapped
+            M.save(M.load(new, quantize=quantize), new, plan.copies)
 
 
 def convert(sources, out, *, preset="", dtype="keep", merge_lora=False, max_shard=5e9, overwrite=False):
@@ -1284,21 +1290,7 @@ def main(args):
     check(plan)
     if args.dry_run:
         return
-    sources, out = args.sources or [args.export], args.out.resolve()
-    if args.quantize and not getattr(plan.cfg, "llm", None):
-        raise Refused("--quantize is for language models, and here is none")
-    if args.quantize:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        make_room(out, 2 * plan.nbytes, sources, args.overwrite)
-        with M.new_folder(out) as new:                  # floats, then what is kept of them
-            write(plan, new / "floats", sources, args.max_shard)
-            M.save(M.load(new / "floats", quantize=args.quantize), new / "kept", tokenizer_files(new / "floats"))
-            shutil.rmtree(new / "floats")
-            for path in (new / "kept").iterdir():
-                path.rename(new / path.name)
-            (new / "kept").rmdir()
-    else:
-        write(plan, out, sources, args.max_shard, args.overwrite)
+    write(plan, args.out, args.sources or [args.export], args.max_shard, args.overwrite, args.quantize)
     say(f"wrote {args.out}")
 
 

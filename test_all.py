@@ -3594,6 +3594,17 @@ def test_convert_export_chatbind_loads_in_transformers(tmp_path):
     assert not info["missing_keys"] and torch.equal(back.lm_head.weight, state["lm_head.weight"])
 
 
+def test_convert_export_refuses(tmp_path):
+    """What has no public names, or not all of them."""
+    llm = M.LLMConfig(64, 1, 4, 4, 88, 120)
+    for i, cfg in enumerate((small_omni(), M.ModelConfig(llm=M.replace(llm, lora_rank=2)), M.ModelConfig(llm=llm))):
+        M.save(M.Model(cfg), tmp_path / str(i))
+    M.save(M.load(tmp_path / "2", quantize="int8"), tmp_path / "2")
+    for i in range(3):
+        with pytest.raises(cw.Refused, match="has no public name; what has all of them is a LLaMA"):
+            cw.plan_export(tmp_path / str(i))
+
+
 PROJECTORS = {"whole": (123, 120), "padded": (124, 120), "two": (2, 120), "none": (0, 120), "fits": (123, 123)}
 
 
@@ -3833,14 +3844,18 @@ def test_convert_dtype_and_shards(tmp_path):
 
 
 def test_convert_output_folder(tmp_path):
-    """An existing folder is kept unless told otherwise; one that is no weights folder or holds a source always."""
+    """An existing folder is kept unless told otherwise; one that holds anything else, or a source, always."""
     folder, = put(tmp_path / "a", llama_state())
     cw.convert([folder], tmp_path / "out")
     refused([folder], tmp_path / "out", match="--overwrite")
     cw.convert([folder], tmp_path / "out", dtype="fp32", overwrite=True)
     assert M.load(tmp_path / "out").llm.embed.weight.dtype == torch.float32
-    (tmp_path / "home").mkdir()
-    refused([folder], tmp_path / "home", match="no weights folder", overwrite=True)
+    for extra in ("thesis.txt", "lora.safetensors", "painters/image/model.safetensors"):
+        shutil.copytree(tmp_path / "out", tmp_path / "home", dirs_exist_ok=True)
+        (tmp_path / "home" / extra).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "home" / extra).write_text("mine")
+        refused([folder], tmp_path / "home", match=f"it holds {extra.split('/')[0]}", overwrite=True)
+        (tmp_path / "home" / extra).unlink()
     refused([folder], folder, match="holds a source", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "home", "out"]
 

@@ -320,15 +320,8 @@ def original(name, tables=(TABLE, *TABLES.values())):   # their name of one of o
 
 
 def rename(state, table):
-    """A whole state dict under our names. Raises KeyError if a key has no row, two rows or another key's name."""
-    out = {}
-    for key, value in state.items():
-        name = translate(key, table)
-        if name in out:
-            raise KeyError(f"{key} and another key both become {name}")
-        if name is not None:
-            out[name] = value
-    return out
+    """A whole state dict under our names. Raises KeyError if a key has no row or two."""
+    return {name: value for key, value in state.items() if (name := translate(key, table))}
 
 
 # ---- Files
@@ -358,7 +351,7 @@ class Stored(NamedTuple):
 
     def read(self):                                     # by plain reads: mapped pages would count as memory in use
         if self.value is not None:
-            return self.value
+            return self.value.clone()                   # rows are written into what is read, and storages may be shared
         if not self.span:                               # frombuffer wants at least a byte
             return torch.empty(self.like.shape, dtype=self.like.dtype)
         data = bytearray(self.span)
@@ -586,7 +579,7 @@ def group(paths):
     out = [(Path(), {})]
     for path in map(Path, paths):
         found, (last, others) = open_files(path), out[-1]
-        alike = re.sub(r"\d", "", str(path)) == re.sub(r"\d", "", str(last))
+        alike = path.parent == last.parent and re.sub(r"\d", "", path.name) == re.sub(r"\d", "", last.name)
         if alike and path.is_file() and not found.keys() & others.keys():
             others |= found
         else:
@@ -617,7 +610,7 @@ def open_source(path, found):                           # -> the Source of one c
     if kind is None:
         raise Refused(f"{path}: not a LLaMA, CLIP, SAM, GroundingDINO, ImageBind, ChatBind, NExT-Chat, ChatterBox, "
                       f"NExT-GPT or diffusion model (it holds {min(found)}); give one of those")
-    c = read_json(beside(path, "config.json"))
+    c = read_json(beside(path, "config.json")) if kind in LLM_KNOWN else {}
     if kind == "llama" and re.fullmatch("llava(?!.*bind).*", str(c.get("model_type"))):
         kind = "llava"                                  # its projector is for CLIP; a ChatBind's has the same name
     tensors, rest = translate_all(found, kind, path)
@@ -666,11 +659,11 @@ def require(known, given, where):                       # known: {name: pattern 
             raise Refused(f"{where}: {key} {given[key]!r} is not supported; known: {pattern}")
 
 
-def llm_config(source, rows, c):
+def llm_config(path, rows, c):
     """What their config.json says about the language model; left out values have the original LLaMA's defaults."""
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}      # the new name and the old one
     scaling = rope.get("rope_type") or rope.get("type") or "default"
-    require({"rope_scaling": "default|llama3"}, {"rope_scaling": scaling}, source.path)
+    require({"rope_scaling": "default|llama3"}, {"rope_scaling": scaling}, path)
     defaults = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": rope.get("rope_theta")}
     c = {key: value for key, value in (defaults | c | {"vocab_size": rows}).items() if value is not None}
     values = {ours: c[theirs] for theirs, ours in LLM_FIELDS.items() if theirs in c}
@@ -679,7 +672,7 @@ def llm_config(source, rows, c):
     if values.get("head_dim") == values["dim"] // values["n_head"]:     # LLMConfig names it only if it is another
         del values["head_dim"]
     eos = c.get("eos_token_id", 2)                      # Llama 3 ends in several ways
-    return {"llm": M.to_config(M.LLMConfig, {"n_kv_head": values["n_head"]} | values, source.path),
+    return {"llm": M.to_config(M.LLMConfig, {"n_kv_head": values["n_head"]} | values, path),
             "bos": int(c.get("bos_token_id", 1)), "eos": tuple(map(int, eos if isinstance(eos, list) else [eos]))}
 
 
@@ -844,7 +837,7 @@ def language_config(main, parts):
     if main.kind == "llava":
         out = {"added_tokens": main.tokens()}
     if c := main.json("config.json") or parts["llm"].json("config.json"):
-        return out | llm_config(main, rows, c)
+        return out | llm_config(main.path, rows, c)
     known = closest_preset(main)
     return out | {"llm": replace(known.llm, vocab_size=rows, lora_rank=0), "bos": known.bos, "eos": known.eos}
 
@@ -1078,16 +1071,14 @@ def skeleton(parts, preset):                            # the module of these so
         return G.Painter(cfg) if "painter" in parts else M.Model(cfg)
 
 
-def as_told(recipe):
+def as_told(cfg, targets):
     """The config of a preset, its language model with what only the config.json beside the taken one tells."""
-    cfg, norm = recipe.cfg, recipe.targets.get(NORM)    # a source gives all of a language model, or nothing
-    for source in recipe.sources:
-        taken = norm and source.tensors.get(NORM) is norm.stored
-        if taken and source.kind != "chatterbox" and (c := source.json("config.json")):
-            with described(source.path):
-                llm = llm_config(source, cfg.llm.vocab_size, c)["llm"]
-            cfg = replace(cfg, llm=replace(cfg.llm, **{name: getattr(llm, name) for name in TOLD}))
-    return cfg
+    norm = targets.get(NORM)                            # its source gives all of a language model
+    if not norm or not (c := read_json(beside(norm.stored.path, "config.json"))):
+        return cfg
+    with described(norm.stored.path):
+        llm = llm_config(norm.stored.path, cfg.llm.vocab_size, c)["llm"]
+    return replace(cfg, llm=replace(cfg.llm, **{name: getattr(llm, name) for name in TOLD}))
 
 
 def plan_weights(paths, preset="", dtype="keep", merge_lora=False):
@@ -1104,7 +1095,7 @@ def plan_weights(paths, preset="", dtype="keep", merge_lora=False):
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if name not in M.tied(model)}
     recipe = Recipe(cfg, shapes, parts, sources, preset, (EMBED, HEAD) if preset or "projector" in parts else (), {})
     report = recipe.gather() + recipe.fill(model)
-    cfg = as_told(recipe) if preset else cfg
+    cfg = as_told(cfg, recipe.targets) if preset else cfg
     if merge_lora and getattr(getattr(cfg, "llm", None), "lora_rank", 0):
         cfg, report = merge(recipe.targets, cfg, report)
     targets = {name: recipe.targets[name] for name in shapes if name in recipe.targets}     # as M.fuse wants them to lie

@@ -3501,6 +3501,13 @@ def test_convert_layouts(tmp_path):
         assert M.read_config(tmp_path / "want") == M.read_config(tmp_path / "out" / layout)
 
 
+def test_convert_files_of_numbered_folders_are_no_shards(tmp_path):
+    paths = [tmp_path / f"v{i}/model.safetensors" for i in range(2)]
+    for path, state in zip(paths, (llama_state(), {"model.mm_projector.weight": torch.ones(32, 16)})):
+        put(path.parent, state)
+    assert [path for path, _ in cw.group(paths)] == paths
+
+
 def test_convert_hub_snapshot(tmp_path):
     put(tmp_path / "blobs", llama_state(), layout="single index")
     (tmp_path / "snapshot").mkdir()
@@ -3520,6 +3527,19 @@ def test_convert_views(tmp_path):
     cw.convert(put(tmp_path / "a", views, layout="bin"), tmp_path / "out")
     cw.convert(put(tmp_path / "b", state), tmp_path / "want")
     same(tmp_path / "want", tmp_path / "out")
+
+
+@pytest.mark.parametrize("zipped", (True, False))
+def test_convert_shared_storage_is_not_written(tmp_path, zipped):
+    """Rows of added tokens go into the embedding alone, even where lm_head is the same tensor in the file."""
+    state = llama_state(123)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    folder, = put(tmp_path / "a", state, layout="bin" if zipped else "old")
+    torch.save({"model.mm_projector.weight": torch.ones(32, 16), "model.mm_projector.bias": torch.zeros(32),
+                "model.embed_tokens.weight": torch.ones(123, 32)}, tmp_path / "mm_projector.bin")
+    cw.convert([folder, tmp_path / "mm_projector.bin"], tmp_path / "out")
+    got = M.load(tmp_path / "out").llm
+    assert (got.embed.weight[120:] == 1).all() and torch.equal(got.lm_head.weight, state["lm_head.weight"])
 
 
 LLAMAS = {"plain": {}, "grouped": dict(num_key_value_heads=2), "tied": dict(tie_word_embeddings=True), "wide": dict(head_dim=32),

@@ -105,6 +105,16 @@ class Refused(ValueError):
         self.code = code
 
 
+@contextmanager
+def refusing(what, advice="", code=2):                  # parsers of damaged files and odd sizes raise anything
+    try:
+        yield
+    except Refused:
+        raise
+    except Exception as error:
+        raise Refused(f"{what} ({error!r:.200}){advice}", code) from None
+
+
 # ---- Tables
 # A row is (theirs, ours). {} is an index, {a,b} one of the words (on both sides, matched by place), * the rest;
 # ours None = dropped on purpose, with the reason. Read from right to left the same rows export.
@@ -369,10 +379,8 @@ def beside(path, name):                                 # a file of the folder t
 def read_json(path):                                    # the object in a JSON file, {} if there is no such file
     if not path.is_file():
         return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:       # brackets in brackets in ...
-        raise Refused(f"{path}: not JSON ({error}); download it again", 3) from None
+    with refusing(f"{path}: not JSON", "; download it again", 3):
+        values = json.loads(path.read_bytes())
     if not isinstance(values, dict):
         raise Refused(f"{path}: holds a {type(values).__name__} instead of an object; download it again", 3)
     return values
@@ -448,18 +456,13 @@ def open_file(path):
         raise Refused(f"{path}: a Git-LFS pointer, not the file itself; fetch that with git lfs pull", 3)
     if head.lstrip().startswith(b"<"):
         raise Refused(f"{path}: a web page, not weights; the download needs a login or another address", 3)
-    try:                                                # the JSON of safetensors begins behind 8 bytes of length
+    with refusing(f"{path}: truncated or damaged", "; download it again", 3):   # JSON begins behind 8 bytes of length
         found = open_safetensors(path) if path.suffix == ".safetensors" or head[8:9] == b"{" else open_pickle(path)
         for x in found:                                 # nbytes > span: an expanded view, of few bytes but any size
             if not isinstance(x.key, str) or x.like.dtype not in CODES or x.like.nbytes > x.span:
                 raise ValueError(f"{x.key!r:.60} is no plain tensor")
         if not found:
             raise ValueError("it holds no tensors")
-    except Refused:
-        raise
-    except Exception as error:                          # parsers of damaged files raise nearly everything
-        why = " ".join(str(error).split())              # torch's messages have many lines
-        raise Refused(f"{path}: truncated or damaged ({why:.120}); download it again", 3) from None
     return found
 
 
@@ -590,9 +593,7 @@ def group(paths):
 def translate_all(found, kind, path):                   # -> {our name: Stored}, [(fate, key, note)] of other keys
     tensors, rest, unknown = {}, [], (None, None, "unknown to the tables")
     for key, stored in found.items():
-        key = key.removeprefix("module.")               # some GroundingDINO files
-        if kind in SPELLINGS:
-            key = re.sub(*SPELLINGS[kind], key)
+        key = re.sub(*SPELLINGS.get(kind, ("^", "")), key.removeprefix("module."))      # module: of some GroundingDINO
         rows = matching(key, TABLES.get(kind, TABLE))
         theirs, ours, *why = rows[0] if len(rows) == 1 else unknown
         if ours is None:
@@ -872,6 +873,7 @@ WRITTEN = re.compile(r"(model(-\d+-of-\d+)?|imagebind|clip)\.safetensors|" +    
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_NEEDED = {HEAD: ("dropped", "tied to the embedding"),
               AUDIO_SCALE: ("dropped", "NExT-GPT's sounds stay at unit length")}
+NO_MODEL = "config.json or shapes describe no model"
 # What training makes, and which file gives the rest
 LEARNED = re.compile(r"readers\.(\w+\.projector|box|region)\..*|.*\.lora_[AB]|"
                      r"writers\.(at\.(?!sam\.).*|vg\.query\..*|\w+\.proj\..*)")
@@ -1011,7 +1013,7 @@ class Recipe(NamedTuple):
             x = source.tensors.get(name)
             if x is None or x.like.shape[1:] != self.shapes[name][1:]:
                 continue
-            first = self.parts["llm"].shape(EMBED)[0] if source.kind == "delta" else 0      # a delta has only these whole
+            first = self.parts["llm"].shape(EMBED)[0] if source.kind == "delta" else 0      # a delta has these whole
             rows = {token: row for token, row in source.tokens().items() if row >= first}
             if new := {row: missing.pop(token) for token, row in rows.items() if token in missing}:
                 out.append((x, list(new), list(new.values())))
@@ -1055,18 +1057,8 @@ def check_base(base, delta, cfg):
                       f"({', '.join(cfg.added_tokens)}) do not explain; name the base it was made against")
 
 
-@contextmanager
-def described(path):                                    # sizes of a stranger's config.json can break any layer
-    try:
-        yield
-    except Refused:
-        raise
-    except Exception as error:
-        raise Refused(f"{path}: config.json or shapes describe no model ({error!r:.200})") from None
-
-
 def skeleton(parts, preset):                            # the module of these sources, on meta
-    with described([*parts.values()][-1].path), torch.device("meta"):
+    with refusing(f"{[*parts.values()][-1].path}: {NO_MODEL}"), torch.device("meta"):
         cfg = M.PRESETS[preset] if preset else configure(parts)
         return G.Painter(cfg) if "painter" in parts else M.Model(cfg)
 
@@ -1076,7 +1068,7 @@ def as_told(cfg, targets):
     norm = targets.get(NORM)                            # its source gives all of a language model
     if not norm or not (c := read_json(beside(norm.stored.path, "config.json"))):
         return cfg
-    with described(norm.stored.path):
+    with refusing(f"{norm.stored.path}: {NO_MODEL}"):
         llm = llm_config(norm.stored.path, cfg.llm.vocab_size, c)["llm"]
     return replace(cfg, llm=replace(cfg.llm, **{name: getattr(llm, name) for name in TOLD}))
 
@@ -1098,7 +1090,7 @@ def plan_weights(paths, preset="", dtype="keep", merge_lora=False):
     cfg = as_told(cfg, recipe.targets) if preset else cfg
     if merge_lora and getattr(getattr(cfg, "llm", None), "lora_rank", 0):
         cfg, report = merge(recipe.targets, cfg, report)
-    targets = {name: recipe.targets[name] for name in shapes if name in recipe.targets}     # as M.fuse wants them to lie
+    targets = {name: recipe.targets[name] for name in shapes if name in recipe.targets}     # as M.fuse wants them
     targets = {name: target._replace(dtype=cast(target.dtype, dtype)) for name, target in targets.items()}
     order = sorted(reversed(sources), key=lambda source: source.kind in (*LLMS, "delta", "nextgpt"))
     folders = [beside(source.path, "tokenizer" if source.kind == "painter" else "") for source in order]
@@ -1145,8 +1137,8 @@ def plan_export(folder, dtype="keep"):
     for name, x in open_files(folder).items():
         key, part = original(name, [table]), part_of(name)
         if not key:
-            raise Refused(f"{folder}: {name} has no public name; what has all of them is a LLaMA, a CLIP, an ImageBind, "
-                          "a ChatBind or a NExT-Chat, without LoRA and not quantised")
+            raise Refused(f"{folder}: {name} has no public name; what has all of them is a LLaMA, a CLIP, an "
+                          "ImageBind, a ChatBind or a NExT-Chat, without LoRA and not quantised")
         report.append(Row(str(folder), "weights", "renamed", name, part, key))
         files.setdefault(towers.get(part, "model"), {})[key] = Target(x, tuple(x.like.shape), cast(x.like.dtype, dtype))
     if cfg.imagebind and "text" in cfg.imagebind.towers:        # the original's strict load asks for it
@@ -1256,9 +1248,8 @@ def write(plan, out, sources, max_shard=5e9, overwrite=False, quantize=""):     
             for name, shard in files.items():
                 write_shard(new / name, shard, bar)
             if len(files) > 1:
-                weight_map = {key: name for name, shard in files.items() for key in shard}
-                size = sum(target.nbytes for target in targets.values())
-                texts[INDICES[0]] = {"metadata": {"total_size": size}, "weight_map": weight_map}
+                texts[INDICES[0]] = {"metadata": {"total_size": sum(target.nbytes for target in targets.values())},
+                                     "weight_map": {key: name for name, shard in files.items() for key in shard}}
         for name, values in texts.items():
             (new / name).write_text(json.dumps(values, indent=1))
         if plan.cfg:

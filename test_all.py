@@ -3702,6 +3702,13 @@ def test_convert_refuses_other_features(tmp_path, monkeypatch, odd):
     refused(put(tmp_path / "a", weights, TINY_LLAMA | {"model_type": "nextchat"} | odd, tokens=tokens), tmp_path / "out", match=min(odd))
 
 
+@pytest.mark.parametrize("name, kind", (("llava", "llava"), ("llava_llama", "llava"), ("llava_image_bind_select", "chatbind")))
+def test_convert_llava_is_no_chatbind(tmp_path, name, kind):
+    """Their keys are the same; a LLaVA's projector, fed by ImageBind, would give nonsense."""
+    folder, = put(tmp_path / "a", llama_state(123, projector=16), TINY_LLAMA | {"model_type": name}, tokens=IM_TOKENS)
+    assert cw.open_sources([folder], "")["llm"].kind == kind
+
+
 def test_convert_refuses_duplicates(tmp_path):
     folder, = put(tmp_path / "a", llama_state(), layout="bin shards")
     torch.save({Q: torch.ones(32, 32)}, folder / "pytorch_model-3.bin")

@@ -17,6 +17,7 @@ import sys
 import zipfile
 import zlib
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -76,8 +77,8 @@ def parse_args():
     args = parser.parse_args()
     if bool(args.sources) == bool(args.export):
         parser.error("name the sources to convert, or --export WEIGHTS_DIR")
-    if args.export and args.quantize:
-        parser.error("--quantize makes weights folders only, not exports")
+    if args.export and (args.quantize or args.preset or args.merge_lora):
+        parser.error("--quantize, --preset and --merge-lora are for weights folders, not for exports")
     if not args.out and not args.dry_run:
         parser.error("--out DIR is needed (or --dry-run)")
     return args
@@ -102,6 +103,16 @@ class Refused(ValueError):
     def __init__(self, message, code=2):
         super().__init__(message)
         self.code = code
+
+
+@contextmanager
+def refusing(what, advice="", code=2):                  # parsers of damaged files and odd sizes raise anything
+    try:
+        yield
+    except Refused:
+        raise
+    except Exception as error:
+        raise Refused(f"{what} ({error!r:.200}){advice}", code) from None
 
 
 # ---- Tables
@@ -258,6 +269,7 @@ LLM_FIELDS = SIZES | {"num_key_value_heads": "n_kv_head", "rms_norm_eps": "norm_
                       "vocab_size": "vocab_size"}
 ROPE_FIELDS = {"factor": "rope_factor", "low_freq_factor": "rope_low", "high_freq_factor": "rope_high",
                "original_max_position_embeddings": "rope_train_len"}                        # of Llama 3
+TOLD = "norm_eps", "max_len", "rope_theta", *ROPE_FIELDS.values()             # what no shape tells
 CLIP_FIELDS = SIZES | {"image_size": "image_size", "patch_size": "patch_size"}
 TEXT_FIELDS = SIZES | {"vocab_size": "vocab_size", "max_position_embeddings": "max_len", "hidden_act": "act",
                        "layer_norm_eps": "norm_eps"}
@@ -318,15 +330,8 @@ def original(name, tables=(TABLE, *TABLES.values())):   # their name of one of o
 
 
 def rename(state, table):
-    """A whole state dict under our names. Raises KeyError if a key has no row, two rows or another key's name."""
-    out = {}
-    for key, value in state.items():
-        name = translate(key, table)
-        if name in out:
-            raise KeyError(f"{key} and another key both become {name}")
-        if name is not None:
-            out[name] = value
-    return out
+    """A whole state dict under our names. Raises KeyError if a key has no row or two."""
+    return {name: value for key, value in state.items() if (name := translate(key, table))}
 
 
 # ---- Files
@@ -356,7 +361,7 @@ class Stored(NamedTuple):
 
     def read(self):                                     # by plain reads: mapped pages would count as memory in use
         if self.value is not None:
-            return self.value
+            return self.value.clone()                   # rows are written into what is read, and storages may be shared
         if not self.span:                               # frombuffer wants at least a byte
             return torch.empty(self.like.shape, dtype=self.like.dtype)
         data = bytearray(self.span)
@@ -374,10 +379,8 @@ def beside(path, name):                                 # a file of the folder t
 def read_json(path):                                    # the object in a JSON file, {} if there is no such file
     if not path.is_file():
         return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:       # brackets in brackets in ...
-        raise Refused(f"{path}: not JSON ({error}); download it again", 3) from None
+    with refusing(f"{path}: not JSON", "; download it again", 3):
+        values = json.loads(path.read_bytes())
     if not isinstance(values, dict):
         raise Refused(f"{path}: holds a {type(values).__name__} instead of an object; download it again", 3)
     return values
@@ -453,18 +456,13 @@ def open_file(path):
         raise Refused(f"{path}: a Git-LFS pointer, not the file itself; fetch that with git lfs pull", 3)
     if head.lstrip().startswith(b"<"):
         raise Refused(f"{path}: a web page, not weights; the download needs a login or another address", 3)
-    try:                                                # the JSON of safetensors begins behind 8 bytes of length
+    with refusing(f"{path}: truncated or damaged", "; download it again", 3):   # JSON begins behind 8 bytes of length
         found = open_safetensors(path) if path.suffix == ".safetensors" or head[8:9] == b"{" else open_pickle(path)
         for x in found:                                 # nbytes > span: an expanded view, of few bytes but any size
             if not isinstance(x.key, str) or x.like.dtype not in CODES or x.like.nbytes > x.span:
                 raise ValueError(f"{x.key!r:.60} is no plain tensor")
         if not found:
             raise ValueError("it holds no tensors")
-    except Refused:
-        raise
-    except Exception as error:                          # parsers of damaged files raise nearly everything
-        why = " ".join(str(error).split())              # torch's messages have many lines
-        raise Refused(f"{path}: truncated or damaged ({why:.120}); download it again", 3) from None
     return found
 
 
@@ -514,7 +512,8 @@ LLMS = "llama", "llava", "chatbind", "nextchat", "chatterbox"           # kinds 
 ADDITIONS = "delta", "projector", "nextgpt"                             # what is trained for one
 TOKENS = list(M.CHATBIND_TOKENS)                        # padding first, then the three around media
 PUBLISHED = {p.system: p.added_tokens for p in M.PRESETS.values() if p.system != "tiny"}
-EMBED, HEAD, BRIDGE = "llm.embed.weight", "llm.lm_head.weight", "readers.imagebind.projector.weight"
+EMBED, NORM, HEAD = "llm.embed.weight", "llm.norm.weight", "llm.lm_head.weight"
+BRIDGE = "readers.imagebind.projector.weight"
 AUDIO_SCALE, CLS = TOWER + "audio.log_scale", "readers.clip.tower.cls"
 MASK_TOKENS = "writers.at.sam.mask_decoder.mask_tokens.weight"
 
@@ -567,6 +566,13 @@ class Source(NamedTuple):
         return tokens
 
 
+# What config.json must say where it says it; of LLaVA's fields, ChatBind's original heeds one
+SEEN = {"hidden_act": "silu", "mm_vision_select_layer": "-2", "mm_vision_select_feature": "patch"}
+FRAMED = {"mm_use_im_start_end": "True"}
+LLM_KNOWN = {"llama": {"hidden_act": "silu", "model_type": "llama|llava.*"}, "llava": SEEN, "nextchat": SEEN | FRAMED,
+             "chatbind": {"hidden_act": "silu", "model_type": "llama|llava.*"} | FRAMED}
+
+
 def kind_of(keys):
     return next((kind for kind, sign in SIGNS.items() if any(re.search(sign, key) for key in keys)), None)
 
@@ -576,7 +582,7 @@ def group(paths):
     out = [(Path(), {})]
     for path in map(Path, paths):
         found, (last, others) = open_files(path), out[-1]
-        alike = re.sub(r"\d", "", str(path)) == re.sub(r"\d", "", str(last))
+        alike = path.parent == last.parent and re.sub(r"\d", "", path.name) == re.sub(r"\d", "", last.name)
         if alike and path.is_file() and not found.keys() & others.keys():
             others |= found
         else:
@@ -587,9 +593,7 @@ def group(paths):
 def translate_all(found, kind, path):                   # -> {our name: Stored}, [(fate, key, note)] of other keys
     tensors, rest, unknown = {}, [], (None, None, "unknown to the tables")
     for key, stored in found.items():
-        key = key.removeprefix("module.")               # some GroundingDINO files
-        if kind in SPELLINGS:
-            key = re.sub(*SPELLINGS[kind], key)
+        key = re.sub(*SPELLINGS.get(kind, ("^", "")), key.removeprefix("module."))      # module: of some GroundingDINO
         rows = matching(key, TABLES.get(kind, TABLE))
         theirs, ours, *why = rows[0] if len(rows) == 1 else unknown
         if ours is None:
@@ -607,11 +611,13 @@ def open_source(path, found):                           # -> the Source of one c
     if kind is None:
         raise Refused(f"{path}: not a LLaMA, CLIP, SAM, GroundingDINO, ImageBind, ChatBind, NExT-Chat, ChatterBox, "
                       f"NExT-GPT or diffusion model (it holds {min(found)}); give one of those")
-    if kind == "llama" and read_json(beside(path, "config.json")).get("model_type") == "llava":
+    c = read_json(beside(path, "config.json")) if kind in LLM_KNOWN else {}
+    if kind == "llama" and re.fullmatch("llava(?!.*bind).*", str(c.get("model_type"))):
         kind = "llava"                                  # its projector is for CLIP; a ChatBind's has the same name
     tensors, rest = translate_all(found, kind, path)
     if kind == "llama" and BRIDGE in tensors:
         kind = "chatbind"
+    require(LLM_KNOWN.get(kind, {}), c, path)
     if kind in ("llama", "chatbind", "llava"):
         norms = [x.read().double().mean() for name, x in tensors.items() if re.match(r"llm\..*norm\.weight", name)]
         if norms and abs(sum(norms) / len(norms)) < 0.05:                       # in a whole model they are near 1
@@ -650,17 +656,15 @@ def open_sources(paths, preset):
 
 def require(known, given, where):                       # known: {name: pattern of the values that we can do}
     for key, pattern in known.items():
-        if key in given and not re.fullmatch(pattern, str(given[key])):
+        if given.get(key) is not None and not re.fullmatch(pattern, str(given[key])):
             raise Refused(f"{where}: {key} {given[key]!r} is not supported; known: {pattern}")
 
 
-def llm_config(source, rows, c):
+def llm_config(path, rows, c):
     """What their config.json says about the language model; left out values have the original LLaMA's defaults."""
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}      # the new name and the old one
     scaling = rope.get("rope_type") or rope.get("type") or "default"
-    known = {"model_type": ".*" if source.kind == "nextchat" else "llama|llava.*", "hidden_act": "silu",
-             "rope_scaling": "default|llama3"}
-    require(known, c | {"rope_scaling": scaling}, source.path)
+    require({"rope_scaling": "default|llama3"}, {"rope_scaling": scaling}, path)
     defaults = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": rope.get("rope_theta")}
     c = {key: value for key, value in (defaults | c | {"vocab_size": rows}).items() if value is not None}
     values = {ours: c[theirs] for theirs, ours in LLM_FIELDS.items() if theirs in c}
@@ -669,7 +673,7 @@ def llm_config(source, rows, c):
     if values.get("head_dim") == values["dim"] // values["n_head"]:     # LLMConfig names it only if it is another
         del values["head_dim"]
     eos = c.get("eos_token_id", 2)                      # Llama 3 ends in several ways
-    return {"llm": M.to_config(M.LLMConfig, {"n_kv_head": values["n_head"]} | values, source.path),
+    return {"llm": M.to_config(M.LLMConfig, {"n_kv_head": values["n_head"]} | values, path),
             "bos": int(c.get("bos_token_id", 1)), "eos": tuple(map(int, eos if isinstance(eos, list) else [eos]))}
 
 
@@ -729,6 +733,7 @@ def imagebind_config(source, unit_sounds):
 PAINTER_KNOWN = {
     "unet": {"act_fn": "silu", "flip_sin_to_cos": "True", "freq_shift": "0", "norm_eps": "1e-05",
              "downsample_padding": "1", "only_cross_attention": "False", "use_linear_projection": "False",
+             "center_input_sample": "False", "mid_block_scale_factor": r"1(\.0)?", "dual_cross_attention": "False",
              "resnet_time_scale_shift": "default", "class_embed_type": "simple_projection",
              "time_embedding_type": "positional"},
     "vae": {"act_fn": "silu"},
@@ -737,7 +742,8 @@ PAINTER_KNOWN = {
     "scheduler": {"_class_name": "PNDMScheduler|DDIMScheduler", "num_train_timesteps": "1000",
                   "beta_schedule": "scaled_linear", "skip_prk_steps": "True", "steps_offset": "1",
                   "set_alpha_to_one": "False", "clip_sample": "False", "prediction_type": "epsilon",
-                  "timestep_spacing": "leading", "thresholding": "False"}}
+                  "timestep_spacing": "leading", "thresholding": "False", "trained_betas": "null",
+                  "rescale_betas_zero_snr": "False"}}
 PAINTER_FILES = {part: "config.json" for part in PAINTER_PARTS} | {
     "scheduler": "scheduler_config.json", "tokenizer": "special_tokens_map.json"}
 
@@ -832,7 +838,7 @@ def language_config(main, parts):
     if main.kind == "llava":
         out = {"added_tokens": main.tokens()}
     if c := main.json("config.json") or parts["llm"].json("config.json"):
-        return out | llm_config(main, rows, c)
+        return out | llm_config(main.path, rows, c)
     known = closest_preset(main)
     return out | {"llm": replace(known.llm, vocab_size=rows, lora_rank=0), "bos": known.bos, "eos": known.eos}
 
@@ -862,9 +868,12 @@ def configure(parts):                                   # -> the config; Chatter
 
 COPIES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
           "bpe_simple_vocab_16e6.txt.gz", "merges.txt", "vocab.json")
+WRITTEN = re.compile(r"(model(-\d+-of-\d+)?|imagebind|clip)\.safetensors|" +           # all that conversions write
+                     "|".join(map(re.escape, (*COPIES, "config.json", "added_tokens.json", INDICES[0]))))
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_NEEDED = {HEAD: ("dropped", "tied to the embedding"),
               AUDIO_SCALE: ("dropped", "NExT-GPT's sounds stay at unit length")}
+NO_MODEL = "config.json or shapes describe no model"
 # What training makes, and which file gives the rest
 LEARNED = re.compile(r"readers\.(\w+\.projector|box|region)\..*|.*\.lora_[AB]|"
                      r"writers\.(at\.(?!sam\.).*|vg\.query\..*|\w+\.proj\..*)")
@@ -1004,7 +1013,7 @@ class Recipe(NamedTuple):
             x = source.tensors.get(name)
             if x is None or x.like.shape[1:] != self.shapes[name][1:]:
                 continue
-            first = self.parts["llm"].shape(EMBED)[0] if source.kind == "delta" else 0      # a delta has only these whole
+            first = self.parts["llm"].shape(EMBED)[0] if source.kind == "delta" else 0      # a delta has these whole
             rows = {token: row for token, row in source.tokens().items() if row >= first}
             if new := {row: missing.pop(token) for token, row in rows.items() if token in missing}:
                 out.append((x, list(new), list(new.values())))
@@ -1049,14 +1058,19 @@ def check_base(base, delta, cfg):
 
 
 def skeleton(parts, preset):                            # the module of these sources, on meta
-    try:
+    with refusing(f"{[*parts.values()][-1].path}: {NO_MODEL}"), torch.device("meta"):
         cfg = M.PRESETS[preset] if preset else configure(parts)
-        with torch.device("meta"):
-            return G.Painter(cfg) if "painter" in parts else M.Model(cfg)
-    except Refused:
-        raise
-    except Exception as error:                          # sizes of a stranger's config.json can break any layer
-        raise Refused(f"{parts.popitem()[1].path}: config.json or shapes describe no model ({error!r:.200})") from None
+        return G.Painter(cfg) if "painter" in parts else M.Model(cfg)
+
+
+def as_told(cfg, targets):
+    """The config of a preset, its language model with what only the config.json beside the taken one tells."""
+    norm = targets.get(NORM)                            # its source gives all of a language model
+    if not norm or not (c := read_json(beside(norm.stored.path, "config.json"))):
+        return cfg
+    with refusing(f"{norm.stored.path}: {NO_MODEL}"):
+        llm = llm_config(norm.stored.path, cfg.llm.vocab_size, c)["llm"]
+    return replace(cfg, llm=replace(cfg.llm, **{name: getattr(llm, name) for name in TOLD}))
 
 
 def plan_weights(paths, preset="", dtype="keep", merge_lora=False):
@@ -1073,9 +1087,10 @@ def plan_weights(paths, preset="", dtype="keep", merge_lora=False):
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if name not in M.tied(model)}
     recipe = Recipe(cfg, shapes, parts, sources, preset, (EMBED, HEAD) if preset or "projector" in parts else (), {})
     report = recipe.gather() + recipe.fill(model)
+    cfg = as_told(cfg, recipe.targets) if preset else cfg
     if merge_lora and getattr(getattr(cfg, "llm", None), "lora_rank", 0):
         cfg, report = merge(recipe.targets, cfg, report)
-    targets = {name: recipe.targets[name] for name in shapes if name in recipe.targets}     # as M.fuse wants them to lie
+    targets = {name: recipe.targets[name] for name in shapes if name in recipe.targets}     # as M.fuse wants them
     targets = {name: target._replace(dtype=cast(target.dtype, dtype)) for name, target in targets.items()}
     order = sorted(reversed(sources), key=lambda source: source.kind in (*LLMS, "delta", "nextgpt"))
     folders = [beside(source.path, "tokenizer" if source.kind == "painter" else "") for source in order]
@@ -1114,10 +1129,6 @@ def plan_export(folder, dtype="keep"):
     """The Plan that writes a weights folder under the public names: that of the LLaMA or CLIP, with other towers."""
     cfg, folder = M.read_config(folder), Path(folder)
     files, texts, report = {}, {"added_tokens.json": cfg.added_tokens} if cfg.added_tokens else {}, []
-    if cfg.llm and cfg.llm.lora_rank:
-        raise Refused(f"{folder}: LoRA matrices have no public names; fold them in first (--merge-lora)")
-    if cfg.projections:
-        raise Refused(f"{folder}: the public form of NExT-GPT is an addition to another model, which is not written")
     table, towers = TABLE, {"readers.imagebind.tower": "imagebind", "readers.clip.tower": "clip"}
     if cfg.system == "nextchat":                        # its towers lie in the same file
         table, towers = NEXTCHAT, {}
@@ -1125,8 +1136,10 @@ def plan_export(folder, dtype="keep"):
         del towers["readers.clip.tower"]
     for name, x in open_files(folder).items():
         key, part = original(name, [table]), part_of(name)
-        fate, note = ("renamed", key) if key else ("UNEXPECTED", "has no public name")
-        report.append(Row(str(folder), "weights", fate, name, part, note))
+        if not key:
+            raise Refused(f"{folder}: {name} has no public name; what has all of them is a LLaMA, a CLIP, an "
+                          "ImageBind, a ChatBind or a NExT-Chat, without LoRA and not quantised")
+        report.append(Row(str(folder), "weights", "renamed", name, part, key))
         files.setdefault(towers.get(part, "model"), {})[key] = Target(x, tuple(x.like.shape), cast(x.like.dtype, dtype))
     if cfg.imagebind and "text" in cfg.imagebind.towers:        # the original's strict load asks for it
         n = cfg.imagebind.towers["text"].size[0]
@@ -1173,10 +1186,10 @@ def check(plan):                                        # Raises Refused if the 
 
 def clear(out):                                         # remove what dead runs left of it: out.tmp-1234 of process 1234
     for left in out.parent.glob("*.tmp-*"):
-        if left.stem != out.name or not left.suffix[5:].isdigit():
+        if not (found := re.fullmatch(re.escape(out.name) + r"(\.tmp-(\d+))+", left.name)):
             continue
         try:
-            os.kill(int(left.suffix[5:]), 0)            # signal 0 only asks
+            os.kill(int(found[2]), 0)                   # signal 0 only asks
         except ProcessLookupError:
             shutil.rmtree(left)
         except PermissionError:                         # it lives, and is someone else's
@@ -1186,8 +1199,10 @@ def clear(out):                                         # remove what dead runs 
 def make_room(out, nbytes, sources, overwrite):         # raise Refused if out must not be written or is too large
     if out.exists() and not overwrite:
         raise Refused(f"{out} exists; choose another --out, or add --overwrite to replace it")
-    if out.exists() and not list(out.glob("*.safetensors")):
-        raise Refused(f"{out} is no weights folder, so it is not replaced; remove it yourself or choose another --out")
+    for path in out.iterdir() if out.is_dir() else ():
+        if path.is_dir() or not WRITTEN.fullmatch(path.name):
+            raise Refused(f"{out} is not replaced, for it holds {path.name}, which no conversion wrote; "
+                          "move that away or choose another --out")
     if any(out == path or out in path.parents for path in (Path(source).resolve() for source in sources)):
         raise Refused(f"{out} holds a source; choose another --out")
     if nbytes > (free := shutil.disk_usage(out.parent).free):
@@ -1216,12 +1231,14 @@ def write_shard(path, targets, bar):                    # each tensor is compute
     M.write_tensors(path, targets, values())
 
 
-def write(plan, out, sources, max_shard=5e9, overwrite=False):# whole or not at all
+def write(plan, out, sources, max_shard=5e9, overwrite=False, quantize=""):     # whole or not at all
     check(plan)
+    if quantize and not getattr(plan.cfg, "llm", None):
+        raise Refused("--quantize is for language models, and here is none")
     out = Path(out).resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     clear(out)
-    make_room(out, plan.nbytes, sources, overwrite)
+    make_room(out, plan.nbytes * (2 if quantize else 1), sources, overwrite)
     with M.new_folder(out) as new, tqdm(total=plan.nbytes, unit="B", unit_scale=True, disable=None) as bar:
         for path in plan.copies:
             shutil.copyfile(path, new / path.name)
@@ -1231,13 +1248,14 @@ def write(plan, out, sources, max_shard=5e9, overwrite=False):# whole or not at 
             for name, shard in files.items():
                 write_shard(new / name, shard, bar)
             if len(files) > 1:
-                weight_map = {key: name for name, shard in files.items() for key in shard}
-                size = sum(target.nbytes for target in targets.values())
-                texts[INDICES[0]] = {"metadata": {"total_size": size}, "weight_map": weight_map}
+                texts[INDICES[0]] = {"metadata": {"total_size": sum(target.nbytes for target in targets.values())},
+                                     "weight_map": {key: name for name, shard in files.items() for key in shard}}
         for name, values in texts.items():
             (new / name).write_text(json.dumps(values, indent=1))
         if plan.cfg:
             M.write_config(plan.cfg, new)
+        if quantize:                                    # in place of the floats, which are mapped
+            M.save(M.load(new, quantize=quantize), new, plan.copies)
 
 
 def convert(sources, out, *, preset="", dtype="keep", merge_lora=False, max_shard=5e9, overwrite=False):
@@ -1254,21 +1272,7 @@ def main(args):
     check(plan)
     if args.dry_run:
         return
-    sources, out = args.sources or [args.export], args.out.resolve()
-    if args.quantize and not getattr(plan.cfg, "llm", None):
-        raise Refused("--quantize is for language models, and here is none")
-    if args.quantize:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        make_room(out, 2 * plan.nbytes, sources, args.overwrite)
-        with M.new_folder(out) as new:                  # floats, then what is kept of them
-            write(plan, new / "floats", sources, args.max_shard)
-            M.save(M.load(new / "floats", quantize=args.quantize), new / "kept", tokenizer_files(new / "floats"))
-            shutil.rmtree(new / "floats")
-            for path in (new / "kept").iterdir():
-                path.rename(new / path.name)
-            (new / "kept").rmdir()
-    else:
-        write(plan, out, sources, args.max_shard, args.overwrite)
+    write(plan, args.out, args.sources or [args.export], args.max_shard, args.overwrite, args.quantize)
     say(f"wrote {args.out}")
 
 

@@ -3504,7 +3504,10 @@ def test_convert_refuses_diffusion(tmp_path):
     hub_folder(tmp_path / "hub", "audioldm")
     llama, = put(tmp_path / "llm", llama_state())
     refused([tmp_path / "hub", llama], tmp_path / "out", match="convert it alone")
-    (tmp_path / "hub/scheduler/scheduler_config.json").unlink()
+    path = tmp_path / "hub/scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"trained_betas": [0.1]}))
+    refused([tmp_path / "hub"], tmp_path / "out", match="trained_betas")
+    path.unlink()
     refused([tmp_path / "hub"], tmp_path / "out", match="MISSING scheduler/scheduler_config.json")
 
 
@@ -3600,6 +3603,17 @@ def test_convert_preset_of_bases(tmp_path, system):
     assert parts and not [part for part in parts if part.endswith(("tower", ".sam", "locator"))]
 
 
+def test_convert_preset_takes_the_numbers_of_its_language_model(tmp_path, monkeypatch):
+    """Not the preset's: weights of another RoPE base or epsilon would load and talk nonsense."""
+    cfg = small_omni()
+    monkeypatch.setitem(M.PRESETS, "omni-small", cfg)
+    folders = omni_sources(tmp_path, cfg)
+    (folders["vicuna"] / "config.json").write_text(json.dumps(TINY_LLAMA | {"rope_theta": 5e5, "rms_norm_eps": 1e-4}))
+    want = M.replace(cfg.llm, rope_theta=5e5, norm_eps=1e-4, max_len=64)
+    assert cw.plan_weights([*folders.values()], "omni-small").cfg == M.replace(cfg, llm=want)
+    assert cw.plan_weights([folders["nextchat"], folders["vicuna"], folders["imagebind"]], "omni-small").cfg == cfg
+
+
 LAYOUT_NAMES = ("single files", "single index", "single shards", "bin", "bin index", "bin files", "pth", "ckpt", "old")
 
 
@@ -3610,6 +3624,13 @@ def test_convert_layouts(tmp_path):
         cw.convert(put(tmp_path / layout, state, layout=layout), tmp_path / "out" / layout)
         same(tmp_path / "want", tmp_path / "out" / layout)
         assert M.read_config(tmp_path / "want") == M.read_config(tmp_path / "out" / layout)
+
+
+def test_convert_files_of_numbered_folders_are_no_shards(tmp_path):
+    paths = [tmp_path / f"v{i}/model.safetensors" for i in range(2)]
+    for path, state in zip(paths, (llama_state(), {"model.mm_projector.weight": torch.ones(32, 16)})):
+        put(path.parent, state)
+    assert [path for path, _ in cw.group(paths)] == paths
 
 
 def test_convert_hub_snapshot(tmp_path):
@@ -3631,6 +3652,19 @@ def test_convert_views(tmp_path):
     cw.convert(put(tmp_path / "a", views, layout="bin"), tmp_path / "out")
     cw.convert(put(tmp_path / "b", state), tmp_path / "want")
     same(tmp_path / "want", tmp_path / "out")
+
+
+@pytest.mark.parametrize("zipped", (True, False))
+def test_convert_shared_storage_is_not_written(tmp_path, zipped):
+    """Rows of added tokens go into the embedding alone, even where lm_head is the same tensor in the file."""
+    state = llama_state(123)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    folder, = put(tmp_path / "a", state, layout="bin" if zipped else "old")
+    torch.save({"model.mm_projector.weight": torch.ones(32, 16), "model.mm_projector.bias": torch.zeros(32),
+                "model.embed_tokens.weight": torch.ones(123, 32)}, tmp_path / "mm_projector.bin")
+    cw.convert([folder, tmp_path / "mm_projector.bin"], tmp_path / "out")
+    got = M.load(tmp_path / "out").llm
+    assert (got.embed.weight[120:] == 1).all() and torch.equal(got.lm_head.weight, state["lm_head.weight"])
 
 
 LLAMAS = {"plain": {}, "grouped": dict(num_key_value_heads=2), "tied": dict(tie_word_embeddings=True), "wide": dict(head_dim=32),
@@ -3705,6 +3739,17 @@ def test_convert_export_chatbind_loads_in_transformers(tmp_path):
     assert not info["missing_keys"] and torch.equal(back.lm_head.weight, state["lm_head.weight"])
 
 
+def test_convert_export_refuses(tmp_path):
+    """What has no public names, or not all of them."""
+    llm = M.LLMConfig(64, 1, 4, 4, 88, 120)
+    for i, cfg in enumerate((small_omni(), M.ModelConfig(llm=M.replace(llm, lora_rank=2)), M.ModelConfig(llm=llm))):
+        M.save(M.Model(cfg), tmp_path / str(i))
+    M.save(M.load(tmp_path / "2", quantize="int8"), tmp_path / "2")
+    for i in range(3):
+        with pytest.raises(cw.Refused, match="has no public name; what has all of them is a LLaMA"):
+            cw.plan_export(tmp_path / str(i))
+
+
 PROJECTORS = {"whole": (123, 120), "padded": (124, 120), "two": (2, 120), "none": (0, 120), "fits": (123, 123)}
 
 
@@ -3773,6 +3818,20 @@ CONFIGS = {"model_type": "gemma", "hidden_act": "gelu", "hidden_size": 1 << 40, 
 @pytest.mark.parametrize("field", CONFIGS)
 def test_convert_refuses_config(tmp_path, field):
     refused(put(tmp_path / "a", llama_state(), TINY_LLAMA | {field: CONFIGS[field]}), tmp_path / "out")
+
+
+@pytest.mark.parametrize("odd", ({"mm_vision_select_layer": -1}, {"mm_vision_select_feature": "cls_patch"}, {"mm_use_im_start_end": False}))
+def test_convert_refuses_other_features(tmp_path, monkeypatch, odd):
+    """A NExT-Chat that reads other features of CLIP, or frames them otherwise, would convert and see something else."""
+    weights, tokens, _ = small_nextchat(monkeypatch)
+    refused(put(tmp_path / "a", weights, TINY_LLAMA | {"model_type": "nextchat"} | odd, tokens=tokens), tmp_path / "out", match=min(odd))
+
+
+@pytest.mark.parametrize("name, kind", (("llava", "llava"), ("llava_llama", "llava"), ("llava_image_bind_select", "chatbind")))
+def test_convert_llava_is_no_chatbind(tmp_path, name, kind):
+    """Their keys are the same; a LLaVA's projector, fed by ImageBind, would give nonsense."""
+    folder, = put(tmp_path / "a", llama_state(123, projector=16), TINY_LLAMA | {"model_type": name}, tokens=IM_TOKENS)
+    assert cw.open_sources([folder], "")["llm"].kind == kind
 
 
 def test_convert_refuses_duplicates(tmp_path):
@@ -3937,14 +3996,18 @@ def test_convert_dtype_and_shards(tmp_path):
 
 
 def test_convert_output_folder(tmp_path):
-    """An existing folder is kept unless told otherwise; one that is no weights folder or holds a source always."""
+    """An existing folder is kept unless told otherwise; one that holds anything else, or a source, always."""
     folder, = put(tmp_path / "a", llama_state())
     cw.convert([folder], tmp_path / "out")
     refused([folder], tmp_path / "out", match="--overwrite")
     cw.convert([folder], tmp_path / "out", dtype="fp32", overwrite=True)
     assert M.load(tmp_path / "out").llm.embed.weight.dtype == torch.float32
-    (tmp_path / "home").mkdir()
-    refused([folder], tmp_path / "home", match="no weights folder", overwrite=True)
+    for extra in ("thesis.txt", "lora.safetensors", "painters/image/model.safetensors"):
+        shutil.copytree(tmp_path / "out", tmp_path / "home", dirs_exist_ok=True)
+        (tmp_path / "home" / extra).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "home" / extra).write_text("mine")
+        refused([folder], tmp_path / "home", match=f"it holds {extra.split('/')[0]}", overwrite=True)
+        (tmp_path / "home" / extra).unlink()
     refused([folder], folder, match="holds a source", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "home", "out"]
 

@@ -21,7 +21,7 @@ from typing import get_args, get_origin
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.overrides import TorchFunctionMode
 
 from attention import attention
@@ -842,15 +842,14 @@ def read_config(folder, cls=ModelConfig):
 
 
 def stored_in(path):
-    """{tensor name: (type, shape, byte where it begins)} of a safetensors file. Raises SafetensorError, ValueError."""
-    with safe_open(path, "np"):                         # the library checks sizes, overlaps, gaps and types; "pt" would
-        pass                                            # ask for as much memory as the file is long
-    with open(path, "rb") as f:
+    """{tensor name: (type, shape, byte where it begins)} of a safetensors file. Raises nearly anything if it is damaged."""
+    # The library checks sizes, overlaps, gaps and types; with "pt" it would ask for as much memory as the file is long.
+    with open(path, "rb") as f, safe_open(path, "np"):
         n = int.from_bytes(f.read(8), "little")         # length of the header, which the numbers follow
         rows, out = json.loads(f.read(n), object_pairs_hook=list), {}
     for name, row in rows:                              # a dict of json's would hide that a name stands there twice
         if name in out:
-            raise ValueError(f"{path}: {name} stands in it twice")
+            raise ValueError(f"{name} stands in it twice")
         if name != "__metadata__":
             row = dict(row)
             out[name] = DTYPES[row["dtype"]], row["shape"], 8 + n + row["data_offsets"][0]
@@ -859,8 +858,12 @@ def stored_in(path):
 
 def mapped(path):
     """{tensor name: tensor} of a safetensors file, in one mapping: neighbours in the file are neighbours in memory."""
-    whole, out = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8), {}
-    for name, (dtype, shape, start) in stored_in(path).items():
+    try:
+        stored, out = stored_in(path), {}
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: truncated or damaged ({error}); copy it again") from None
+    whole = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8)
+    for name, (dtype, shape, start) in stored.items():
         part = whole[start:start + math.prod(shape) * dtype.itemsize]
         out[name] = (part.clone() if start % dtype.itemsize else part).view(dtype).view(shape)
     return out
@@ -872,11 +875,12 @@ def tensors_in(folder):
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return mapped(folder / "model.safetensors")
-    names = set(json.loads(index.read_text())["weight_map"].values())
-    for name in names:
+    shard_of, shards = json.loads(index.read_text())["weight_map"], {}
+    for name in set(shard_of.values()):
         if Path(name).name != name or not (folder / name).is_file():
             raise ValueError(f"{index}: shard {name!r} is not a file of this folder")
-    return {key: x for name in names for key, x in mapped(folder / name).items()}
+        shards[name] = mapped(folder / name)
+    return {key: shards[name][key] for key, name in shard_of.items() if key in shards[name]}
 
 
 class WithoutNumbers(TorchFunctionMode):

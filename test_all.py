@@ -1877,6 +1877,34 @@ def test_model_load_names_what_is_wrong(tmp_path, case):
         M.load(tmp_path / "w")
 
 
+@pytest.mark.parametrize("cut", (0, 5, 1000, -1000, None))
+def test_model_load_names_a_damaged_file(tmp_path, cut):
+    M.save(M.Model(MINI), tmp_path / "w")
+    path = tmp_path / "w/model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"F32"', b'"U32"') if cut is None else whole[:cut])     # a type that torch has, and we have not
+    with pytest.raises(ValueError, match=f"{path}: truncated or damaged"):
+        M.load(tmp_path / "w")
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(IsADirectoryError, match=str(path)):
+        M.load(tmp_path / "w")
+
+
+def test_model_loads_of_shards_what_their_index_names(tmp_path):
+    model, path = M.Model(MINI), tmp_path / "model.safetensors"
+    M.initialise(model)
+    M.save(model, tmp_path)
+    state, shards = load_file(path), {f"{i}.safetensors": {} for i in range(9)}
+    for name in shards:                                         # each has all, and right only those that it is asked for
+        for key, x in state.items():
+            shards[name][key] = x if zlib.crc32(key.encode()) % 9 == int(name[0]) else torch.zeros_like(x) - 1
+        save_file(shards[name], tmp_path / name)
+    rows = {key: f"{zlib.crc32(key.encode()) % 9}.safetensors" for key in state}
+    path.with_name("model.safetensors.index.json").write_text(json.dumps({"weight_map": rows}))
+    assert all(torch.equal(x, model.state_dict()[key]) for key, x in M.load(tmp_path).state_dict().items())
+
+
 # ---- Quantize
 
 def random_linear(seed, dtype=torch.float32):

@@ -12,9 +12,8 @@ import math
 import os
 import shutil
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import get_args, get_origin
 
@@ -865,7 +864,8 @@ def mapped(path):
     whole = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8)
     for name, (dtype, shape, start) in stored.items():
         part = whole[start:start + math.prod(shape) * dtype.itemsize]
-        out[name] = (part.clone() if start % dtype.itemsize else part).view(dtype).view(shape)
+        part = part.clone() if start % dtype.itemsize else part
+        out[name] = part.view(dtype).view(shape).data       # autograd would take a change of one for a change of all
     return out
 
 
@@ -1046,22 +1046,22 @@ def merge_lora(model):
 
 def one_behind_the_other(weights):
     """Matrices (N, K) as one, a view of them where they lie so in memory, as those of our files do."""
-    first, *rest = weights
-    ends = list(accumulate(w.nbytes for w in weights))
-    if all(w.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and w.data_ptr() == first.data_ptr() + end
-           for w, end in zip(rest, ends)):
-        return first.as_strided((ends[-1] // first[0].nbytes, first.shape[1]), first.stride())
+    first, lengths = weights[0], [len(w) for w in weights]
+    with suppress(RuntimeError):                            # their memory ends before
+        one = first.as_strided((sum(lengths), first.shape[1]), first.stride())
+        if all(w.is_set_to(part) for w, part in zip(weights, one.split(lengths))):
+            return one
     return torch.cat(weights)
 
 
 def fuse(model):
     """Join q|k|v and gate|up into one matrix each, in place, for faster generation; such a model is not for saving.
     Raises ValueError for LoRA layers: merge them first."""
+    if any(isinstance(layer, LoRALinear) for layer in model.llm.modules()):
+        raise ValueError("merge LoRA before fusing")
     for block in model.llm.blocks:
         for part, name, names in (block.attn, "wqkv", ("wq", "wk", "wv")), (block.mlp, "gate_up", ("gate", "up")):
             layers = [getattr(part, n) for n in names]
-            if any(isinstance(layer, LoRALinear) for layer in layers):
-                raise ValueError(f"{name}: merge LoRA before fusing")
             if model.cfg.quantized:
                 one = join(layers)
             else:

@@ -1833,6 +1833,42 @@ def test_llm_fused_matrices_change_nothing():
         assert torch.allclose(ours.llm(x), want, atol=1e-5) and ours.llm.blocks[0].attn.wq is None
 
 
+def test_llm_fused_matrices_of_a_file_take_no_memory(tmp_path):
+    theirs, ours = peer_llm("gqa", 1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert cli(tmp_path / "theirs", "--out", tmp_path / "converted").returncode == 0
+    M.save(ours, tmp_path / "saved")
+    for model in (M.load(tmp_path / name) for name in ("converted", "saved")):
+        starts = [layer.weight.data_ptr() for b in model.llm.blocks for layer in (b.attn.wq, b.mlp.gate)]
+        M.fuse(model)
+        assert starts == [layer.weight.data_ptr() for b in model.llm.blocks for layer in (b.attn.wqkv, b.mlp.gate_up)]
+        assert torch.allclose(model.llm(x := torch.randn(1, 9, 64)), ours.llm(x), atol=1e-5)
+
+
+def test_llm_matrices_are_joined_however_they_lie():
+    for seed in range(20):
+        torch.manual_seed(seed)
+        n, k = torch.randint(1, 9, (2,)).tolist()
+        rows, square = torch.randn(6 * n, k), torch.randn(3, k, k)
+        raw = torch.randint(0, 99, (6 * k * k,), dtype=torch.uint8)             # of a float32 and a float16 behind it
+        wide, narrow = (part.view(kind).view(k, k) for part, kind in zip(raw.split([4 * k * k, 2 * k * k]), (torch.float, torch.half)))
+        for parts in (rows.split([n, 2 * n, 3 * n]), rows.split(n)[::-1], rows.split(n)[::2], rows[-n:].split(n), [x.T for x in square],
+                      [x.clone() for x in square], [wide, narrow], [rows.clone(), rows]):
+            assert torch.equal(M.one_behind_the_other(parts), torch.cat(parts))
+
+
+def test_llm_with_lora_is_not_fused_in_part():
+    cfg = M.LLMConfig(dim=32, n_layer=2, n_head=2, n_kv_head=2, mlp_dim=48, vocab_size=50, lora_rank=2, lora_targets="gate down")
+    M.initialise(model := M.Model(M.ModelConfig(llm=cfg)))
+    x = torch.randn(1, 4, 32)
+    want = model.llm(x)
+    with pytest.raises(ValueError, match="merge LoRA"):
+        M.fuse(model)
+    M.merge_lora(model)
+    M.fuse(model)
+    assert torch.allclose(model.llm(x), want, atol=1e-5)
+
+
 def test_clip_equals_transformers():
     transformers = pytest.importorskip("transformers")
     for seed in range(3):
@@ -1859,6 +1895,17 @@ def test_model_saves_and_loads_what_it_was(tmp_path):
     assert again.cfg == model.cfg and again.llm.lm_head.weight is again.llm.embed.weight
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     assert M.load(tmp_path / "w", dtype=torch.bfloat16).llm.embed.weight.dtype == torch.bfloat16
+
+
+def test_model_out_of_a_file_learns_matrix_by_matrix(tmp_path):
+    def step(p):                                                # as soon as it has a gradient, while others wait for theirs
+        torch.nn.init.ones_(p)
+    M.save(M.Model(M.ModelConfig(llm=M.LLMConfig(dim=32, n_layer=2, n_head=2, n_kv_head=2, mlp_dim=48, vocab_size=50))), tmp_path / "w")
+    learned = [*(model := M.load(tmp_path / "w")).llm.blocks.parameters()]
+    for p in learned:
+        p.register_post_accumulate_grad_hook(step)
+    model.llm(torch.randn(1, 4, 32)).sum().backward()
+    assert all((p == 1).all() for p in learned)
 
 
 BAD_CONFIGS = {

@@ -990,16 +990,19 @@ def new_folder(out):
     out = out.resolve()                                     # of a link the folder that it means
     if os.path.ismount(out) or out.is_file():               # could not take the name: said before hours of work
         raise OSError(f"{out} cannot be replaced: it is a {'file' if out.is_file() else 'mount point'}; name a folder in it")
-    new = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    shutil.rmtree(new, ignore_errors=True)
+    new, old = (out.with_name(f"{out.name}.tmp-{os.getpid()}{end}") for end in ("", "-old"))
+    for left in new, old:
+        shutil.rmtree(left, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         yield new
         for path in (*new.iterdir(), new):
             sync(path)
-        shutil.rmtree(out, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            os.rename(out, old)                             # files that cannot go, as open ones of NFS, are not in the way
         os.rename(new, out)
         sync(out.parent)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 

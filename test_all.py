@@ -1897,6 +1897,15 @@ def test_model_saves_and_loads_what_it_was(tmp_path):
     assert M.load(tmp_path / "w", dtype=torch.bfloat16).llm.embed.weight.dtype == torch.bfloat16
 
 
+def test_model_takes_the_place_of_files_that_cannot_go(tmp_path, monkeypatch):
+    one, two = (M.Model(M.ModelConfig(llm=M.LLMConfig(dim=32, n_layer=1, n_head=2, n_kv_head=2, mlp_dim=48, vocab_size=50))) for _ in "ab")
+    M.save(one, tmp_path / "w")
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)     # as of another's folder, or of open files on NFS
+    M.save(two, tmp_path / "w")
+    assert torch.equal(M.load(tmp_path / "w").llm.embed.weight, two.llm.embed.weight)
+    assert sum(path.name.startswith("w.tmp") for path in tmp_path.iterdir()) == 1
+
+
 def test_model_out_of_a_file_learns_matrix_by_matrix(tmp_path):
     def step(p):                                                # as soon as it has a gradient, while others wait for theirs
         torch.nn.init.ones_(p)

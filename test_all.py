@@ -4852,6 +4852,21 @@ def test_ranks_export_a_checkpoint_as_weights(mini, tmp_path):
     assert all(torch.equal(all_of_it[name], x) for name, x in learned.items())
 
 
+def test_ranks_checkpoints_go_on_from_where_their_run_began(mini, tmp_path, world):
+    cfg = replace(MINI, llm=replace(MINI.llm, vocab_size=403), added_tokens={token: 400 + i for i, token in enumerate(data.IM)}, writes={})
+    for i in range(2):
+        M.initialise(model := M.Model(cfg))
+        M.save(model, tmp_path / f"w{i}", [world / "tokenizer.model"])
+    save_file({"llm.embed.weight": model.llm.embed.weight.detach()}, tmp_path / "p.safetensors")
+    began = f"init={tmp_path}/w0", f"projector={tmp_path}/p.safetensors"
+    mini.here(tmp_path / "run", "lora", *began, "steps=2", "stop_after=1")
+    for other, match in ((began[:1], "projector="), ((f"init={tmp_path}/w1", began[1]), "init=")):
+        for more in ((), (f"export={tmp_path}/out",)):
+            with pytest.raises(ValueError, match=f"of a run with {match}"):
+                mini.here(tmp_path / "run", "lora", *other, "steps=2", *more)
+    mini.here(tmp_path / "run", "lora", *began, f"export={tmp_path}/out")
+
+
 @pytest.mark.parametrize("how", ("checkpoint=block", "checkpoint=select"))
 def test_ranks_recomputing_changes_nothing(mini, tmp_path, how):
     mini.here(tmp_path / "a", "lora", "steps=3")

@@ -510,11 +510,14 @@ def caught(*numbers):
             signal.signal(number, handler)
 
 
-def same_run(s, folder):
-    """Raises ValueError if a checkpoint that was found is of another run."""
-    was = json.loads((folder / "state.json").read_text())["settings"]
-    if odd := [f"{name}={was[name]}" for name in ("system", "stage", "data", "init") if was[name] != getattr(s, name)]:
+def newest(s):
+    """The checkpoint to go on from, or None. Raises ValueError if one that was found is of another run."""
+    folder = share(find_checkpoint(s.out, s.resume) if ranks()[0] == 0 else None)[0]
+    was = json.loads((folder / "state.json").read_text())["settings"] if folder and s.resume == "auto" else asdict(s)
+    names = ("system", "stage", "init", "projector") + ("data",) * (not s.export)           # which may be gone
+    if odd := [f"{name}={was[name]}" for name in names if was[name] != getattr(s, name)]:
         raise ValueError(f"{folder}: of a run with {' '.join(odd)}; name another out=, or resume={folder} to go on from it")
+    return folder
 
 
 def open_run(out, s, model, prepared):
@@ -562,9 +565,7 @@ def train(s):
     gather_once(model)
     learned, out, (rank, world) = learn(model, stage), Path(s.out), ranks()
     opt = optimizer(learned, stage, s)
-    folder = share(find_checkpoint(out, s.resume) if rank == 0 else None)[0]
-    if folder and s.resume == "auto":
-        same_run(s, folder)
+    folder = newest(s)
     if rank == 0:
         open_run(out, s, model, prepared)
     start = restore(folder, learned, opt) if folder else 0
@@ -599,9 +600,9 @@ def train(s):
 def export(s):
     """The newest checkpoint of a run as a weights folder. Its data may be gone."""
     s, stage, model = begin(s)
-    folder, learned = share(find_checkpoint(s.out, s.resume) if ranks()[0] == 0 else None)[0], learn(model, stage)
-    if not folder:
+    if not (folder := newest(s)):
         raise SystemExit(f"train: {s.out} has no checkpoint to export")
+    learned = learn(model, stage)
     restore(folder, learned, optimizer(learned, stage, s))
     write_weights(model, s, Path(s.export))
 

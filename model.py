@@ -1030,8 +1030,8 @@ def save(model, folder, extra=(), values=None):
     with new_folder(folder) as new:
         write_tensors(new / "model.safetensors", state, values or state.values())
         write_config(model.cfg, new)
-        for path in extra:
-            shutil.copy(path, new)
+        for path in map(Path, extra):                           # a tokenizer gets the name under which it is looked for
+            shutil.copy(path, new / ("tokenizer.model" if path.suffix == ".model" else path.name))
         for path in folder.glob("*"):
             if path.is_dir():                                   # painters stay; links take no room
                 shutil.copytree(path, new / path.name, copy_function=os.link)

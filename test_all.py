@@ -4040,6 +4040,12 @@ def world(tmp_path_factory):
 CLOCK = "samples_per_s", "tokens_per_s", "memory_gb"    # what differs from run to run
 
 
+def test_train_names_the_tokenizer_as_it_is_looked_for(world, tmp_path):
+    shutil.copy(world / "tokenizer.model", tmp_path / "bpe400.model")
+    run_train(world, tmp_path / "run", f"tokenizer={tmp_path}/bpe400.model", "steps=1", "batch=1")
+    assert chat.open_session(tmp_path / "run/weights", "cpu").tok.sp.vocab_size() == 400
+
+
 def run_train(world, out, *flags):
     train.main(["system=tiny", "stage=2", f"data={world}/conversations.json", f"tokenizer={world}/tokenizer.model", f"out={out}", "batch=4",
                 "lr=0.001", "workers=0", "log_every=1", "save_every=1000", *flags])
@@ -4277,8 +4283,10 @@ def test_train_stage_rows_only_learn_what_they_name():
         learned = train.learn(model, stage)
         assert learned and all(p.requires_grad == (name in learned) for name, p in model.named_parameters())
         assert system == "tiny" or not any(".tower." in name for name in learned)
-    with pytest.raises(ValueError, match="no parameter"):
-        train.learn(model, train.Stage("nothing", 1.0, 1))
+    for odd in ("nothing", "llm.*|nothing", r"nothing|llm\..*", r"llm\.(norm|embed)\.weight|no(t|thing)"):
+        with pytest.raises(ValueError, match="no.* matches no parameter"):
+            train.learn(model, train.Stage(odd, 1.0, 1))
+    assert {*train.learn(model, train.Stage(r"llm\.(norm|embed)\.weight", 1.0, 1))} == {"llm.norm.weight", "llm.embed.weight"}
 
 
 def test_train_settings_reject_what_they_do_not_know(capsys):

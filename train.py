@@ -210,7 +210,7 @@ SCHEDULES = {"cosine": schedule, "linear": linear, "logarithmic": logarithmic}
 def learn(model, stage):
     """Freeze all but what the stage names -> {name: parameter} of that. ValueError for a part that names nothing."""
     named = dict(model.named_parameters())
-    for part in stage.learn.split("|"):
+    for part in re.split(r"\|(?![^(]*\))", stage.learn):         # not at those in parentheses
         if not any(re.fullmatch(part, name) for name in named):
             raise ValueError(f"stage: {part} matches no parameter of this model")
     for name, p in named.items():

@@ -4666,6 +4666,14 @@ def test_train_signals_to_the_whole_group_save_and_leave(world, tmp_path, number
     assert run.returncode == 0 and len(list(tmp_path.glob("step_*"))) == 1, told[-2000:]
 
 
+def test_train_ends_with_an_error_of_ours(world, tmp_path):
+    """Loader workers, which heed no signal, end too: Python waits for them."""
+    code = "import sys, train; train.update = None; train.main(sys.argv[1:])"
+    words = ["stage=2", f"init={HERE / 'weights/tiny'}", f"data={world}/conversations.json", f"out={tmp_path}", "batch=4", "steps=9", "workers=2"]
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=HERE, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "'NoneType' object is not callable" in done.stderr
+
+
 @pytest.mark.slow
 def test_ranks_a_full_disk_leaves_the_last_checkpoint(mini, tmp_path, capfd):
     mini.here(tmp_path / "size", "full", "steps=1")

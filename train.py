@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -429,7 +430,7 @@ def begin(s):
     stage = stage_of(s)
     if s.pack and stage.words:
         raise SystemExit("train: this stage takes a row for a sample; leave out pack")
-    if not (s.init or s.tokenizer):
+    if not (s.init or s.tokenizer and s.system in M.PRESETS):
         raise SystemExit("train: name weights to start from, init=FOLDER, or for a new model tokenizer=FILE")
     torch.manual_seed(s.seed)
     random.seed(s.seed)
@@ -625,7 +626,8 @@ def main(argv=None):
     join(s.device)
     try:
         (export if s.export else train)(s)
-    except (FloatingPointError, OSError, RuntimeError, MemoryError) as error:
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)     # ends the loader's processes, for which Python would wait
         if not (what := advice(error, s.out)):
             raise
         print(f"train: {error!s:.300}: {what}; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -841,7 +841,7 @@ def read_config(folder, cls=ModelConfig):
 
 
 def stored_in(path):
-    """{tensor name: (type, shape, byte where it begins)} of a safetensors file. Raises nearly anything if it is damaged."""
+    """{tensor name: (type, shape, byte where it begins)} of a safetensors file. If damaged, it raises nearly anything."""
     # The library checks sizes, overlaps, gaps and types; with "pt" it would ask for as much memory as the file is long.
     with open(path, "rb") as f, safe_open(path, "np"):
         n = int.from_bytes(f.read(8), "little")         # length of the header, which the numbers follow
@@ -999,7 +999,7 @@ def new_folder(out):
         for path in (*new.iterdir(), new):
             sync(path)
         with suppress(FileNotFoundError):
-            os.rename(out, old)                             # files that cannot go, as open ones of NFS, are not in the way
+            os.rename(out, old)                             # else files that cannot go, as open ones on NFS, bar it
         os.rename(new, out)
         sync(out.parent)
         shutil.rmtree(old, ignore_errors=True)

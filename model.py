@@ -12,16 +12,15 @@ import math
 import os
 import shutil
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import get_args, get_origin
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.overrides import TorchFunctionMode
 
 from attention import attention
@@ -842,15 +841,14 @@ def read_config(folder, cls=ModelConfig):
 
 
 def stored_in(path):
-    """{tensor name: (type, shape, byte where it begins)} of a safetensors file. Raises SafetensorError, ValueError."""
-    with safe_open(path, "np"):                         # the library checks sizes, overlaps, gaps and types; "pt" would
-        pass                                            # ask for as much memory as the file is long
-    with open(path, "rb") as f:
+    """{tensor name: (type, shape, byte where it begins)} of a safetensors file. If damaged, it raises nearly anything."""
+    # The library checks sizes, overlaps, gaps and types; with "pt" it would ask for as much memory as the file is long.
+    with open(path, "rb") as f, safe_open(path, "np"):
         n = int.from_bytes(f.read(8), "little")         # length of the header, which the numbers follow
         rows, out = json.loads(f.read(n), object_pairs_hook=list), {}
     for name, row in rows:                              # a dict of json's would hide that a name stands there twice
         if name in out:
-            raise ValueError(f"{path}: {name} stands in it twice")
+            raise ValueError(f"{name} stands in it twice")
         if name != "__metadata__":
             row = dict(row)
             out[name] = DTYPES[row["dtype"]], row["shape"], 8 + n + row["data_offsets"][0]
@@ -859,10 +857,15 @@ def stored_in(path):
 
 def mapped(path):
     """{tensor name: tensor} of a safetensors file, in one mapping: neighbours in the file are neighbours in memory."""
-    whole, out = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8), {}
-    for name, (dtype, shape, start) in stored_in(path).items():
+    try:
+        stored, out = stored_in(path), {}
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: truncated or damaged ({error}); copy it again") from None
+    whole = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8)
+    for name, (dtype, shape, start) in stored.items():
         part = whole[start:start + math.prod(shape) * dtype.itemsize]
-        out[name] = (part.clone() if start % dtype.itemsize else part).view(dtype).view(shape)
+        part = part.clone() if start % dtype.itemsize else part
+        out[name] = part.view(dtype).view(shape).data       # autograd would take a change of one for a change of all
     return out
 
 
@@ -872,11 +875,12 @@ def tensors_in(folder):
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return mapped(folder / "model.safetensors")
-    names = set(json.loads(index.read_text())["weight_map"].values())
-    for name in names:
+    shard_of, shards = json.loads(index.read_text())["weight_map"], {}
+    for name in set(shard_of.values()):
         if Path(name).name != name or not (folder / name).is_file():
             raise ValueError(f"{index}: shard {name!r} is not a file of this folder")
-    return {key: x for name in names for key, x in mapped(folder / name).items()}
+        shards[name] = mapped(folder / name)
+    return {key: shards[name][key] for key, name in shard_of.items() if key in shards[name]}
 
 
 class WithoutNumbers(TorchFunctionMode):
@@ -986,16 +990,19 @@ def new_folder(out):
     out = out.resolve()                                     # of a link the folder that it means
     if os.path.ismount(out) or out.is_file():               # could not take the name: said before hours of work
         raise OSError(f"{out} cannot be replaced: it is a {'file' if out.is_file() else 'mount point'}; name a folder in it")
-    new = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    shutil.rmtree(new, ignore_errors=True)
+    new, old = (out.with_name(f"{out.name}.tmp-{os.getpid()}{end}") for end in ("", "-old"))
+    for left in new, old:
+        shutil.rmtree(left, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         yield new
         for path in (*new.iterdir(), new):
             sync(path)
-        shutil.rmtree(out, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            os.rename(out, old)                             # else files that cannot go, as open ones on NFS, bar it
         os.rename(new, out)
         sync(out.parent)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -1023,8 +1030,8 @@ def save(model, folder, extra=(), values=None):
     with new_folder(folder) as new:
         write_tensors(new / "model.safetensors", state, values or state.values())
         write_config(model.cfg, new)
-        for path in extra:
-            shutil.copy(path, new)
+        for path in map(Path, extra):                           # a tokenizer gets the name under which it is looked for
+            shutil.copy(path, new / ("tokenizer.model" if path.suffix == ".model" else path.name))
         for path in folder.glob("*"):
             if path.is_dir():                                   # painters stay; links take no room
                 shutil.copytree(path, new / path.name, copy_function=os.link)
@@ -1042,22 +1049,22 @@ def merge_lora(model):
 
 def one_behind_the_other(weights):
     """Matrices (N, K) as one, a view of them where they lie so in memory, as those of our files do."""
-    first, *rest = weights
-    ends = list(accumulate(w.nbytes for w in weights))
-    if all(w.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and w.data_ptr() == first.data_ptr() + end
-           for w, end in zip(rest, ends)):
-        return first.as_strided((ends[-1] // first[0].nbytes, first.shape[1]), first.stride())
+    first, lengths = weights[0], [len(w) for w in weights]
+    with suppress(RuntimeError):                            # their memory ends before
+        one = first.as_strided((sum(lengths), first.shape[1]), first.stride())
+        if all(w.is_set_to(part) for w, part in zip(weights, one.split(lengths))):
+            return one
     return torch.cat(weights)
 
 
 def fuse(model):
     """Join q|k|v and gate|up into one matrix each, in place, for faster generation; such a model is not for saving.
     Raises ValueError for LoRA layers: merge them first."""
+    if any(isinstance(layer, LoRALinear) for layer in model.llm.modules()):
+        raise ValueError("merge LoRA before fusing")
     for block in model.llm.blocks:
         for part, name, names in (block.attn, "wqkv", ("wq", "wk", "wv")), (block.mlp, "gate_up", ("gate", "up")):
             layers = [getattr(part, n) for n in names]
-            if any(isinstance(layer, LoRALinear) for layer in layers):
-                raise ValueError(f"{name}: merge LoRA before fusing")
             if model.cfg.quantized:
                 one = join(layers)
             else:

@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -210,7 +211,7 @@ SCHEDULES = {"cosine": schedule, "linear": linear, "logarithmic": logarithmic}
 def learn(model, stage):
     """Freeze all but what the stage names -> {name: parameter} of that. ValueError for a part that names nothing."""
     named = dict(model.named_parameters())
-    for part in stage.learn.split("|"):
+    for part in re.split(r"\|(?![^(]*\))", stage.learn):         # not at those in parentheses
         if not any(re.fullmatch(part, name) for name in named):
             raise ValueError(f"stage: {part} matches no parameter of this model")
     for name, p in named.items():
@@ -429,7 +430,7 @@ def begin(s):
     stage = stage_of(s)
     if s.pack and stage.words:
         raise SystemExit("train: this stage takes a row for a sample; leave out pack")
-    if not (s.init or s.tokenizer):
+    if not (s.init or s.tokenizer and s.system in M.PRESETS):
         raise SystemExit("train: name weights to start from, init=FOLDER, or for a new model tokenizer=FILE")
     torch.manual_seed(s.seed)
     random.seed(s.seed)
@@ -510,11 +511,14 @@ def caught(*numbers):
             signal.signal(number, handler)
 
 
-def same_run(s, folder):
-    """Raises ValueError if a checkpoint that was found is of another run."""
-    was = json.loads((folder / "state.json").read_text())["settings"]
-    if odd := [f"{name}={was[name]}" for name in ("system", "stage", "data", "init") if was[name] != getattr(s, name)]:
+def newest(s):
+    """The checkpoint to go on from, or None. Raises ValueError if one that was found is of another run."""
+    folder = share(find_checkpoint(s.out, s.resume) if ranks()[0] == 0 else None)[0]
+    was = json.loads((folder / "state.json").read_text())["settings"] if folder and s.resume == "auto" else asdict(s)
+    names = ("system", "stage", "init", "projector") + ("data",) * (not s.export)           # which may be gone
+    if odd := [f"{name}={was[name]}" for name in names if was[name] != getattr(s, name)]:
         raise ValueError(f"{folder}: of a run with {' '.join(odd)}; name another out=, or resume={folder} to go on from it")
+    return folder
 
 
 def open_run(out, s, model, prepared):
@@ -562,9 +566,7 @@ def train(s):
     gather_once(model)
     learned, out, (rank, world) = learn(model, stage), Path(s.out), ranks()
     opt = optimizer(learned, stage, s)
-    folder = share(find_checkpoint(out, s.resume) if rank == 0 else None)[0]
-    if folder and s.resume == "auto":
-        same_run(s, folder)
+    folder = newest(s)
     if rank == 0:
         open_run(out, s, model, prepared)
     start = restore(folder, learned, opt) if folder else 0
@@ -599,9 +601,9 @@ def train(s):
 def export(s):
     """The newest checkpoint of a run as a weights folder. Its data may be gone."""
     s, stage, model = begin(s)
-    folder, learned = share(find_checkpoint(s.out, s.resume) if ranks()[0] == 0 else None)[0], learn(model, stage)
-    if not folder:
+    if not (folder := newest(s)):
         raise SystemExit(f"train: {s.out} has no checkpoint to export")
+    learned = learn(model, stage)
     restore(folder, learned, optimizer(learned, stage, s))
     write_weights(model, s, Path(s.export))
 
@@ -624,7 +626,8 @@ def main(argv=None):
     join(s.device)
     try:
         (export if s.export else train)(s)
-    except (FloatingPointError, OSError, RuntimeError, MemoryError) as error:
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)     # ends the loader's processes, for which Python would wait
         if not (what := advice(error, s.out)):
             raise
         print(f"train: {error!s:.300}: {what}; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -6529,6 +6529,11 @@ def test_web_stop_keeps_what_was_said(web, tmp_path):
     assert note == "stopped" and 1 <= len(visit.session.turns[0].ids) < 10 and messages[1]["content"]
 
 
+def test_web_every_event_goes_through_the_queue(web, tmp_path):
+    """The guard lets no other call in; a browser's stop was one."""
+    assert all(event.queue for event in web.build(chat_session(), tmp_path).fns.values())
+
+
 def test_web_search_without_a_picture_becomes_a_note(web, pointing, tmp_path):
     *_, (_, _, note, text) = web.say(visit_of(web, pointing_session(pointing, "chatterbox"), tmp_path), "where is it ?", True)
     assert "needs a picture" in note and text == "where is it ?"

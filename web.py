@@ -321,7 +321,7 @@ def build(session, folder):
         one = dict(concurrency_id="model", concurrency_limit=1, **private)              # the model serves one at a time
         blocks.load(new_visit, None, visit, **private)
         gr.on([text.submit, buttons["send"].click], say, [visit, text, find], view, **one)
-        buttons["stop"].click(stop, visit, None, queue=False, **private)        # not behind the answer that it stops
+        buttons["stop"].click(stop, visit, None, **private)             # not behind the answer that it stops
         for name, act in {"retry": retry, "undo": undo, "clear": clear}.items():
             buttons[name].click(act, visit, view, **one)
         for name, button in abilities.items():

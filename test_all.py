@@ -6534,6 +6534,22 @@ def test_web_every_event_goes_through_the_queue(web, tmp_path):
     assert all(event.queue for event in web.build(chat_session(), tmp_path).fns.values())
 
 
+def test_web_says_nothing_without_words(web, tmp_path, chat_files):
+    visit = visit_of(web, chat_session(), tmp_path)
+    web.attach(visit, chat_files[:1])
+    for views, words in ((web.say(visit, " ", False), "needs words"), (web.retry(visit), "nothing was said")):
+        *_, (messages, picture, note, _) = views                # without a view, Gradio would empty the page
+        assert words in note and len(messages) == 1 and picture and not visit.session.turns
+
+
+def test_web_corners_belong_to_a_picture(web, tmp_path):
+    visit = visit_of(web, chat_session(), tmp_path)
+    for corner in (5, 30):
+        web.example(visit, "describe")
+        assert "opposite corner" in web.click(visit, Thing(index=(corner, corner)))[2] and not visit.session.boxes
+    assert "[0] is [20, 10, 30, 30]" in web.click(visit, Thing(index=(20, 10)))[2]
+
+
 def test_web_search_without_a_picture_becomes_a_note(web, pointing, tmp_path):
     *_, (_, _, note, text) = web.say(visit_of(web, pointing_session(pointing, "chatterbox"), tmp_path), "where is it ?", True)
     assert "needs a picture" in note and text == "where is it ?"
@@ -6583,6 +6599,12 @@ def test_web_page_in_a_browser(page, web, tmp_path):
         text.fill("<img src=x onerror=alert(1)><b>bold</b>")
         text.press("Enter")
         tab.get_by_text("<b>bold</b>").wait_for()
+        tab.get_by_role("button", name="clear", exact=True).click()
+        tab.get_by_text("settings").click()
+        tab.get_by_label("max_new_tokens").first.fill("1")      # without Enter
+        text.fill("hello")
+        text.press("Enter")
+        tab.wait_for_function("document.querySelector('.bot')?.innerText.trim().match(/^[a-z]+$/i)")
         assert not faults and all(url.startswith((f"http://127.0.0.1:{page[0]}/", "data:", "blob:")) for url in seen)
 
 

@@ -6412,7 +6412,7 @@ def page(web, tmp_path_factory):
     """The page of weights/tiny at a port of this machine -> port, folder."""
     folder = tmp_path_factory.mktemp("page").resolve()
     (folder / "link.png").symlink_to("/etc/passwd")
-    blocks = web.serve(chat_session(max_new_tokens=60), folder, prevent_thread_lock=True, quiet=True)
+    blocks = web.serve(chat_session(max_new_tokens=60), folder)
     yield blocks.server_port, folder
     blocks.close()
 
@@ -6532,6 +6532,13 @@ def test_web_stop_keeps_what_was_said(web, tmp_path):
 def test_web_every_event_goes_through_the_queue(web, tmp_path):
     """The guard lets no other call in; a browser's stop was one."""
     assert all(event.queue for event in web.build(chat_session(), tmp_path).fns.values())
+
+
+def test_web_names_a_port_in_use(web, page, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["web.py", "--port", str(page[0])])
+    with pytest.raises(SystemExit):
+        data.program(web.main)
+    assert re.fullmatch(rf"web: .*in use.* {page[0]}\)+\n", capsys.readouterr().err)
 
 
 def test_web_says_nothing_without_words(web, tmp_path, chat_files):

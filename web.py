@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+import socket
 import tempfile
 import time
 from contextlib import closing
@@ -331,15 +332,15 @@ def build(session, folder):
     return blocks
 
 
-def serve(session, folder, port=None, **options):
+def serve(session, folder, port=None):
     """Answer at a port of this computer; files go into a folder."""
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=str(folder))
     for name, _, _ in shapes.MEDIA.values():
         (folder / name).mkdir()
     blocks = build(session, folder).queue(max_size=16)
     blocks.launch(server_name="127.0.0.1", server_port=port, share=False, ssr_mode=False, enable_monitoring=False,
-                  run_history=False, footer_links=[], max_file_size=BIGGEST[f"{API}/upload"],
-                  app_kwargs={"middleware": [Middleware(Guard, folder=folder)]}, **options)
+                  run_history=False, footer_links=[], max_file_size=BIGGEST[f"{API}/upload"], quiet=True,
+                  prevent_thread_lock=True, app_kwargs={"middleware": [Middleware(Guard, folder=folder)]})
     return blocks
 
 
@@ -352,9 +353,12 @@ def main():
     p.add_argument("--quantize", choices=("int8", "int4"), default="", help="keep the language model in 8 or 4 bits")
     p.add_argument("--painters", metavar="FOLDER", help="holds a folder per painter (painters, in the weights folder)")
     args = p.parse_args()
+    socket.create_server(("127.0.0.1", args.port)).close()      # a port in use is an error before anything is loaded
     with tempfile.TemporaryDirectory(prefix="nanomni-") as folder:
         session = chat.open_session(args.weights, args.device, args.dtype, args.quantize, args.painters)
-        serve(session, Path(folder).resolve(), args.port)
+        page = serve(session, Path(folder).resolve(), args.port)
+        print(f"the page is at http://127.0.0.1:{page.server_port}; Ctrl-C ends", flush=True)
+        page.block_thread()
 
 
 if __name__ == "__main__":

@@ -115,6 +115,8 @@ def read_ahead(folder):
 
 
 if __name__ == "__main__":              # before the imports, which take seconds
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:   # scripts in the background have it ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends us without a word, until a chat begins
     ARGS = parse_args()
     Thread(target=read_ahead, args=(ARGS.weights,), daemon=True).start()
 
@@ -865,8 +867,6 @@ class Chat:
             except EOFError:
                 return
             except KeyboardInterrupt:
-                if not self.interactive:
-                    raise
                 log("\nCtrl-C stops an answer; Ctrl-D or /quit ends the chat")
             except data.FAULTS as error:
                 log(f"{error!s:.500}", 31)
@@ -943,8 +943,6 @@ class Chat:
                 for piece in pieces:
                     print("" if self.args.json else clean(piece), end="", flush=True)
         except KeyboardInterrupt:
-            if not self.interactive:
-                raise
             return print(" [stopped]")
         turn = self.session.last()
         files = [str(write_drawing(drawing, self.args.out or "drawn")) for drawing in turn.drawn]
@@ -1082,7 +1080,7 @@ def talk(args):
         chat.say(chat.inline(args.prompt), args.find)
         return
     if chat.interactive:
-        signal.signal(signal.SIGINT, signal.default_int_handler)    # scripts in the background have it ignored
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         use_readline(not args.no_history)
         log(chat.info() + "\n/help lists the commands; Ctrl-D ends")
     chat.run()
@@ -1094,8 +1092,6 @@ def main(args):
         stream.reconfigure(errors="replace")            # odd bytes in names or input are no reason to end
     try:
         talk(args)
-    except KeyboardInterrupt:
-        return 130                                      # as shells do: 128 + SIGINT
     except (*data.FAULTS, RuntimeError, AssertionError, SafetensorError) as error:
         log(f"{error!s:.500}", 31)
         return 2

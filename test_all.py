@@ -5980,6 +5980,14 @@ def test_chat_help_is_instant():
     assert not re.search(r"\| +(torch|numpy|data)$", got.stderr, re.M)
 
 
+def test_chat_may_be_interrupted_while_it_starts():
+    got = subprocess.Popen([sys.executable, "-X", "importtime", "chat.py", "-p", "hi"], cwd=HERE, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    next(line for line in got.stderr if "numpy" in line)
+    got.send_signal(signal.SIGINT)
+    assert not re.search("Traceback|terminate", got.communicate()[1]) and got.returncode == -signal.SIGINT
+
+
 class ChatTerminal:
     """chat.py in a pseudo-terminal. `ask` sends a line and returns what was printed until the next prompt."""
 

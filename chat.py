@@ -739,7 +739,7 @@ TERMINALS = [                           # variable, what it says, how such a ter
     ("TERM", "xterm-(kitty|ghostty)", "kitty"), ("TERM_PROGRAM", "ghostty|WezTerm", "kitty"),
     ("TERM_PROGRAM", r"iTerm\.app", "iterm"), ("LC_TERMINAL", "iTerm2", "iterm"), ("NO_COLOR", ".+", "off"),
     ("COLORTERM", "truecolor|24bit", "blocks")]
-INLINE = re.compile(r"""(?<!\S)@("[^"]+"|'[^']+'|(?:\\.|\S)+)""")
+INLINE = re.compile(r"""(?:^|\s+)@("[^"]+"|'[^']+'|(?:\\.|\S)+?(?=[.,;:!?)]*(?:\s|$)))""")    # not a ? after it
 
 
 def clean(text):
@@ -906,8 +906,7 @@ class Chat:
 
     def inline(self, text):
         """Attach the files that @path names in a message; returns it without them. A missing one is an error."""
-        paths = [word for match in INLINE.findall(text) for word in file_names(match)]
-        self.add([path if os.path.isfile(path) else path.rstrip(".,;:!?)") for path in paths])
+        self.add([word for match in INLINE.findall(text) for word in file_names(match)])
         return INLINE.sub("", text).strip()
 
     def add(self, paths, kind=""):

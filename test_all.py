@@ -5885,6 +5885,14 @@ def test_chat_one_shot_bad_input(flags, monkeypatch, capsys, chat_files):
     assert (code, out, err.count("\n")) == (2, "", 1), err
 
 
+@pytest.mark.parametrize("typed, said", [("see @{} there", "see there"), ("@{} it?", "it?"), ("is it @{}?", "is it?"), ("a@b  (@c) @{}.", "a@b  (@c)."),
+                                         ('in "@x" @"{}", who', 'in "@x", who'), ("one @{} two @{}!", "one two!")])
+def test_chat_files_in_a_message_leave_its_words(typed, said, tmp_path, chat_files):
+    Path(tmp_path / "p.png").write_bytes(Path(chat_files[0]).read_bytes())
+    talker = chat.Chat(chat_session(), Thing(prompt="", pictures="off"))
+    assert talker.inline(typed.replace("{}", str(tmp_path / "p.png"))) == said and len(talker.session.pending) == typed.count("{}")
+
+
 def chat_escape(path):
     """A file name as terminals write it when it is dragged in."""
     return re.sub(r"([ '()])", r"\\\1", path)

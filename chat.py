@@ -612,21 +612,20 @@ def open_session(folder=TINY, device=None, dtype=None, quantize="", painters=Non
     templates: file of conversation templates, see data.load_templates; one of the model's name in it replaces ours.
     """
     keep_memory()
-    if str(device).startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"there is no device {device} here; without --device it is the best there is")
-    device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if device and str(device).split(":")[0] not in ("cpu", best.type):
+        raise ValueError(f"there is no device {device} here; without --device it is the best there is, {best}")
+    device = torch.device(device or best)
     dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
     model = load(folder, device, getattr(torch, dtype), quantize)
     cfg = model.cfg
     tok, system, template = open_language(folder, cfg, templates)
     if not cfg.llm.lora_rank:
         fuse(model)
-    if painters and not Path(painters).is_dir():
-        raise ValueError(f"{painters}: no folder of painters")
-    if painters is None:
-        painters = Path(folder) / "painters"
-    painters = find_painters(painters, cfg.projections) if painters else {}
-    return Session(model, tok, system, template, data.MediaSpec(**cfg.media), painters=painters, **options)
+    found = {} if painters == "" else find_painters(painters or Path(folder) / "painters", cfg.projections)
+    if painters and not found:
+        raise ValueError(f"{painters}: holds no folder of a painter")
+    return Session(model, tok, system, template, data.MediaSpec(**cfg.media), painters=found, **options)
 
 
 # ---- Drawings

@@ -882,7 +882,7 @@ class Chat:
         elif text.startswith("/") and not text.startswith("//"):
             self.command(*text[1:].split(None, 1))
         else:
-            self.say(self.inline(text.removeprefix("/")), self.args.find)
+            self.say(self.inline(text.removeprefix("/")))
 
     def block(self, text):
         """Text up to three closing quotes, taken as it stands."""
@@ -927,7 +927,7 @@ class Chat:
 
     def say(self, text, find=False):
         if text.strip():
-            self.stream(self.session.say(text, find=find))
+            self.stream(self.session.say(text, find=find or self.args.find))
 
     def add_box(self, text):
         session, numbers = self.session, re.sub(r"[\[\](),]", " ", text).split()
@@ -1022,8 +1022,8 @@ class Chat:
         model, cfg, weight = self.session.model, self.session.model.cfg, self.session.weight
         able = {"points": "at" in cfg.writes, "masks": cfg.sam, "finds": "vg" in cfg.writes}
         able |= {f"draws a {WHAT[name]}": name in self.session.painters for name in cfg.projections}
-        size = sum(p.numel() for p in model.parameters()) / 1e6
-        facts = [f"{size:,.1f} M parameters", f"{str(weight.dtype)[6:]} on {weight.device}",        # without "torch."
+        size = sum(x.nbytes for x in chain(model.parameters(), model.buffers())) / 1e6
+        facts = [f"{size:,.0f} MB of weights", f"{str(weight.dtype)[6:]} on {weight.device}",        # without "torch."
                  f"context {self.session.max_len}", f"reads {', '.join(['text', *cfg.reads])}"]
         return f"{self.args.weights}: {', '.join([*facts, *(what for what, can in able.items() if can)])}"
 
@@ -1075,8 +1075,9 @@ def talk(args):
     for box in args.boxes:
         log(chat.add_box(" ".join(box)))
     if args.prompt is not None:
-        chat.say(chat.inline(args.prompt), args.find)
-        return
+        if not (text := chat.inline(args.prompt)):
+            raise ValueError("-p holds no question")
+        return chat.say(text)
     if chat.interactive:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         use_readline(not args.no_history)

@@ -5876,7 +5876,8 @@ def test_chat_one_shot_prints_only_the_answer(monkeypatch, capsys, chat_files):
 
 
 BAD = [("--image", "/nowhere.png"), ("--image", "{3}"), ("--audio", "{0}"), ("--image", "/"), ("--depth", "{3}"),
-       ("--temperature", "hot"), ("--top-p", "2"), ("--image", "http://example.com/a.png"), ("--device", "toaster")]
+       ("--temperature", "hot"), ("--top-p", "2"), ("--image", "http://example.com/a.png"), ("--device", "toaster"),
+       ("-p", ""), ("--painters", "{0}"), ("--painters", str(CHAT_WEIGHTS / "painters/image"))]
 
 
 @pytest.mark.parametrize("flags", BAD)
@@ -5891,6 +5892,12 @@ def test_chat_files_in_a_message_leave_its_words(typed, said, tmp_path, chat_fil
     Path(tmp_path / "p.png").write_bytes(Path(chat_files[0]).read_bytes())
     talker = chat.Chat(chat_session(), Thing(prompt="", pictures="off"))
     assert talker.inline(typed.replace("{}", str(tmp_path / "p.png"))) == said and len(talker.session.pending) == typed.count("{}")
+
+
+def test_chat_info_counts_what_lies_in_memory():
+    args = Thing(prompt="", pictures="off", weights="w")
+    sizes = [int(re.match(r"w: (\d+) MB", chat.Chat(chat_session(quantize=kind), args).info())[1]) for kind in ("", "int8", "int4")]
+    assert 15 < sizes[0] < 25 and 8 < sizes[1] < 11 and sizes[2] < sizes[1]
 
 
 def chat_escape(path):
@@ -6692,7 +6699,7 @@ def test_chat_draws_what_the_answer_asks_for(drawing):
 def test_chat_drawings_are_files_and_named(drawing, film, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(chat, "find_spec", {"mp4": lambda _: pytest.importorskip("av"), "gif": lambda _: None}[film])
     session = drawing_session(drawing, "".join(SIGNALS.values()))
-    talker = chat.Chat(session, Thing(prompt=None, pictures="off", json=True, weights="", out=tmp_path))
+    talker = chat.Chat(session, Thing(prompt=None, pictures="off", json=True, weights="", out=tmp_path, find=False))
     talker.say("Draw a dog.")
     talker.say("Draw a cat.")
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -6717,7 +6724,7 @@ def test_chat_films_show_the_frames(tmp_path):
 
 def test_chat_says_which_painter_is_missing(drawing, capsys):
     session = drawing_session(drawing, SIGNALS["img"] + "[VID0]", painters="")
-    chat.Chat(session, Thing(prompt=None, pictures="off", json=True, weights="", out=None)).say("Draw a dog.")
+    chat.Chat(session, Thing(prompt=None, pictures="off", json=True, weights="", out=None, find=False)).say("Draw a dog.")
     out, err = capsys.readouterr()
     assert "no painter for a picture" in err and json.loads(out)["files"] == [] and "complete run" in err
     with pytest.raises(ValueError, match="vectors of 48 numbers, this model makes 8"):

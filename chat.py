@@ -352,7 +352,7 @@ class Session:
         turn.answer, turn.picture = str(row["answer"]), picture(row.get("picture"))
         turn.find = bool(row.get("find")) and "vg" in self.model.writers
         turn.given, turn.found = ([self.found(torch.tensor(box["frame"]).float().view(4), picture(box["picture"]))
-                                   for box in row.get(key, ())] for key in ("given", "found"))
+                                   for box in row.get(key, ()) if self.box_kind] for key in ("given", "found"))
         return turn
 
     def question(self, turn, current):

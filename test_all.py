@@ -6355,6 +6355,15 @@ def test_chat_boxes_are_saved(pointing, tmp_path):
             other.load(tmp_path / "bad.json")
 
 
+def test_chat_saved_boxes_are_words_to_a_model_without_boxes(pointing, tmp_path):
+    session, plain = pointing_session(pointing, "nextchat", HERE_IT_IS), chat_session()
+    plain.box_kind = None
+    session.ask("what is [0] ?", str(pointing / "wide.png"), [(10, 5, 50, 30)])
+    session.save(tmp_path / "talk.json")
+    plain.load(tmp_path / "talk.json")
+    assert plain.ask("and now?") and plain.turns[0].answer == session.turns[0].answer
+
+
 def test_chat_boxes_without_a_place_are_refused(pointing):
     session, other = pointing_session(pointing, "nextchat"), pointing_session(pointing, "chatterbox")
     plain = chat_session()

@@ -182,9 +182,9 @@ def last_picture(media):
 def contents(path):
     """What a file holds: what data.sniff says, or "animation" for a picture of several frames."""
     found = data.sniff(path)
-    if found == "image" and getattr(data.open_image(path), "n_frames", 1) > 1:
-        return "animation"
-    return found
+    picture = data.open_image(path) if found == "image" else None
+    moves = getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO"     # a photo with a small one of itself
+    return "animation" if moves else found
 
 
 def name_boxes(text, boxes):

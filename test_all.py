@@ -5962,6 +5962,13 @@ def test_chat_picture_protocol(env, how):
     assert chat.protocol(env) == how
 
 
+def test_chat_photos_with_previews_are_pictures(tmp_path):
+    photo, preview = (data.Image.fromarray(image(side, side, 0)) for side in (40, 20))
+    photo.save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[preview])
+    medium = chat_session().read(tmp_path / "phone.jpg")
+    assert medium.kind == "image" and medium.size == (40, 40)
+
+
 def test_chat_kinds_of_files(chat_files):
     picture, clip, tone, note = chat_files
     session = chat_session()

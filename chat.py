@@ -235,9 +235,8 @@ class Session:
         """The Medium of a file, of the kind that its content suggests or of a given one. Raises MediaError."""
         path, reads = os.path.expanduser(path), self.model.cfg.reads
         found = contents(path)
-        if not kind:                    # to a model that reads no clips an animation is its first picture
-            moving = "video" if "video" in reads else "image"
-            kind = moving if found == "animation" else found
+        # to a model that reads no clips an animation is its first picture
+        kind = kind or {"animation": "video" if "video" in reads else "image"}.get(found, found)
         if found not in FITS.get(kind, ()):
             raise data.MediaError(f"{path}: not readable as {kind or 'a medium'}, its type is {found or 'unknown'}")
         if kind not in reads:
@@ -739,6 +738,7 @@ TERMINALS = [                           # variable, what it says, how such a ter
     ("TERM_PROGRAM", r"iTerm\.app", "iterm"), ("LC_TERMINAL", "iTerm2", "iterm"), ("NO_COLOR", ".+", "off"),
     ("COLORTERM", "truecolor|24bit", "blocks")]
 INLINE = re.compile(r"""(?:^|\s+)@("[^"]+"|'[^']+'|(?:\\.|\S)+?(?=[.,;:!?)]*(?:\s|$)))""")    # not a ? after it
+DRAGGED = re.compile(r"""("/[^"]+"|'/[^']+'|/(?:\\.|[^\s'"])+)(?:\s+|$)""")
 
 
 def clean(text):
@@ -813,13 +813,18 @@ def one_file(text):
 
 
 def dragged(text):
-    """The files that a line names and nothing else, as when they are dragged into the terminal; or []."""
-    try:
-        names = file_names(text)
-    except ValueError:
-        return []
-    quoted = len(names) == 1 and text[0] in "'\"" and os.path.isabs(names[0])   # a file even if it is not there
-    return names if quoted or all(map(os.path.isfile, names)) else []
+    """A line with an @ before each file that it begins with, as when these are dragged into the terminal."""
+    match = DRAGGED.match(text)         # in quotes it is a file even if it is not there
+    if match and (match[1][0] != "/" or os.path.isfile(file_names(match[1])[0])):
+        return "@" + match[0] + dragged(text[match.end():])
+    return text
+
+
+def only_media(text):
+    """The media files that a line names, and nothing else; or []."""
+    with suppress(ValueError, OSError):
+        return names if all(map(data.sniff, names := file_names(text))) else []
+    return []
 
 
 def complete(text, state):
@@ -874,10 +879,10 @@ class Chat:
 
     def line(self, text):
         """Do what a line asks: attach files, run a command, or say it."""
-        files = dragged(text)
+        text, files = dragged(text), only_media(text)
         if text.startswith('"""'):
             self.say(self.block(text[3:]))
-        elif files and (os.path.isabs(files[0]) or all(map(data.sniff, files))):
+        elif files:
             self.add(files)
         elif text.startswith("/") and not text.startswith("//"):
             self.command(*text[1:].split(None, 1))
@@ -1091,7 +1096,7 @@ def main(args):
         stream.reconfigure(errors="replace")            # odd bytes in names or input are no reason to end
     try:
         talk(args)
-    except (*data.FAULTS, RuntimeError, AssertionError, SafetensorError) as error:
+    except (*data.FAULTS, RuntimeError, SafetensorError) as error:
         log(f"{error!s:.500}", 31)
         return 2
     return 0

@@ -5894,6 +5894,14 @@ def test_chat_files_in_a_message_leave_its_words(typed, said, tmp_path, chat_fil
     assert talker.inline(typed.replace("{}", str(tmp_path / "p.png"))) == said and len(talker.session.pending) == typed.count("{}")
 
 
+def test_chat_files_dragged_in_before_words_are_attached(monkeypatch, capsys, chat_files):
+    escaped, quoted = (name(chat_files[1]) for name in (chat_escape, chat.shlex.quote))
+    lines = [f"{escaped} what?", f"{quoted} what?", f"{quoted} {escaped}  what?", f"{quoted} '/nowhere/a.png' what?", f"not {quoted}"]
+    code, out, err = chat_main(monkeypatch, capsys, "--json", stdin="\n".join(lines).encode())
+    rows = [(row["prompt"], len(row["media"])) for row in map(json.loads, out.splitlines())]
+    assert rows == [("what?", 1), ("what?", 1), ("what?", 2), (lines[-1], 0)] and "/nowhere/a.png: no such file" in err
+
+
 def test_chat_info_counts_what_lies_in_memory():
     args = Thing(prompt="", pictures="off", weights="w")
     sizes = [int(re.match(r"w: (\d+) MB", chat.Chat(chat_session(quantize=kind), args).info())[1]) for kind in ("", "int8", "int4")]

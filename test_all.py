@@ -5591,7 +5591,7 @@ def test_tiny_weights_draw_what_captions_and_wishes_say(tmp_path):
     for file, what in (("drawings", "all"), ("video", "way"), ("audio", "count"), ("audio", "pitch")):
         kind, rows = paint.read_captions(tmp_path / f"{file}_wishes.json")
         captions, wishes, _ = zip(*rows[:40])
-        for made in paint.paint(HERE / "weights/tiny/painters" / kind, captions), paint.ask(HERE / "weights/tiny", kind, wishes):
+        for made in paint.paint(HERE / "weights/tiny/painters" / kind, kind, captions), paint.ask(HERE / "weights/tiny", kind, wishes):
             assert paint.judge(kind, captions, made)[what] >= 0.65, (file, what)
     assert sum(path.stat().st_size for path in (HERE / "weights/tiny").rglob("*") if path.is_file()) <= 12e6
 
@@ -6776,6 +6776,13 @@ def test_paint_trains_judges_and_shows_every_kind(world, tmp_path, capsys):
         paint.main([file, "--embed", out])
         x = datasets.read_embedding(world / "embed" / f"{paint.read_captions(file)[1][0][-1].name}.npy")
         assert x.shape == ((32,) if kind == "audio" else (20, 48))
+
+
+@pytest.mark.parametrize("flag", ["--judge", "--embed", "--init"])
+def test_paint_refuses_painters_of_other_media(flag, drawing, world, tmp_path):
+    for file, words in (("audio_pairs", "paints no audio"), ("clips", "no caption pairs"), ("image_comprehension", "no caption pairs")):
+        with pytest.raises(ValueError, match=words):
+            paint.main([f"{world}/{file}.json", flag, str(drawing / "weights/painters/image"), "--out", str(tmp_path)])
 
 
 def test_paint_goes_on_from_a_painter_whose_text_tower_stays(drawing, world, tmp_path):

@@ -737,8 +737,8 @@ TERMINALS = [                           # variable, what it says, how such a ter
     ("TERM", "xterm-(kitty|ghostty)", "kitty"), ("TERM_PROGRAM", "ghostty|WezTerm", "kitty"),
     ("TERM_PROGRAM", r"iTerm\.app", "iterm"), ("LC_TERMINAL", "iTerm2", "iterm"), ("NO_COLOR", ".+", "off"),
     ("COLORTERM", "truecolor|24bit", "blocks")]
-INLINE = re.compile(r"""(?:^|\s+)@("[^"]+"|'[^']+'|(?:\\.|\S)+?(?=[.,;:!?)]*(?:\s|$)))""")    # not a ? after it
-DRAGGED = re.compile(r"""("/[^"]+"|'/[^']+'|/(?:\\.|[^\s'"])+)(?:\s+|$)""")
+INLINE = re.compile(r"""(?:^|\s+)@("[^"]+"|'[^']+'|(?:\\.|\S)+?(?=[.,;:!?)]*(?:\s|$)))""")    # a ? after it stays
+DRAGGED = re.compile(r"""("/[^"]+"|'/[^']+'|/(?:\\.|[^\s'"\\])+)(?:\s+|$)""")
 
 
 def clean(text):
@@ -1084,9 +1084,9 @@ def talk(args):
             raise ValueError("-p holds no question")
         return chat.say(text)
     if chat.interactive:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         use_readline(not args.no_history)
         log(chat.info() + "\n/help lists the commands; Ctrl-D ends")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     chat.run()
 
 

@@ -105,7 +105,7 @@ def pixels(x):                          # uint8 -> -1..1; mel frames stay what t
 
 # ---- Training
 
-def load_painter(folder, kind):
+def load_painter(folder, kind):         # ValueError for one that paints other media
     painter = M.load_painter(folder, dtype=torch.float32)
     if KINDS[painter.cfg.kind] != kind:
         raise ValueError(f"{folder}: paints no {kind}")

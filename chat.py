@@ -115,6 +115,8 @@ def read_ahead(folder):
 
 
 if __name__ == "__main__":              # before the imports, which take seconds
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:   # scripts in the background have it ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends us without a word, until a chat begins
     ARGS = parse_args()
     Thread(target=read_ahead, args=(ARGS.weights,), daemon=True).start()
 
@@ -180,9 +182,9 @@ def last_picture(media):
 def contents(path):
     """What a file holds: what data.sniff says, or "animation" for a picture of several frames."""
     found = data.sniff(path)
-    if found == "image" and getattr(data.open_image(path), "n_frames", 1) > 1:
-        return "animation"
-    return found
+    picture = data.open_image(path) if found == "image" else None
+    moves = getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO"     # a photo with a small one of itself
+    return "animation" if moves else found
 
 
 def name_boxes(text, boxes):
@@ -233,9 +235,8 @@ class Session:
         """The Medium of a file, of the kind that its content suggests or of a given one. Raises MediaError."""
         path, reads = os.path.expanduser(path), self.model.cfg.reads
         found = contents(path)
-        if not kind:                    # to a model that reads no clips an animation is its first picture
-            moving = "video" if "video" in reads else "image"
-            kind = moving if found == "animation" else found
+        # to a model that reads no clips an animation is its first picture
+        kind = kind or {"animation": "video" if "video" in reads else "image"}.get(found, found)
         if found not in FITS.get(kind, ()):
             raise data.MediaError(f"{path}: not readable as {kind or 'a medium'}, its type is {found or 'unknown'}")
         if kind not in reads:
@@ -350,7 +351,7 @@ class Session:
         turn.answer, turn.picture = str(row["answer"]), picture(row.get("picture"))
         turn.find = bool(row.get("find")) and "vg" in self.model.writers
         turn.given, turn.found = ([self.found(torch.tensor(box["frame"]).float().view(4), picture(box["picture"]))
-                                   for box in row.get(key, ())] for key in ("given", "found"))
+                                   for box in row.get(key, ()) if self.box_kind] for key in ("given", "found"))
         return turn
 
     def question(self, turn, current):
@@ -610,21 +611,20 @@ def open_session(folder=TINY, device=None, dtype=None, quantize="", painters=Non
     templates: file of conversation templates, see data.load_templates; one of the model's name in it replaces ours.
     """
     keep_memory()
-    if str(device).startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"there is no device {device} here; without --device it is the best there is")
-    device = torch.device(device or torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if device and str(device).split(":")[0] not in ("cpu", best.type):
+        raise ValueError(f"there is no device {device} here; without --device it is the best there is, {best}")
+    device = torch.device(device or best)
     dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
     model = load(folder, device, getattr(torch, dtype), quantize)
     cfg = model.cfg
     tok, system, template = open_language(folder, cfg, templates)
     if not cfg.llm.lora_rank:
         fuse(model)
-    if painters and not Path(painters).is_dir():
-        raise ValueError(f"{painters}: no folder of painters")
-    if painters is None:
-        painters = Path(folder) / "painters"
-    painters = find_painters(painters, cfg.projections) if painters else {}
-    return Session(model, tok, system, template, data.MediaSpec(**cfg.media), painters=painters, **options)
+    found = {} if painters == "" else find_painters(painters or Path(folder) / "painters", cfg.projections)
+    if painters and not found:
+        raise ValueError(f"{painters}: holds no folder of a painter")
+    return Session(model, tok, system, template, data.MediaSpec(**cfg.media), painters=found, **options)
 
 
 # ---- Drawings
@@ -737,7 +737,8 @@ TERMINALS = [                           # variable, what it says, how such a ter
     ("TERM", "xterm-(kitty|ghostty)", "kitty"), ("TERM_PROGRAM", "ghostty|WezTerm", "kitty"),
     ("TERM_PROGRAM", r"iTerm\.app", "iterm"), ("LC_TERMINAL", "iTerm2", "iterm"), ("NO_COLOR", ".+", "off"),
     ("COLORTERM", "truecolor|24bit", "blocks")]
-INLINE = re.compile(r"""(?<!\S)@("[^"]+"|'[^']+'|(?:\\.|\S)+)""")
+INLINE = re.compile(r"""(?:^|\s+)@("[^"]+"|'[^']+'|(?:\\.|\S)+?(?=[.,;:!?)]*(?:\s|$)))""")    # a ? after it stays
+DRAGGED = re.compile(r"""("/[^"]+"|'/[^']+'|/(?:\\.|[^\s'"\\])+)(?:\s+|$)""")
 
 
 def clean(text):
@@ -812,13 +813,18 @@ def one_file(text):
 
 
 def dragged(text):
-    """The files that a line names and nothing else, as when they are dragged into the terminal; or []."""
-    try:
-        names = file_names(text)
-    except ValueError:
-        return []
-    quoted = len(names) == 1 and text[0] in "'\"" and os.path.isabs(names[0])   # a file even if it is not there
-    return names if quoted or all(map(os.path.isfile, names)) else []
+    """A line with an @ before each file that it begins with, as when these are dragged into the terminal."""
+    match = DRAGGED.match(text)         # in quotes it is a file even if it is not there
+    if match and (match[1][0] != "/" or os.path.isfile(file_names(match[1])[0])):
+        return "@" + match[0] + dragged(text[match.end():])
+    return text
+
+
+def only_media(text):
+    """The media files that a line names, and nothing else; or []."""
+    with suppress(ValueError, OSError):
+        return names if all(map(data.sniff, names := file_names(text))) else []
+    return []
 
 
 def complete(text, state):
@@ -865,8 +871,6 @@ class Chat:
             except EOFError:
                 return
             except KeyboardInterrupt:
-                if not self.interactive:
-                    raise
                 log("\nCtrl-C stops an answer; Ctrl-D or /quit ends the chat")
             except data.FAULTS as error:
                 log(f"{error!s:.500}", 31)
@@ -875,15 +879,15 @@ class Chat:
 
     def line(self, text):
         """Do what a line asks: attach files, run a command, or say it."""
-        files = dragged(text)
+        text, files = dragged(text), only_media(text)
         if text.startswith('"""'):
             self.say(self.block(text[3:]))
-        elif files and (os.path.isabs(files[0]) or all(map(data.sniff, files))):
+        elif files:
             self.add(files)
         elif text.startswith("/") and not text.startswith("//"):
             self.command(*text[1:].split(None, 1))
         else:
-            self.say(self.inline(text.removeprefix("/")), self.args.find)
+            self.say(self.inline(text.removeprefix("/")))
 
     def block(self, text):
         """Text up to three closing quotes, taken as it stands."""
@@ -906,8 +910,7 @@ class Chat:
 
     def inline(self, text):
         """Attach the files that @path names in a message; returns it without them. A missing one is an error."""
-        paths = [word for match in INLINE.findall(text) for word in file_names(match)]
-        self.add([path if os.path.isfile(path) else path.rstrip(".,;:!?)") for path in paths])
+        self.add([word for match in INLINE.findall(text) for word in file_names(match)])
         return INLINE.sub("", text).strip()
 
     def add(self, paths, kind=""):
@@ -929,7 +932,7 @@ class Chat:
 
     def say(self, text, find=False):
         if text.strip():
-            self.stream(self.session.say(text, find=find))
+            self.stream(self.session.say(text, find=find or self.args.find))
 
     def add_box(self, text):
         session, numbers = self.session, re.sub(r"[\[\](),]", " ", text).split()
@@ -943,8 +946,6 @@ class Chat:
                 for piece in pieces:
                     print("" if self.args.json else clean(piece), end="", flush=True)
         except KeyboardInterrupt:
-            if not self.interactive:
-                raise
             return print(" [stopped]")
         turn = self.session.last()
         files = [str(write_drawing(drawing, self.args.out or "drawn")) for drawing in turn.drawn]
@@ -1026,8 +1027,8 @@ class Chat:
         model, cfg, weight = self.session.model, self.session.model.cfg, self.session.weight
         able = {"points": "at" in cfg.writes, "masks": cfg.sam, "finds": "vg" in cfg.writes}
         able |= {f"draws a {WHAT[name]}": name in self.session.painters for name in cfg.projections}
-        size = sum(p.numel() for p in model.parameters()) / 1e6
-        facts = [f"{size:,.1f} M parameters", f"{str(weight.dtype)[6:]} on {weight.device}",        # without "torch."
+        size = sum(x.nbytes for x in chain(model.parameters(), model.buffers())) / 1e6
+        facts = [f"{size:,.0f} MB of weights", f"{str(weight.dtype)[6:]} on {weight.device}",        # without "torch."
                  f"context {self.session.max_len}", f"reads {', '.join(['text', *cfg.reads])}"]
         return f"{self.args.weights}: {', '.join([*facts, *(what for what, can in able.items() if can)])}"
 
@@ -1079,12 +1080,13 @@ def talk(args):
     for box in args.boxes:
         log(chat.add_box(" ".join(box)))
     if args.prompt is not None:
-        chat.say(chat.inline(args.prompt), args.find)
-        return
+        if not (text := chat.inline(args.prompt)):
+            raise ValueError("-p holds no question")
+        return chat.say(text)
     if chat.interactive:
-        signal.signal(signal.SIGINT, signal.default_int_handler)    # scripts in the background have it ignored
         use_readline(not args.no_history)
         log(chat.info() + "\n/help lists the commands; Ctrl-D ends")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     chat.run()
 
 
@@ -1094,9 +1096,7 @@ def main(args):
         stream.reconfigure(errors="replace")            # odd bytes in names or input are no reason to end
     try:
         talk(args)
-    except KeyboardInterrupt:
-        return 130                                      # as shells do: 128 + SIGINT
-    except (*data.FAULTS, RuntimeError, AssertionError, SafetensorError) as error:
+    except (*data.FAULTS, RuntimeError, SafetensorError) as error:
         log(f"{error!s:.500}", 31)
         return 2
     return 0

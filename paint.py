@@ -66,11 +66,14 @@ def read_captions(path):
     """-> the kind of media of a file, (caption, wish for it or "", path of the medium) of each."""
     path = Path(path)
     rows = json.loads(path.read_text())
-    kind = re.sub("output_|_name", "", next(iter(rows[0])))     # image_name, or output_image of a wish
-    if "conversations" not in rows[0]:
-        return kind, [(row["caption"], "", path.parent / row[f"{kind}_name"]) for row in rows]
-    return kind, [(row[f"{kind}_captions"], row["conversations"][0]["value"], path.parent / row[f"output_{kind}"])
-                  for row in rows]
+    try:
+        kind = re.sub("output_|_name", "", next(iter(rows[0])))                 # image_name, or output_image of a wish
+        if "conversations" not in rows[0]:
+            return kind, [(row["caption"], "", path.parent / row[f"{kind}_name"]) for row in rows]
+        return kind, [(row[f"{kind}_captions"], row["conversations"][0]["value"], path.parent / row[f"output_{kind}"])
+                      for row in rows]
+    except (LookupError, TypeError):
+        raise ValueError(f"{path}: holds no caption pairs, as shapes.py writes them") from None
 
 
 def samples(path, voice, n):            # (n,) at the vocoder's rate
@@ -101,6 +104,13 @@ def pixels(x):                          # uint8 -> -1..1; mel frames stay what t
 
 
 # ---- Training
+
+def load_painter(folder, kind):         # ValueError for one that paints other media
+    painter = M.load_painter(folder, dtype=torch.float32)
+    if KINDS[painter.cfg.kind] != kind:
+        raise ValueError(f"{folder}: paints no {kind}")
+    return painter
+
 
 def new_painter(kind, tokenizer):
     """The last layer of every residual branch and of the UNet is zero, so that training starts from plain sums."""
@@ -198,9 +208,9 @@ def shown(kind, x, rate=0):
 
 
 @torch.no_grad()
-def paint(folder, captions):            # what a painter makes of captions
-    painter, out = M.load_painter(folder, dtype=torch.float32), []
-    kind, rate = KINDS[painter.cfg.kind], painter.cfg.vocoder.rate if painter.cfg.vocoder else 0
+def paint(folder, kind, captions):      # what a painter makes of captions
+    painter, out = load_painter(folder, kind), []
+    rate = painter.cfg.vocoder.rate if painter.cfg.vocoder else 0
     for i in tqdm(range(0, len(captions), 20), desc="painting", disable=None):
         made = G.DRAW[painter.cfg.kind](painter, encode_captions(painter, folder, captions[i:i + 20]), seed=i)
         out += [shown(kind, x, rate) for x in made]
@@ -258,9 +268,10 @@ def page(made, captions, columns=4):    # tiles with their captions below, as on
 
 def embed(args):
     """What the text tower makes of every caption, as NExT-GPT's training wants it: embed/NAME.npy beside the file."""
-    painter, folder = M.load_painter(args.embed, dtype=torch.float32), args.data.parent / "embed"
+    kind, rows = read_captions(args.data)
+    painter, folder = load_painter(args.embed, kind), args.data.parent / "embed"
     folder.mkdir(exist_ok=True)
-    captions, _, files = zip(*read_captions(args.data)[1])
+    captions, _, files = zip(*rows)
     with torch.no_grad():
         embeds = encode_captions(painter, args.embed, captions)
     for file, x in zip(files, embeds):
@@ -311,7 +322,7 @@ def train(args):                        # a painter from caption pairs to its we
     kind, rows = read_captions(args.data)
     captions, _, files = zip(*rows)
     tokenizer = Path(args.init, "tokenizer.model") if args.init else Path(args.tokenizer)
-    painter = M.load_painter(args.init, dtype=torch.float32) if args.init else new_painter(kind, tokenizer)
+    painter = load_painter(args.init, kind) if args.init else new_painter(kind, tokenizer)
     cfg, learned = painter.cfg, list(painter.unet.parameters())
     if not args.init:                   # else who prompts the painter knows its text tower and vocoder
         learned += painter.text.parameters()
@@ -345,7 +356,7 @@ def judge_file(args):                   # of what a painter, or a model, makes o
     talks = "llm" in json.loads(Path(args.judge, "config.json").read_text())                # a painter has no LLM
     if talks and not all(wishes):
         raise SystemExit(f"paint: {args.data}: holds no wishes; a model is judged by the *_wishes.json of shapes.py")
-    made = ask(args.judge, kind, wishes) if talks else paint(args.judge, captions)
+    made = ask(args.judge, kind, wishes) if talks else paint(args.judge, kind, captions)
     print(len(captions), judge(kind, captions, made))
     if args.page:
         page(made[:32], captions).save(args.page)

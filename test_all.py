@@ -5932,7 +5932,7 @@ def test_tiny_weights_draw_what_captions_and_wishes_say(tmp_path):
     for file, what in (("drawings", "all"), ("video", "way"), ("audio", "count"), ("audio", "pitch")):
         kind, rows = paint.read_captions(tmp_path / f"{file}_wishes.json")
         captions, wishes, _ = zip(*rows[:40])
-        for made in paint.paint(HERE / "weights/tiny/painters" / kind, captions), paint.ask(HERE / "weights/tiny", kind, wishes):
+        for made in paint.paint(HERE / "weights/tiny/painters" / kind, kind, captions), paint.ask(HERE / "weights/tiny", kind, wishes):
             assert paint.judge(kind, captions, made)[what] >= 0.65, (file, what)
     assert sum(path.stat().st_size for path in (HERE / "weights/tiny").rglob("*") if path.is_file()) <= 12e6
 
@@ -6217,13 +6217,36 @@ def test_chat_one_shot_prints_only_the_answer(monkeypatch, capsys, chat_files):
 
 
 BAD = [("--image", "/nowhere.png"), ("--image", "{3}"), ("--audio", "{0}"), ("--image", "/"), ("--depth", "{3}"),
-       ("--temperature", "hot"), ("--top-p", "2"), ("--image", "http://example.com/a.png"), ("--device", "toaster")]
+       ("--temperature", "hot"), ("--top-p", "2"), ("--image", "http://example.com/a.png"), ("--device", "toaster"),
+       ("-p", ""), ("--painters", "{0}"), ("--painters", str(CHAT_WEIGHTS / "painters/image"))]
 
 
 @pytest.mark.parametrize("flags", BAD)
 def test_chat_one_shot_bad_input(flags, monkeypatch, capsys, chat_files):
     code, out, err = chat_main(monkeypatch, capsys, "-p", "hi", *[flag.format(*chat_files) for flag in flags])
     assert (code, out, err.count("\n")) == (2, "", 1), err
+
+
+@pytest.mark.parametrize("typed, said", [("see @{} there", "see there"), ("@{} it?", "it?"), ("is it @{}?", "is it?"), ("a@b  (@c) @{}.", "a@b  (@c)."),
+                                         ('in "@x" @"{}", who', 'in "@x", who'), ("one @{} two @{}!", "one two!")])
+def test_chat_files_in_a_message_leave_its_words(typed, said, tmp_path, chat_files):
+    Path(tmp_path / "p.png").write_bytes(Path(chat_files[0]).read_bytes())
+    talker = chat.Chat(chat_session(), Thing(prompt="", pictures="off"))
+    assert talker.inline(typed.replace("{}", str(tmp_path / "p.png"))) == said and len(talker.session.pending) == typed.count("{}")
+
+
+def test_chat_files_dragged_in_before_words_are_attached(monkeypatch, capsys, chat_files):
+    escaped, quoted = (name(chat_files[1]) for name in (chat_escape, chat.shlex.quote))
+    lines = [f"{escaped} what?", f"{quoted} what?", f"{quoted} {escaped}  what?", f"{quoted} '/nowhere/a.png' what?", f"not {quoted}"]
+    code, out, err = chat_main(monkeypatch, capsys, "--json", stdin="\n".join(lines).encode())
+    rows = [(row["prompt"], len(row["media"])) for row in map(json.loads, out.splitlines())]
+    assert rows == [("what?", 1), ("what?", 1), ("what?", 2), (lines[-1], 0)] and "/nowhere/a.png: no such file" in err
+
+
+def test_chat_info_counts_what_lies_in_memory():
+    args = Thing(prompt="", pictures="off", weights="w")
+    sizes = [int(re.match(r"w: (\d+) MB", chat.Chat(chat_session(quantize=kind), args).info())[1]) for kind in ("", "int8", "int4")]
+    assert 15 < sizes[0] < 25 and 8 < sizes[1] < 11 and sizes[2] < sizes[1]
 
 
 def chat_escape(path):
@@ -6288,6 +6311,13 @@ def test_chat_picture_protocol(env, how):
     assert chat.protocol(env) == how
 
 
+def test_chat_photos_with_previews_are_pictures(tmp_path):
+    photo, preview = (data.Image.fromarray(image(side, side, 0)) for side in (40, 20))
+    photo.save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[preview])
+    medium = chat_session().read(tmp_path / "phone.jpg")
+    assert medium.kind == "image" and medium.size == (40, 40)
+
+
 def test_chat_kinds_of_files(chat_files):
     picture, clip, tone, note = chat_files
     session = chat_session()
@@ -6319,6 +6349,14 @@ def test_chat_help_is_instant():
     got = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     assert time.time() - start < 1 and got.returncode == 0 and "examples:" in got.stdout
     assert not re.search(r"\| +(torch|numpy|data)$", got.stderr, re.M)
+
+
+def test_chat_may_be_interrupted_while_it_starts():
+    got = subprocess.Popen([sys.executable, "-X", "importtime", "chat.py", "-p", "hi"], cwd=HERE, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    next(line for line in got.stderr if "numpy" in line)
+    got.send_signal(signal.SIGINT)
+    assert not re.search("Traceback|terminate", got.communicate()[1]) and got.returncode == -signal.SIGINT
 
 
 class ChatTerminal:
@@ -6673,6 +6711,15 @@ def test_chat_boxes_are_saved(pointing, tmp_path):
             other.load(tmp_path / "bad.json")
 
 
+def test_chat_saved_boxes_are_words_to_a_model_without_boxes(pointing, tmp_path):
+    session, plain = pointing_session(pointing, "nextchat", HERE_IT_IS), chat_session()
+    plain.box_kind = None
+    session.ask("what is [0] ?", str(pointing / "wide.png"), [(10, 5, 50, 30)])
+    session.save(tmp_path / "talk.json")
+    plain.load(tmp_path / "talk.json")
+    assert plain.ask("and now?") and plain.turns[0].answer == session.turns[0].answer
+
+
 def test_chat_boxes_without_a_place_are_refused(pointing):
     session, other = pointing_session(pointing, "nextchat"), pointing_session(pointing, "chatterbox")
     plain = chat_session()
@@ -6753,7 +6800,7 @@ def page(web, tmp_path_factory):
     """The page of weights/tiny at a port of this machine -> port, folder."""
     folder = tmp_path_factory.mktemp("page").resolve()
     (folder / "link.png").symlink_to("/etc/passwd")
-    blocks = web.serve(chat_session(max_new_tokens=60), folder, prevent_thread_lock=True, quiet=True)
+    blocks = web.serve(chat_session(max_new_tokens=60), folder)
     yield blocks.server_port, folder
     blocks.close()
 
@@ -6870,6 +6917,34 @@ def test_web_stop_keeps_what_was_said(web, tmp_path):
     assert note == "stopped" and 1 <= len(visit.session.turns[0].ids) < 10 and messages[1]["content"]
 
 
+def test_web_every_event_goes_through_the_queue(web, tmp_path):
+    """The guard lets no other call in; a browser's stop was one."""
+    assert all(event.queue for event in web.build(chat_session(), tmp_path).fns.values())
+
+
+def test_web_names_a_port_in_use(web, page, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["web.py", "--port", str(page[0])])
+    with pytest.raises(SystemExit):
+        data.program(web.main)
+    assert re.fullmatch(rf"web: .*in use.* {page[0]}\)+\n", capsys.readouterr().err)
+
+
+def test_web_says_nothing_without_words(web, tmp_path, chat_files):
+    visit = visit_of(web, chat_session(), tmp_path)
+    web.attach(visit, chat_files[:1])
+    for views, words in ((web.say(visit, " ", False), "needs words"), (web.retry(visit), "nothing was said")):
+        *_, (messages, picture, note, _) = views                # without a view, Gradio would empty the page
+        assert words in note and len(messages) == 1 and picture and not visit.session.turns
+
+
+def test_web_corners_belong_to_a_picture(web, tmp_path):
+    visit = visit_of(web, chat_session(), tmp_path)
+    for corner in (5, 30):
+        web.example(visit, "describe")
+        assert "opposite corner" in web.click(visit, Thing(index=(corner, corner)))[2] and not visit.session.boxes
+    assert "[0] is [20, 10, 30, 30]" in web.click(visit, Thing(index=(20, 10)))[2]
+
+
 def test_web_search_without_a_picture_becomes_a_note(web, pointing, tmp_path):
     *_, (_, _, note, text) = web.say(visit_of(web, pointing_session(pointing, "chatterbox"), tmp_path), "where is it ?", True)
     assert "needs a picture" in note and text == "where is it ?"
@@ -6919,6 +6994,12 @@ def test_web_page_in_a_browser(page, web, tmp_path):
         text.fill("<img src=x onerror=alert(1)><b>bold</b>")
         text.press("Enter")
         tab.get_by_text("<b>bold</b>").wait_for()
+        tab.get_by_role("button", name="clear", exact=True).click()
+        tab.get_by_text("settings").click()
+        tab.get_by_label("max_new_tokens").first.fill("1")      # without Enter
+        text.fill("hello")
+        text.press("Enter")
+        tab.wait_for_function("document.querySelector('.bot')?.innerText.trim().match(/^[a-z]+$/i)")
         assert not faults and all(url.startswith((f"http://127.0.0.1:{page[0]}/", "data:", "blob:")) for url in seen)
 
 
@@ -6983,7 +7064,7 @@ def test_chat_draws_what_the_answer_asks_for(drawing):
 def test_chat_drawings_are_files_and_named(drawing, film, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(chat, "find_spec", {"mp4": lambda _: pytest.importorskip("av"), "gif": lambda _: None}[film])
     session = drawing_session(drawing, "".join(SIGNALS.values()))
-    talker = chat.Chat(session, Thing(prompt=None, pictures="off", json=True, weights="", out=tmp_path))
+    talker = chat.Chat(session, Thing(prompt=None, pictures="off", json=True, weights="", out=tmp_path, find=False))
     talker.say("Draw a dog.")
     talker.say("Draw a cat.")
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -7008,7 +7089,7 @@ def test_chat_films_show_the_frames(tmp_path):
 
 def test_chat_says_which_painter_is_missing(drawing, capsys):
     session = drawing_session(drawing, SIGNALS["img"] + "[VID0]", painters="")
-    chat.Chat(session, Thing(prompt=None, pictures="off", json=True, weights="", out=None)).say("Draw a dog.")
+    chat.Chat(session, Thing(prompt=None, pictures="off", json=True, weights="", out=None, find=False)).say("Draw a dog.")
     out, err = capsys.readouterr()
     assert "no painter for a picture" in err and json.loads(out)["files"] == [] and "complete run" in err
     with pytest.raises(ValueError, match="vectors of 48 numbers, this model makes 8"):
@@ -7036,6 +7117,13 @@ def test_paint_trains_judges_and_shows_every_kind(world, tmp_path, capsys):
         paint.main([file, "--embed", out])
         x = datasets.read_embedding(world / "embed" / f"{paint.read_captions(file)[1][0][-1].name}.npy")
         assert x.shape == ((32,) if kind == "audio" else (20, 48))
+
+
+@pytest.mark.parametrize("flag", ["--judge", "--embed", "--init"])
+def test_paint_refuses_painters_of_other_media(flag, drawing, world, tmp_path):
+    for file, words in (("audio_pairs", "paints no audio"), ("clips", "no caption pairs"), ("image_comprehension", "no caption pairs")):
+        with pytest.raises(ValueError, match=words):
+            paint.main([f"{world}/{file}.json", flag, str(drawing / "weights/painters/image"), "--out", str(tmp_path)])
 
 
 def test_paint_goes_on_from_a_painter_whose_text_tower_stays(drawing, world, tmp_path):

@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+import socket
 import tempfile
 import time
 from contextlib import closing
@@ -138,7 +139,7 @@ class Visit:
     session: chat.Session
     folder: Path
     stopped: bool = False
-    corner: tuple = ()                  # the first of two clicks
+    corner: dict = field(default_factory=dict)          # picture: the first of two clicks in it
     shown: dict = field(default_factory=dict)           # Turn -> files that show what it found and drew
 
     def messages(self, turns):
@@ -188,28 +189,23 @@ def attach(visit, paths):
     if len(visit.session.pending) + len(paths) > FILES:
         raise ValueError(f"at most {FILES} files go with a message")
     visit.session.pending += [visit.session.read(path) for path in paths]
-    visit.corner = ()                   # of another picture
 
 
 @guarded
 def click(visit, event: gr.SelectData):
     """One corner of a box in the picture, or with the second click the box."""
-    if not visit.corner:
-        visit.corner = tuple(event.index)
+    session, picture = visit.session, chat.last_picture(visit.session.media)
+    first = visit.corner.pop(picture, None)
+    if first is None:
+        visit.corner = {picture: event.index}
         return "now click the opposite corner"
-    (x1, x2), (y1, y2) = map(sorted, zip(visit.corner, event.index))    # whichever corner came first
-    session, visit.corner = visit.session, ()
-    session.boxes.append(session.box((x1, y1, x2, y2), chat.last_picture(session.media)))       # pixels of the picture
+    (x1, x2), (y1, y2) = map(sorted, zip(first, event.index))           # whichever corner came first
+    session.boxes.append(session.box((x1, y1, x2, y2), picture))        # pixels of the picture
     return f"[{len(session.boxes) - 1}] is {chat.spell(session.boxes[-1])}; name it so in the message"
 
 
 undo = guarded(lambda visit: f"taken back: {visit.session.undo().text}")
-
-
-@guarded
-def clear(visit):
-    visit.session.clear()
-    visit.corner = ()
+clear = guarded(lambda visit: visit.session.clear())
 
 
 def change(name):                       # one for each number under "settings"
@@ -242,13 +238,16 @@ def stream(visit, before, turn, ask):
 
 def say(visit, text, find):
     session, turn = visit.session, chat.Turn(text, visit.session.pending)
+    if not text.strip():
+        yield show(visit, "a message needs words")
+        return
     yield show(visit, "", [*session.turns, turn], "")                   # at once, before any media are encoded
     yield from stream(visit, session.turns, turn, partial(session.say, text, find=find))
 
 
 def retry(visit):
-    if turns := visit.session.turns:
-        yield from stream(visit, turns[:-1], chat.Turn(turns[-1].text, turns[-1].media), visit.session.retry)
+    *before, last = visit.session.turns or [chat.Turn("", [])]          # without any, Session.retry says so
+    yield from stream(visit, before, chat.Turn(last.text, last.media), visit.session.retry)
 
 
 # ---- Examples
@@ -321,7 +320,7 @@ def build(session, folder):
         one = dict(concurrency_id="model", concurrency_limit=1, **private)              # the model serves one at a time
         blocks.load(new_visit, None, visit, **private)
         gr.on([text.submit, buttons["send"].click], say, [visit, text, find], view, **one)
-        buttons["stop"].click(stop, visit, None, queue=False, **private)        # not behind the answer that it stops
+        buttons["stop"].click(stop, visit, None, **private)             # beside the answer that it stops
         for name, act in {"retry": retry, "undo": undo, "clear": clear}.items():
             buttons[name].click(act, visit, view, **one)
         for name, button in abilities.items():
@@ -329,19 +328,19 @@ def build(session, folder):
         files.upload(attach, [visit, files], view, **one).then(lambda: None, None, files, **private)    # empties the box
         picture.select(click, visit, view, **one)
         for name, number in numbers.items():
-            number.submit(change(name), [visit, number], view, **one)
+            number.change(change(name), [visit, number], view, **one)
     return blocks
 
 
-def serve(session, folder, port=None, **options):
+def serve(session, folder, port=None):
     """Answer at a port of this computer; files go into a folder."""
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=str(folder))
     for name, _, _ in shapes.MEDIA.values():
         (folder / name).mkdir()
     blocks = build(session, folder).queue(max_size=16)
     blocks.launch(server_name="127.0.0.1", server_port=port, share=False, ssr_mode=False, enable_monitoring=False,
-                  run_history=False, footer_links=[], max_file_size=BIGGEST[f"{API}/upload"],
-                  app_kwargs={"middleware": [Middleware(Guard, folder=folder)]}, **options)
+                  run_history=False, footer_links=[], max_file_size=BIGGEST[f"{API}/upload"], quiet=True,
+                  prevent_thread_lock=True, app_kwargs={"middleware": [Middleware(Guard, folder=folder)]})
     return blocks
 
 
@@ -354,9 +353,12 @@ def main():
     p.add_argument("--quantize", choices=("int8", "int4"), default="", help="keep the language model in 8 or 4 bits")
     p.add_argument("--painters", metavar="FOLDER", help="holds a folder per painter (painters, in the weights folder)")
     args = p.parse_args()
+    socket.create_server(("127.0.0.1", args.port)).close()      # a port in use is an error before anything is loaded
     with tempfile.TemporaryDirectory(prefix="nanomni-") as folder:
         session = chat.open_session(args.weights, args.device, args.dtype, args.quantize, args.painters)
-        serve(session, Path(folder).resolve(), args.port)
+        page = serve(session, Path(folder).resolve(), args.port)
+        print(f"the page is at http://127.0.0.1:{page.server_port}; Ctrl-C ends", flush=True)
+        page.block_thread()
 
 
 if __name__ == "__main__":

@@ -123,7 +123,6 @@ if __name__ == "__main__":              # before the imports, which take seconds
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from safetensors import SafetensorError
 
 import data
 from datasets import mask_rle
@@ -1096,7 +1095,7 @@ def main(args):
         stream.reconfigure(errors="replace")            # odd bytes in names or input are no reason to end
     try:
         talk(args)
-    except (*data.FAULTS, RuntimeError, SafetensorError) as error:
+    except (*data.FAULTS, RuntimeError) as error:
         log(f"{error!s:.500}", 31)
         return 2
     return 0

@@ -829,8 +829,8 @@ def read_config(folder, cls=ModelConfig):
         raise FileNotFoundError(f"{folder} is no weights folder: it has no config.json (convert_weights.py makes them)")
     try:
         values = json.loads(path.read_text())
-        version = values.pop("format_version")
-    except (ValueError, KeyError, AttributeError) as error:
+        version = int(values.pop("format_version"))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         error = f"{path}: not a config of this code ({error!r}); convert the folder with convert_weights.py"
         raise ValueError(error) from None
     if version > FORMAT:
@@ -875,8 +875,12 @@ def tensors_in(folder):
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return mapped(folder / "model.safetensors")
-    shard_of, shards = json.loads(index.read_text())["weight_map"], {}
-    for name in set(shard_of.values()):
+    try:
+        shard_of, shards = json.loads(index.read_bytes())["weight_map"], {}
+        names = set(map(str, shard_of.values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: damaged ({error!r}); copy it again") from None
+    for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise ValueError(f"{index}: shard {name!r} is not a file of this folder")
         shards[name] = mapped(folder / name)
@@ -897,10 +901,13 @@ def skeleton(folder, build=Model, cls=ModelConfig):
     FileNotFoundError, ValueError naming the folder and key that do not fit."""
     cfg = read_config(folder, cls)
     quantized = getattr(cfg, "quantized", "")
-    with torch.device("meta"), WithoutNumbers():
-        model = build(replace(cfg, quantized="") if quantized else cfg)
-        if quantized:
-            quantize_llm(model, quantized)
+    try:
+        with torch.device("meta"), WithoutNumbers():
+            model = build(replace(cfg, quantized="") if quantized else cfg)
+            if quantized:
+                quantize_llm(model, quantized)
+    except Exception as error:          # odd values can break any layer
+        raise ValueError(f"{folder}: config.json describes no model ({error!r:.200})") from None
     want, state = model.state_dict(), tensors_in(folder)
     if odd := set(state) ^ (set(want) - tied(model)):
         what = "unexpected" if min(odd) in state else "missing"

@@ -1947,6 +1947,8 @@ def test_model_out_of_a_file_learns_matrix_by_matrix(tmp_path):
 BAD_CONFIGS = {
     "newer": ({"format_version": 99}, "newer"), "no version": ({"format_version": None}, "config"), "unknown field": ({"llama": 1}, "llama"),
     "huge": ({"llm": {"dim": 64, "n_layer": 10 ** 9}}, "n_layer"), "negative": ({"llm": {"dim": -1}}, "dim"), "other sizes": ({"clip": {}}, "missing"),
+    "words": ({"format_version": "one"}, "config"), "a number": ({"llm": 5}, "describes no model"), "a list": ({"llm": []}, "describes no model"),
+    "no heads": ({"llm": {"n_head": 0}}, "describes no model"), "a text": ({"llm": {"dim": "8"}}, "describes no model"),
 }
 
 
@@ -1986,6 +1988,15 @@ def test_model_loads_of_shards_what_their_index_names(tmp_path):
     rows = {key: f"{zlib.crc32(key.encode()) % 9}.safetensors" for key in state}
     path.with_name("model.safetensors.index.json").write_text(json.dumps({"weight_map": rows}))
     assert all(torch.equal(x, model.state_dict()[key]) for key, x in M.load(tmp_path).state_dict().items())
+
+
+@pytest.mark.parametrize("text", ("", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"llm.embed.weight": 5}}'))
+def test_model_load_names_an_index_that_is_none(tmp_path, text):
+    M.save(M.Model(MINI), tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(text)
+    with pytest.raises(ValueError, match=str(index)):
+        M.load(tmp_path)
 
 
 # ---- Quantize

@@ -582,7 +582,7 @@ def train(s):
             losses, norm, lr, size = one_step(model, opt, prepared, loader, s, stage, step, skipped < s.skip_nonfinite)
             done, skipped = step + 1, skipped + (norm is None)
             seen.append(size)
-            if done % s.log_every == 0 or done == s.steps:
+            if s.log_every and done % s.log_every == 0 or done == s.steps:
                 rates = speed(model, s.device, share([sum(x) for x in zip(*seen)]), time.time() - since)
                 row = {"step": done, **losses, "lr": lr, "grad_norm": norm, "bad": int(prepared.is_bad.sum())}
                 show(row | {"skipped": skipped} | rates, out, bar)

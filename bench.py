@@ -198,7 +198,8 @@ torch.set_num_threads(int(threads))
 ids = torch.tensor([[int(i) for i in ids]], device=device)
 """
 STARTS = {                              # programs that print the first token of an answer; ours begins as chat.py does
-    "ours": "import os, sys\nfrom contextlib import suppress\nfrom pathlib import Path\nfrom threading import Thread\n" + inspect.getsource(chat.read_ahead) + """
+    "ours": ("import os, sys\nfrom contextlib import suppress\nfrom pathlib import Path\nfrom threading import Thread\n"
+             + inspect.getsource(chat.read_ahead)) + """
 Thread(target=read_ahead, args=(sys.argv[1],), daemon=True).start()
 """ + FIRST + """
 import model

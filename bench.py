@@ -409,7 +409,7 @@ def limits(s):
 def peak(s):                            # bytes at most, of this process or one that it started; on a GPU of tensors
     if s.device == "cuda":
         return torch.cuda.max_memory_allocated()
-    own = int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])     # not the parent's
+    own = int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc", "self", "status").read_text())[1])     # not the parent's
     return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024
 
 

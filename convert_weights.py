@@ -93,7 +93,7 @@ from tqdm import tqdm
 
 import generate as G
 import model as M
-from model import CODES, DTYPES
+from model import CODES
 from vision import HUGE, SAMConfig
 
 

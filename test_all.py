@@ -3387,7 +3387,7 @@ def same(a, b):
 def header_only(name, path, fill=()):
     """A sparse safetensors file of a manifest's shapes: full size, no data but ones in the norms."""
     manifest = json.loads(need(MANIFESTS / f"{name}.json", name).read_text())
-    codes = {str(dtype).split(".")[1]: (code, dtype.itemsize) for code, dtype in cw.DTYPES.items()}
+    codes = {str(dtype).split(".")[1]: (code, dtype.itemsize) for code, dtype in M.DTYPES.items()}
     header, end = {}, 0
     for key, (shape, dtype) in manifest.items():
         start, end = end, end + int(np.prod(shape)) * codes[dtype][1]

@@ -1031,7 +1031,8 @@ def save(model, folder, extra=(), values=None):
     if llm and any(block.attn.wqkv for block in llm.blocks):
         raise ValueError("a fused model is not for saving: save it before, or load it again")
     folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+    config = folder / "config.json"                             # others' folders have one too
+    if folder.is_dir() and any(folder.iterdir()) and not (config.is_file() and b'"format_version"' in config.read_bytes()):
         raise ValueError(f"{folder} holds other things than weights, which would be lost; name a new folder")
     state = tensors_of(model)
     with new_folder(folder) as new:

@@ -6604,9 +6604,11 @@ def test_model_save_loses_nothing_that_lay_there(tmp_path):
     model = M.load(HERE / "weights/tiny")
     (tmp_path / "w/painters/image").mkdir(parents=True)
     (tmp_path / "w/painters/image/a.txt").write_text("a")
-    with pytest.raises(ValueError, match="would be lost"):
-        M.save(model, tmp_path / "w")
-    (tmp_path / "w/config.json").write_text("{}")
+    for config in "", '{"model_type": "llama"}':                # somebody's folder of a model, too
+        (tmp_path / "w/config.json").write_text(config)
+        with pytest.raises(ValueError, match="would be lost"):
+            M.save(model, tmp_path / "w")
+    (tmp_path / "w/config.json").write_text('{"format_version": 1}')
     (tmp_path / "link").symlink_to(tmp_path / "w")
     M.save(model, tmp_path / "link")
     assert (tmp_path / "w/painters/image/a.txt").read_text() == "a" and M.load(tmp_path / "w") and (tmp_path / "link").is_symlink()

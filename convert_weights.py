@@ -568,9 +568,8 @@ class Source(NamedTuple):
 
 # What config.json must say where it says it; of LLaVA's fields, ChatBind's original heeds one
 SEEN = {"hidden_act": "silu", "mm_vision_select_layer": "-2", "mm_vision_select_feature": "patch"}
-FRAMED = {"mm_use_im_start_end": "True"}
-LLM_KNOWN = {"llama": {"hidden_act": "silu", "model_type": "llama|llava.*"}, "llava": SEEN, "nextchat": SEEN | FRAMED,
-             "chatbind": {"hidden_act": "silu", "model_type": "llama|llava.*"} | FRAMED}
+PLAIN, FRAMED = {"hidden_act": "silu", "model_type": "llama|llava.*"}, {"mm_use_im_start_end": "True"}
+LLM_KNOWN = {"llama": PLAIN, "llava": SEEN, "nextchat": SEEN | FRAMED, "chatbind": PLAIN | FRAMED}
 
 
 def kind_of(keys):

@@ -847,7 +847,7 @@ def sniff(path):
     with open(check_file(path), "rb") as f:
         head = f.read(16)
     kind = next((kind for kind, start in FIRST_BYTES.items() if start.match(head)), "")
-    return "audio" if kind == "video" and holds(path, "audio") and not holds(path, "video") else kind
+    return "audio" if kind == "video" and not holds(path, "video") and holds(path, "audio") else kind
 
 
 def holds(path, kind):

@@ -350,8 +350,10 @@ class TransformerBlock(nn.Module):
 
     def mlp(self, x):
         """On a CPU in pieces: what is widest would be new memory each time, see model.keep_memory."""
-        rows, n = x.flatten(0, 1), -(-4 * x.numel() // 2 ** 24) if x.device.type == "cpu" else 1        # rounded up
-        return torch.cat([self.ff.net(part) for part in rows.chunk(n)]).view_as(x)
+        n = -(-4 * x.numel() // 2 ** 24)                            # rounded up
+        if n == 1 or x.device.type != "cpu":
+            return self.ff.net(x)
+        return torch.cat([self.ff.net(part) for part in x.flatten(0, 1).chunk(n)]).view_as(x)
 
 
 class Transformer(nn.Module):

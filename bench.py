@@ -163,14 +163,14 @@ def n_weight(model, *without):          # weights that every token meets
 
 # ---- Cases
 
-def prefill(side, s):
-    model, ids = load(s, "llm", side), tokens(s, 1, PROMPT)
+def prefill(side, s, n=PROMPT):
+    model, ids = load(s, "llm", side), tokens(s, 1, n)
     if side != "ours":
-        return Job(lambda: model(ids, use_cache=True, logits_to_keep=1).logits[:, 0], PROMPT)
+        return Job(lambda: model(ids, use_cache=True, logits_to_keep=1).logits[:, 0], n)
     M.fuse(model)
     llm = model.llm
-    return Job(lambda: llm.lm_head(llm(llm.embed(ids), M.KVCache(llm, 1, PROMPT))[:, -1]), PROMPT,
-               flops=2 * PROMPT * n_weight(llm, "embed", "lm_head"))
+    return Job(lambda: llm.lm_head(llm(llm.embed(ids), M.KVCache(llm, 1, n))[:, -1]), n,
+               flops=2 * n * n_weight(llm, "embed", "lm_head"))
 
 
 def answer(model, ids, n, side):        # greedy answer of exactly n tokens
@@ -359,6 +359,7 @@ def fused_attention(side, s, hd, causal, backward):
 
 CASES = {
     "prefill": Case(prefill, (), "token", "llm"),
+    "prefill-64": Case(prefill, (64,), "token", "llm"),         # a question in the middle of a talk
     "decode": Case(decode, (), "token", "llm"),
     "decode-int8": Case(decode, ("int8",), "token", "llm"),
     "decode-int4": Case(decode, ("int4",), "token", "llm"),

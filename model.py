@@ -195,15 +195,18 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """W x. On a CPU the one row of a decoding step goes through mv, which reads weights faster than a product does."""
+    """W x. On a CPU the one row of a decoding step goes through mv, which reads weights faster than a product does, and
+    the rows of a short prompt as W x^T, for which bfloat16 weights stay as they lie: x W^T would rearrange them all."""
 
     def __init__(self, n_in, n_out, device=None):
         super().__init__(n_in, n_out, bias=False, device=device)
 
     def forward(self, x):
-        if x.numel() != self.in_features or x.device.type != "cpu" or torch.is_grad_enabled():
+        rows, few = x.numel() // self.in_features, 256 if x.dtype == torch.bfloat16 else 1
+        if rows > few or x.device.type != "cpu" or torch.is_grad_enabled():
             return super().forward(x)
-        return torch.mv(self.weight, x.flatten()).view(*x.shape[:-1], self.out_features)
+        y = torch.mv(self.weight, x.flatten()) if rows == 1 else (self.weight @ x.flatten(0, -2).T).T       # (rows, N)
+        return y.view(*x.shape[:-1], self.out_features)     # lies as (N, rows), which the next product likes
 
 
 def linear_of(weight):
@@ -271,7 +274,7 @@ class Attention(nn.Module):
     def forward(self, x, rope, cache, **hides):
         nh, nkv = self.n_head, self.n_kv_head
         x = self.wqkv(x) if self.wqkv else torch.cat([self.wq(x), self.wk(x), self.wv(x)], dim=-1)
-        qk, v = split_heads(x, nh + 2 * nkv).split([nh + nkv, nkv], dim=1)
+        qk, v = split_heads(x.contiguous(), nh + 2 * nkv).split([nh + nkv, nkv], dim=1)
         q, k = rotate(qk, *rope).split([nh, nkv], dim=1)                                    # (B, nh or nkv, T, hd)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                                           # (B, nkv, S, hd)

@@ -909,6 +909,7 @@ class Signal:
     writer: str                         # img, vid, aud
     path: str = ""                      # of its caption embedding
     embeds: torch.Tensor | None = None  # (tokens, width) or (width,), from the diffusion model's own text tower
+    caption: str | None = None
 
 
 @dataclass

@@ -659,7 +659,7 @@ def mock(image_size):
 
 # ---- NExT-GPT
 # A root folder holds images/, videos/, audios/ and embed/. What a medium's caption becomes in the text tower of the
-# diffusion model that draws such media lies in embed/<its file name>.npy.
+# diffusion model that draws such media lies in embed/<its file name>.npy, where paint.py --embed puts it.
 
 WRITERS = {"image": "img", "video": "vid", "audio": "aud"}     # kind of medium -> its writer
 CAPTION_MARKS = re.compile(r'["()*#:;~]')
@@ -676,16 +676,16 @@ def shown(kind, name, root):
     return Medium(kind, str(safe_join(root / f"{kind}s", name)))
 
 
-def drawn(kind, name, root):
+def drawn(kind, name, root, caption):
     """The Signal that asks for a medium like the one of a file name."""
-    return Signal(WRITERS[kind], str(safe_join(root / "embed", PurePosixPath(name).name + ".npy")))
+    return Signal(WRITERS[kind], str(safe_join(root / "embed", PurePosixPath(name).name + ".npy")), caption=caption)
 
 
 def pair_turns(row, root, draw):
     """A caption record -> turns that ask for the caption, or (draw) for the medium."""
     (kind, name), caption = captioned(row), process_caption(row["caption"])
     if draw:
-        return [[caption], [caption, drawn(kind, name, root)]]
+        return [[caption], [caption, drawn(kind, name, root, row["caption"])]]          # parity: embedded as it came
     return [[shown(kind, name, root), "generate a caption"], [caption]]
 
 
@@ -723,7 +723,8 @@ def dialog_turns(row, root):
         kind = turn.get("output_modality" if i % 2 else "input_modality") or tag or usual
         if kind != "text":
             name = file_of(row, kind, i)
-            out.append([text, drawn(kind, name, root)] if i % 2 else [shown(kind, name, root), text])
+            caption = turn.get("caption", row.get(f"{kind}_captions"))
+            out.append([text, drawn(kind, name, root, caption)] if i % 2 else [shown(kind, name, root), text])
         elif i % 2 and "image_wh" in row:                       # answers name boxes as in ChatterBox's sets
             text, boxes = annotated(text, check_box)
             out.append([text, *(Box(box) for _, box in boxes)])
@@ -737,11 +738,11 @@ def mosit_turns(row, root):
     names = {(kind, item["caption"]): item[f"{kind}_name"] for kind in WRITERS for item in row[f"{kind}_list"]}
     out = []
     for i, turn in enumerate(spoken(row)):
-        make = drawn if i % 2 else shown
         text, *found = INLINE.split(turn["value"])              # text, kind, caption, text, kind, caption, text
         content = [text]
         for kind, caption, text in zip(found[::3], found[1::3], found[2::3]):
-            content += [make(kind.lower(), names[kind.lower(), caption], root), text]
+            kind, name = kind.lower(), names[kind.lower(), caption]
+            content += [drawn(kind, name, root, caption) if i % 2 else shown(kind, name, root), text]
         out.append(nonempty(content))
     return out
 

@@ -5,6 +5,7 @@
     python paint.py shapes/audio_pairs.json --out weights/tiny/painters/audio
     python paint.py unseen/drawings.json --judge weights/tiny/painters/image --known shapes/drawings.json --page page.png
     python paint.py shapes/drawings_wishes.json --embed weights/tiny/painters/image     # captions as a writer's targets
+    python paint.py cc3m.json --embed weights/sd15          # likewise for NExT-GPT, by its own painters
     python paint.py weights/tiny --writers weights/tiny/painters --out runs/writers     # then stage 2 of train.py, and
     python paint.py unseen/drawings_wishes.json --judge runs/tiny2/weights --known shapes/drawings_wishes.json
 
@@ -20,6 +21,7 @@ import re
 from collections import Counter
 from copy import deepcopy
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,7 @@ from tqdm import tqdm
 
 import chat
 import data
+import datasets
 import generate as G
 import model as M
 import shapes
@@ -185,15 +188,29 @@ def fit_unet(painter, learned, media, ids, nothing, fast, *how):
 # ---- Captions
 
 def encode_captions(painter, folder, captions):
-    """What a painter's text tower makes of captions: (n, T, C) or (n, C). Beside its weights lies tokenizer.model."""
-    return torch.cat([painter.text(ids) for ids in caption_ids(painter.cfg.text, folder, captions).split(64)])
+    """What a painter's text tower makes of captions: (n, T, C) or (n, C). Its tokenizer lies in the painter's folder."""
+    ids = caption_ids(painter.cfg.text, folder, captions)
+    if painter.cfg.text.out_dim:        # CLAP does not look at padding
+        ids = ids[:, :(ids != painter.cfg.text.pad).sum(1).max()]
+    return torch.cat([painter.text(some.to(painter.text.embed.weight.device)).cpu() for some in ids.split(64)])
+
+
+@lru_cache
+def splitter(cfg, folder):              # text -> ids, by the tokenizer that lies beside a painter's weights
+    if (Path(folder) / "tokenizer.model").exists():
+        return data.Tokenizer(Path(folder) / "tokenizer.model").sp.encode
+    if cfg.out_dim:
+        return data.RobertaTokenizer(folder).encode
+    return data.CLIPTokenizer(Path(folder) / "merges.txt", "<|endoftext|>" if cfg.pad else "!").encode
 
 
 def caption_ids(cfg, folder, captions):
-    """Captions as sentences of a text tower, (n, max_len): start, pieces, end, padding."""
-    tok = data.Tokenizer(Path(folder) / "tokenizer.model").sp
-    rows = [[cfg.start, *tok.encode(text)[:cfg.max_len - 2], cfg.end] for text in captions]
-    return torch.tensor([row + [cfg.pad] * (cfg.max_len - len(row)) for row in rows])
+    """Captions as sentences of a text tower, (n, T): start, pieces, end, padding."""
+    encode, length = splitter(cfg, folder), cfg.max_len - (cfg.pad + 1 if cfg.out_dim else 0)   # CLAP counts from there
+    # parity: of a long caption NExT-GPT's pictures, padded with the end token, keep the end; all others the start
+    part = slice(2 - length, None) if cfg.pad == cfg.end else slice(length - 2)
+    rows = [[cfg.start, *encode(text)[part], cfg.end] for text in captions]
+    return torch.tensor([row + [cfg.pad] * (length - len(row)) for row in rows])
 
 
 # ---- Judging
@@ -266,16 +283,27 @@ def page(made, captions, columns=4):    # tiles with their captions below, as on
 
 # ---- Writers of a language model
 
+@torch.no_grad()
 def embed(args):
-    """What the text tower makes of every caption, as NExT-GPT's training wants it: embed/NAME.npy beside the file."""
-    kind, rows = read_captions(args.data)
-    painter, folder = load_painter(args.embed, kind), args.data.parent / "embed"
-    folder.mkdir(exist_ok=True)
-    captions, _, files = zip(*rows)
-    with torch.no_grad():
-        embeds = encode_captions(painter, args.embed, captions)
-    for file, x in zip(files, embeds):
-        np.save(folder / f"{file.name}.npy", x.numpy().astype(np.float16))
+    """What a text tower makes of the captions of all media of its kind that answers of a file ask for, in any format of
+    NExT-GPT's: embed/NAME.npy beside the file, as its training wants them."""
+    painter, captions = M.load_painter(args.embed), {}
+    for i, row in enumerate(data.read_records(args.data)):
+        with data.naming(args.data, i, row):
+            turns = datasets.turns_of(row, args.data.parent, draw=True)
+            found = {one.path: one.caption for one in data.parts_of(turns, data.Signal) if one.writer == painter.cfg.kind}
+            if None in found.values():
+                raise data.DataError("no caption for what it asks for")
+        captions |= found
+    if not captions:
+        raise ValueError(f"{args.data}: asks for nothing that {args.embed} paints")
+    painter.text.float().to("cuda" if torch.cuda.is_available() else "cpu")
+    (args.data.parent / "embed").mkdir(exist_ok=True)
+    files = list(captions)
+    for i in tqdm(range(0, len(files), 64), desc="embedding", disable=None):
+        some = files[i:i + 64]
+        for file, x in zip(some, encode_captions(painter, args.embed, [captions[file] for file in some])):
+            np.save(file, x.numpy().astype(np.float16))
 
 
 def add_writers(args):

@@ -200,10 +200,8 @@ def query_range(n0, row, T, S, spans, BM: constexpr, BN: constexpr, CAUSAL: cons
 @jit
 def forward_kernel(q, k, v, o, lse, strides, extras, spans, nh, group, T, S, chunk, scale, HD: constexpr,
                    D1: constexpr, D2: constexpr, BM: constexpr, BN: constexpr, CAUSAL: constexpr):
-    """A program per block of queries and head, and per chunk of keys where decoding splits them: online softmax.
-
-    lse is the base-2 logarithm of each row's sum of exponentials, for the backward pass and for joining chunks.
-    """
+    """A program per block of queries and head, and per chunk of keys where decoding splits them: online softmax. lse is
+    the base-2 logarithm of each row's sum of exponentials, for the backward pass and for joining chunks."""
     sq, sk, sv, so = strides
     n_block, split = tl.cdiv(T, BM), tl.program_id(1)
     block, bh = n_block - 1 - tl.program_id(0) % n_block, tl.program_id(0) // n_block       # causal: longest rows first
@@ -390,16 +388,18 @@ class Fused(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None
 
 
-def decode(q, k, v):
-    """One query per head, (B, nh, 1, hd): the keys are split over enough programs to fill the chip, then joined."""
+def decode(q, k, v, bias=None):
+    """q (B, nh, 1, hd), bias (B or 1, 1, 1, S): keys are split over enough programs to fill the chip, then joined."""
     (B, nh, _, hd), (nkv, S) = q.shape, k.shape[1:3]
     group, t, rows = nh // nkv, tile(q, "decode"), q.reshape(B, nkv, nh // nkv, hd)         # rows: queries of one head
     wanted = torch.cuda.get_device_properties(q.device).multi_processor_count * 2 if q.is_cuda else 4
     chunk = triton.cdiv(max(SPLIT, triton.cdiv(S, triton.cdiv(wanted, B * nkv))), t[1]) * t[1]
     n_split = triton.cdiv(S, chunk)
     parts, lse = (q.new_empty(n_split, B, nkv, group, n, dtype=torch.float32) for n in (hd, 1))
+    bias = None if bias is None else bias.expand(B, nkv, group, S)
+    extras = bias, None if bias is None else bias.stride(), *[None] * 5
     launch(forward_kernel, (B * nkv * triton.cdiv(group, t[0]), n_split), (rows, k, v, parts, lse),
-           (rows, k, v, parts), ((None,) * 7, (None, None), nkv, 1, group, S, chunk), t, False)
+           (rows, k, v, parts), (extras, (None, None), nkv, 1, group, S, chunk), t, False)
     o, D, N = q.new_empty(B, nh, 1, hd), triton.next_power_of_2(hd), triton.next_power_of_2(n_split)
     join_kernel[(B * nh,)](parts, lse, o, n_split, B * nh, HD=hd, D=D, N=N, enable_fp_fusion=True)
     return o
@@ -411,10 +411,10 @@ def triton_attention(q, k, v, *, causal=False, bias=None, segments=None, rel=Non
     if learns or q.shape[-1] > MAX_HEAD_DIM or q.element_size() == 8 or not (q.is_cuda or INTERPRETED):
         return torch_attention(q, k, v, causal=causal, bias=bias, segments=segments, rel=rel)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    plain = bias is None and segments is None and rel is None
-    if plain and q.shape[2] == 1 and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
-        return decode(q, k, v)
-    if plain and q.shape[2] == k.shape[2] <= SHORT:     # temporal attention: thousands of short samples, packed
+    plain, one = segments is None and rel is None, bias is None or bias.shape[1:3] == (1, 1)
+    if plain and one and q.shape[2] == 1 and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+        return decode(q, k, v, bias)
+    if plain and bias is None and q.shape[2] == k.shape[2] <= SHORT:        # temporal attention: thousands of short samples, packed
         B, T = q.shape[0], q.shape[2]
         q, k, v = (x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for x in (q, k, v))    # (1, nh, B * T, hd)
         segments = torch.arange(B * T, device=q.device, dtype=torch.int32)[None] // T

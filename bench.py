@@ -173,13 +173,15 @@ def prefill(side, s, n=PROMPT):
                flops=2 * n * n_weight(llm, "embed", "lm_head"))
 
 
-def answer(model, ids, n, side):        # greedy answer of exactly n tokens
+def answer(model, ids, n, side, replay=None):           # greedy answer of exactly n tokens
     if side != "ours":
         return model.generate(ids, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
-    return list(M.generate(model, model.llm.embed(ids), max_new_tokens=n))
+    if replay:
+        replay.cache.pos = 0
+    return list(M.generate(model, model.llm.embed(ids), max_new_tokens=n, cache=replay and replay.cache, replay=replay))
 
 
-def decode(side, s, quantize=""):       # peers stay in floats, which is what their users have without a further package
+def decode(side, s, quantize="", graph=False):       # peers stay in floats, which is what their users have without a further package
     ids = tokens(s, 1, 8)
     if side != "ours":
         model = load(s, "llm", side)
@@ -188,7 +190,8 @@ def decode(side, s, quantize=""):       # peers stay in floats, which is what th
     model.cfg = replace(model.cfg, eos=())                      # random weights may say anything, also the end
     M.fuse(model)                       # as chat.py does
     size = sum(x.nbytes for name, x in model.llm.state_dict().items() if not name.startswith("embed"))
-    return Job(lambda: answer(model, ids, NEW, side), NEW, bytes=NEW * size)            # a token reads all weights once
+    replay = M.Replay(model.llm, M.KVCache(model.llm, 1, ids.shape[1] + NEW)) if graph else None
+    return Job(lambda: answer(model, ids, NEW, side, replay), NEW, bytes=NEW * size)    # a token reads all weights once
 
 
 FIRST = """
@@ -361,6 +364,7 @@ CASES = {
     "prefill": Case(prefill, (), "token", "llm"),
     "prefill-64": Case(prefill, (64,), "token", "llm"),         # a question in the middle of a talk
     "decode": Case(decode, (), "token", "llm"),
+    "decode-graph": Case(decode, ("", True), "token", "llm", devices="cuda"),
     "decode-int8": Case(decode, ("int8",), "token", "llm"),
     "decode-int4": Case(decode, ("int4",), "token", "llm"),
     "load": Case(lambda side, s: Job(lambda: load(s, "llm", side), 1), (), "load", "llm"),

@@ -46,6 +46,7 @@ SETTINGS = {                            # name: default, least, most, meaning
     "seed": (0, 0, (1 << 62) - 1, "where sampling and drawing start"),
     "steps": (0, 0, 999, "steps of a drawing; 0 = as many as its painter likes"),
     "guidance": (0.0, 0, 100, "how closely drawings follow their text, 1 not at all; 0 = as its painter likes"),
+    "graph": (0, 0, 1, "1: on a GPU each token is one launch, a CUDA graph; not yet tried on one"),
 }
 EXAMPLES = """examples:
   python chat.py                                          chat with the small model that comes along
@@ -127,7 +128,7 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 from datasets import mask_rle
 from generate import DRAW, PainterConfig
-from model import (KVCache, beam_search, fuse, generate, keep_memory, load, load_painter, read_config, read_out,
+from model import (KVCache, Replay, beam_search, fuse, generate, keep_memory, load, load_painter, read_config, read_out,
                    signal_runs)
 
 # ---- Session
@@ -216,6 +217,7 @@ class Session:
         self.system_text = ""                           # in place of the template's
         self.turns, self.pending, self.boxes = [], [], []       # pending, boxes: what goes with the next message
         self.cache, self.held = None, []                # held: for each place of the cache, its id or the Medium there
+        self.replay = None                              # of the cache, if it is wished for
         self.features = WeakKeyDictionary()             # Medium -> (n, C)
         self.seen = WeakKeyDictionary()                 # picture -> levels, see model.RegionReader
 
@@ -422,7 +424,7 @@ class Session:
         except RuntimeError as error:                   # torch's class for it, or the words of a CPU's allocator
             if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
-            self.cache = None                           # the largest thing that can be given back
+            self.cache = self.replay = None             # the largest thing that can be given back
             raise MemoryError("out of memory: lower --context, attach less, or try --dtype bfloat16") from None
         finally:
             self.held = places[:self.cache.pos] if self.cache else []
@@ -462,8 +464,10 @@ class Session:
         if (beams := self.settings["beams"]) > 1:
             return beam_search(self.model, embeds, n_beam=beams, max_new_tokens=most, hidden=hidden)
         how = {name: self.settings[name] for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
+        if self.settings["graph"]:
+            self.replay = self.replay or Replay(self.model.llm, self.cache)
         return generate(self.model, embeds, cache=self.cache, max_new_tokens=most, generator=self.generator,
-                        hidden=hidden, **how)
+                        hidden=hidden, replay=self.replay if self.settings["graph"] else None, **how)
 
     @torch.inference_mode()
     def parts(self, turn, embeds, hidden, places):

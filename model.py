@@ -350,10 +350,14 @@ class LLM(nn.Module):
         if attn_mask is not None:
             bias = x.new_zeros(attn_mask.shape).masked_fill(~attn_mask, torch.finfo(x.dtype).min)
             bias = bias[:, None, None]                                                  # (B, 1, 1, T)
-        for block in self.blocks:
-            x = block(x, rope, cache, bias=bias, segments=segments)
+        x = self.layers(x, rope, cache, bias=bias, segments=segments)
         if cache is not None:
             cache.pos += x.shape[1]
+        return x
+
+    def layers(self, x, rope, cache, **hides):
+        for block in self.blocks:
+            x = block(x, rope, cache, **hides)
         return self.norm(x)
 
     def positions(self, start, end, device):
@@ -708,19 +712,70 @@ def choose(logits, seen, *, temperature=0.0, top_k=0, top_p=1.0, repetition_pena
     return torch.multinomial(probs, 1, generator=generator)
 
 
+class Replay:
+    """Steps of one token each as a CUDA graph, which launches at once what Python launches in a thousand pieces.
+
+    A graph knows no Python numbers, so the place of a step is a tensor and the length is that of a whole run of places,
+    of which those ahead are hidden. Without a GPU the same steps run without a graph.
+    """
+    RUN = 512                           # places a graph serves: what reading keys in vain costs, against one more graph
+
+    def __init__(self, llm, cache):
+        self.llm, self.cache, self.end, self.step = llm, cache, 0, None
+        self.x = llm.embed.weight.new_empty(1, 1, llm.cfg.dim)
+        self.at = torch.zeros(1, dtype=torch.long, device=self.x.device)
+
+    def append(self, layer, k, v):      # as the cache does
+        self.cache.k[layer].index_copy_(2, self.at, k)
+        self.cache.v[layer].index_copy_(2, self.at, v)
+        return self.cache.k[layer, :, :, :self.end], self.cache.v[layer, :, :, :self.end]   # (1, nkv, end, hd)
+
+    def run(self):
+        rope = [table[self.at].to(self.x.dtype) for table in self.llm.positions(0, self.end, self.x.device)]    # (1, hd)
+        ahead = torch.arange(self.end, device=self.x.device) > self.at
+        bias = self.x.new_zeros(1, 1, 1, self.end).masked_fill(ahead, torch.finfo(self.x.dtype).min)
+        self.h = self.llm.layers(self.x, rope, self, bias=bias)                             # (1, 1, C)
+
+    def captured(self):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):   # once before, so that kernels are compiled and libraries have their memory
+            self.run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            self.run()
+        return graph.replay
+
+    def __call__(self, x):
+        pos = self.cache.pos
+        self.x.copy_(x)
+        self.at.fill_(pos)
+        if pos >= self.end:
+            self.end = min(pos // self.RUN * self.RUN + self.RUN, self.cache.max_len)
+            for held in self.cache.k, self.cache.v:
+                held[:, :, :, pos:self.end] = 0     # what lay there may be no number, and 0 times that is none either
+            self.step = self.captured() if x.is_cuda else self.run
+        self.step()
+        self.cache.pos += 1
+        return self.h.clone()           # the next step writes over it
+
+
 @torch.inference_mode()
-def generate(model, embeds, *, cache=None, max_new_tokens=512, seen=(), hidden=None, attn_mask=None, **sampling):
+def generate(model, embeds, *, cache=None, max_new_tokens=512, seen=(), hidden=None, attn_mask=None, replay=None,
+             **sampling):
     """Yield new token ids one by one, an end token last if one comes. Closing the iterator early is fine.
 
     embeds (1, T, C): places not yet in `cache` (a KVCache; default: a fresh one). seen: ids of the prompt that count as
     repeated. hidden: a list that gets the states (1, T, C) of every pass: the prompt's, then each new id's. attn_mask
-    (1, T) bool: places of the prompt that count. sampling: see choose.
+    (1, T) bool: places of the prompt that count. replay: a Replay of the cache, that takes its steps; not with an
+    attn_mask. sampling: see choose.
     """
     llm, seen, new = model.llm, list(seen), embeds.new_full((1, 1), -1, dtype=torch.long)
     cache = cache or KVCache(llm, 1, embeds.shape[1] + max_new_tokens)
     hidden = [] if hidden is None else hidden
-    for _ in range(max_new_tokens):
-        hidden.append(llm(embeds, cache, attn_mask))
+    for i in range(max_new_tokens):
+        hidden.append(replay(embeds) if replay and i else llm(embeds, cache, attn_mask))
         if attn_mask is not None:
             attn_mask = F.pad(attn_mask, (0, 1), value=True)
         fed, h = new[:, 0], hidden[-1][:, -1]                                               # (1,), (1, C)

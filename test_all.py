@@ -165,6 +165,9 @@ def attention_case(feature, seed, dtype=torch.float32, device="cpu"):
         B, S = B + 2, (T := min(T, 32))
     if feature == "decode":
         T, S = 1, 1 + 5 * S
+        if seed % 2:                                            # places ahead are hidden
+            keys["bias"] = normal(1, 1, 1, S)
+            keys["bias"][..., 1 + S // 2:] = torch.finfo(dtype).min
     if feature == "bias":                                       # some dimensions do not vary
         shape = [1 if seed >> i & 1 else n for i, n in enumerate((B, nkv * group, T))] + [S]
         keys["bias"] = normal(*shape)
@@ -1814,6 +1817,22 @@ def test_llm_cached_steps_equal_one_pass():
             assert torch.allclose(parts, ours.llm(x), atol=1e-5)
 
 
+def test_llm_replayed_steps_equal_plain_ones(monkeypatch):
+    """Whatever lies in places ahead, over several runs of places, also where a talk goes back and on."""
+    monkeypatch.setattr(M.Replay, "RUN", 7)
+    torch.manual_seed(0)
+    for case in PEER_LLMS:
+        _, ours = peer_llm(case, 0)
+        cache, x = M.KVCache(ours.llm, 1, 50), ours.llm.embed(torch.randint(0, 331, (1, 10))).detach()
+        cache.k.fill_(torch.nan), cache.v.fill_(torch.nan)
+        replay = M.Replay(ours.llm, cache)
+        for n in (5, 9, 3):
+            cache.pos, states, want = 0, [], []
+            got = list(M.generate(ours, x[:, :n], cache=cache, max_new_tokens=40, hidden=states, replay=replay))
+            assert got == list(M.generate(ours, x[:, :n], max_new_tokens=40, hidden=want)) and cache.pos == n + len(got) - 1
+            assert torch.allclose(torch.cat(states, 1), torch.cat(want, 1), atol=1e-5)
+
+
 def test_llm_lora_starts_as_base_and_merges():
     cfg = M.LLMConfig(dim=32, n_layer=2, n_head=2, n_kv_head=2, mlp_dim=48, vocab_size=50)
     model = M.Model(M.ModelConfig(llm=M.replace(cfg, lora_rank=4, lora_targets="wq wv down")))
@@ -2179,7 +2198,7 @@ TINY_BENCH = dict(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["prefill", "decode", "start", "clip", "sam", "unet-sd15", "unet-zeroscope", "unet-audioldm"])
+@pytest.mark.parametrize("name", ["prefill", "decode", "decode-graph", "start", "clip", "sam", "unet-sd15", "unet-zeroscope", "unet-audioldm"])
 def test_bench_sides_compute_the_same(name, tmp_path, monkeypatch):
     pytest.importorskip("transformers" if bench.CASES[name].peers == ("transformers",) else "diffusers")
     for key, value in TINY_BENCH.items():
@@ -6058,7 +6077,7 @@ def same_places(ours, want):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_chat_reuse_changes_nothing(seed, chat_files):
-    rng, session = random.Random(seed), chat_session()
+    rng, session = random.Random(seed), chat_session(graph=seed % 2)
     for step in range(12):
         act = rng.choice(["say", "say", "say", "retry", "undo", "drop", "system"]) if session.turns else "say"
         if act == "say":

@@ -93,7 +93,8 @@ def parse_args():
         add(f"--{name.replace('_', '-')}", metavar="N", default=default, help=f"{meaning} ({default})")
     add = parser.add_argument_group("model").add_argument
     add("--device", help="cuda, mps, cpu ... (the best there is)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (bfloat16 on cuda, else float32)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (bfloat16 on cuda "
+        "and, for big ones, on CPUs that multiply it; else float32)")
     add("--quantize", choices=("int8", "int4"), default="", help="keep the language model in 8 or 4 bits")
     add("--context", type=int, default=0, metavar="N", help="tokens to remember (as many as the model was trained for)")
     add("--templates", metavar="FILE", help="JSON of conversation templates, in the layout of the originals")
@@ -129,7 +130,7 @@ import data
 from datasets import mask_rle
 from generate import DRAW, PainterConfig
 from model import (KVCache, Replay, beam_search, fuse, generate, keep_memory, load, load_painter, read_config, read_out,
-                   signal_runs)
+                   signal_runs, usual_dtype)
 
 # ---- Session
 
@@ -618,8 +619,7 @@ def open_session(folder=TINY, device=None, dtype=None, quantize="", painters=Non
     if device and str(device).split(":")[0] not in ("cpu", best.type):
         raise ValueError(f"there is no device {device} here; without --device it is the best there is, {best}")
     device = torch.device(device or best)
-    dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    model = load(folder, device, getattr(torch, dtype), quantize)
+    model = load(folder, device, getattr(torch, dtype) if dtype else usual_dtype(folder, device), quantize)
     cfg = model.cfg
     tok, system, template = open_language(folder, cfg, templates)
     if not cfg.llm.lora_rank:

@@ -1221,11 +1221,11 @@ def collate(rendered, n_token, pad=0, max_len=2048, mask_pad=False, pack=0, mock
     return Batch(ids, labels, media, slots, targets, ids != pad if mask_pad else None, segments if pack else None)
 
 
-def to_device(batch, device):
+def to_device(batch, device, dtype=None):              # dtype: of what holds floats
     def move(x):
         if isinstance(x, dict):
             return {k: move(v) for k, v in x.items()}
-        return x if x is None else x.to(device, non_blocking=True)
+        return x if x is None else x.to(device, dtype if x.is_floating_point() else None, non_blocking=True)
     return Batch(*map(move, batch))
 
 

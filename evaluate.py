@@ -341,10 +341,10 @@ MIN_SCORE = 0.3                                                 # of a box that 
 class Asker:
     """A model of a weights folder, with what it takes to ask it. Raises OSError or ValueError naming the fault."""
 
-    def __init__(self, folder, device="cpu"):
-        self.model = M.load(folder, device, torch.float32)
-        cfg = self.model.cfg
-        self.system, self.spec, self.device = data.SYSTEMS[cfg.system], data.MediaSpec(**cfg.media), device
+    def __init__(self, folder, device="cpu", dtype="float32"):
+        self.model = M.load(folder, device, getattr(torch, dtype))
+        cfg, self.weight = self.model.cfg, self.model.llm.embed.weight          # weight: for its device and dtype
+        self.system, self.spec = data.SYSTEMS[cfg.system], data.MediaSpec(**cfg.media)
         self.tok = data.Tokenizer(folder / "tokenizer.model", cfg.added_tokens, self.system.legacy)
         self.template = data.TEMPLATES[cfg.template or self.system.template]
         self.signals = {id for name in cfg.projections for id in cfg.signal(name)}
@@ -355,7 +355,7 @@ class Asker:
             raise ValueError(f"{length} tokens, more than the {room} that the model reads")
         batch = data.collate([rendered._replace(labels=rendered.ids, targets=[])], self.model.cfg.n_token,
                              max_len=room, mask_pad=self.system.mask_pad)
-        batch = data.to_device(batch, self.device)
+        batch = data.to_device(batch, self.weight.device, self.weight.dtype)
         return self.model.embed(batch.ids, batch.media, batch.slots), batch.attn_mask
 
     def render(self, turns, train=False):               # rendered turns; a last one of None asks for an answer
@@ -384,13 +384,13 @@ class Asker:
         r = self.render([question, ["Answer: ", data.Box((0, 0, 0, 0), tensor=torch.zeros(4))]], train=True)
         end = r.targets[0][1] + 1
         embeds, mask = self.embed(r._replace(ids=r.ids[:end], slots=[slot for slot in r.slots if slot[1] < end]))
-        return self.model.writers["at"](self.model.llm(embeds, attn_mask=mask)[:, -1]).cpu()
+        return self.model.writers["at"](self.model.llm(embeds, attn_mask=mask)[:, -1]).float().cpu()
 
     @torch.inference_mode()
     def segment(self, question, max_new_tokens):                # bool masks (n, H, W) of the picture for the boxes said
         picture = next(part for part in question if isinstance(part, data.Medium))
         _, ids, hidden = self.answer([question], max_new_tokens)
-        image, start = picture.sam[None].to(self.device), len(ids) - len(hidden)
+        image, start = picture.sam[None].to(self.weight), len(ids) - len(hidden)
         found = M.read_out(self.model, ids, hidden, "at", start, image=image)
         return data.Geometry(*picture.size).masks_to_pixels(found[1]).cpu() if found else torch.zeros(0)
 
@@ -401,7 +401,7 @@ class Asker:
         asked = [i for i, id in enumerate(ids[:start]) if id == self.tok.special.get(self.system.find)]
         if not asked:
             return []
-        image = next(part for part in turns[0] if isinstance(part, data.Medium)).det[None].to(self.device)
+        image = next(part for part in turns[0] if isinstance(part, data.Medium)).det[None].to(self.weight)
         boxes, score = M.read_out(self.model, [*ids[:start], -1], hidden[:1], "vg", asked[-1], image=image)
         return boxes[score > MIN_SCORE]
 
@@ -409,7 +409,7 @@ class Asker:
     def reply(self, turns, max_new_tokens):
         """The greedy answer to turns as texts, Boxes and Signals; a box that is looked for comes after the text."""
         text, ids, hidden = self.answer(turns, max_new_tokens)
-        boxes = [data.Box((), tensor=box.cpu()) for box in self.boxes_of(turns, ids, hidden)]
+        boxes = [data.Box((), tensor=box.float().cpu()) for box in self.boxes_of(turns, ids, hidden)]
         texts = text.split(" ".join(self.system.box)) if self.system.box else [text]
         said, cfg = ids[len(ids) - len(hidden):-1], self.model.cfg
         wishes = [data.Signal(name) for name in cfg.projections for _ in M.signal_runs(said, cfg.signal(name))[0]]
@@ -459,7 +459,7 @@ def run_task(asker, args):              # this rank's share; prints and writes t
     stats = [(file.name, file.stat()) for file in sorted(args.weights.glob("*.safetensors"))]
     made = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]                 # weights may be replaced
     run = {"task": args.task, "weights": str(args.weights), "file": digest, "templates": str(args.templates or ""),
-           "seed": args.seed, "media": str(args.media or ""), "made": hashlib.sha256(repr(made).encode()).hexdigest()}
+           "seed": args.seed, "dtype": args.dtype, "media": str(args.media or ""), "made": hashlib.sha256(repr(made).encode()).hexdigest()}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
     predict_all(samples, partial(asker.predict, args.task), args.task, args.out, run, rank, world)
     if (done := len(read_predictions(args.out, run))) < len(samples):
@@ -639,13 +639,15 @@ def main(argv=None):
     p.add_argument("--templates", type=Path, help="JSON of prompts in the layout of the originals, default: ours")
     p.add_argument("--seed", type=int, default=0, help="draws prompts and expressions, default %(default)s")
     p.add_argument("--device", help="default: the best there is, one for each rank")
+    p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
+                   help="of the weights, default %(default)s; the others take less memory and time, and move boxes a little")
     args = p.parse_args(argv)
     if args.task and not args.out:
         p.error("--task needs --out FOLDER")
     if args.out and not args.task and not args.out.parent.is_dir():
         p.error(f"--out: {args.out.parent} is no folder")
     device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    (run_task if args.task else ask_all)(Asker(args.weights, device), args)
+    (run_task if args.task else ask_all)(Asker(args.weights, device, args.dtype), args)
 
 
 if __name__ == "__main__":

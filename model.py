@@ -1015,6 +1015,16 @@ def load(folder, device="cpu", dtype=None, quantize="", build=Model, cls=ModelCo
     return model.to(dtype=dtype).eval()
 
 
+BIG = 2 << 30                           # bytes
+
+
+def usual_dtype(folder, device):
+    """The type to talk in: bfloat16 on a GPU, and for big weights on a CPU that multiplies it; else float32."""
+    big = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) > BIG
+    quick = torch.cpu.get_capabilities().get("amx_bf16") or torch.cpu.get_capabilities().get("avx512_bf16")
+    return torch.bfloat16 if torch.device(device).type == "cuda" or big and quick else torch.float32
+
+
 def load_painter(folder, device="cpu", dtype=None):
     """The Painter of a weights folder, as load; `save` writes one. Beside the weights lie files of its tokenizer."""
     return channels_last(load(folder, device, dtype, build=Painter, cls=PainterConfig))

@@ -5416,6 +5416,8 @@ def test_evaluate_runs_every_task(pointing, world, tmp_path, task, name, monkeyp
     first, *figures = capsys.readouterr().out.splitlines()
     assert "of 3 samples" in first and figures[0] == figures[1] and json.loads(figures[0])["n"] == 3
     assert (tmp_path / "one/metrics.json").read_text() == figures[1]
+    evaluate_main(*words, tmp_path / "half", "--dtype", "bfloat16")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["n"] == 3
     monkeypatch.setattr(evaluate.Asker, "predict", lambda *args: 1 / 0)                     # nothing is asked again
     evaluate_main(*words, tmp_path / "one")
 
@@ -6294,6 +6296,15 @@ def test_chat_files_dragged_in_before_words_are_attached(monkeypatch, capsys, ch
     code, out, err = chat_main(monkeypatch, capsys, "--json", stdin="\n".join(lines).encode())
     rows = [(row["prompt"], len(row["media"])) for row in map(json.loads, out.splitlines())]
     assert rows == [("what?", 1), ("what?", 1), ("what?", 2), (lines[-1], 0)] and "/nowhere/a.png: no such file" in err
+
+
+@pytest.mark.parametrize("able", [{}, {"amx_bf16": True}, {"avx512_bf16": True}])
+def test_chat_big_weights_take_16_bits_where_a_cpu_multiplies_them(able, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    assert chat_session().weight.dtype == torch.float32 and M.usual_dtype(CHAT_WEIGHTS, "cuda:1") == torch.bfloat16
+    monkeypatch.setattr(M, "BIG", 1000)
+    assert chat_session().weight.dtype == (torch.bfloat16 if able else torch.float32)
+    assert chat.open_session(CHAT_WEIGHTS, "cpu", "float32").weight.dtype == torch.float32
 
 
 def test_chat_info_counts_what_lies_in_memory():

@@ -262,6 +262,12 @@ def clip(side, s, batch):
     return Job(lambda: tower(x), batch, flops=2 * n_token * n_weight(tower.blocks))
 
 
+def imagebind(side, s):                 # a picture through ImageBind-Huge, which no package has
+    cfg = replace(vision.HUGE["vision"], n_layer=s.layers or vision.HUGE["vision"].n_layer)
+    tower, x = shared(side, s, lambda: vision.Tower(cfg, 1024, False), None), noise(s, 1, 3, *cfg.size[1:])
+    return Job(lambda: tower(x), 1, flops=2 * tower.pos.shape[1] * n_weight(tower.blocks))
+
+
 def sam(side, s):                       # SAM's image encoder
     n = s.layers or SAM.n_layer
     cfg = replace(SAM, n_layer=n, global_layers=tuple(i for i in SAM.global_layers if i < n) or (n - 1,))
@@ -373,6 +379,7 @@ CASES = {
     "convert": Case(conversion, (), "GB", "llm", ()),
     "clip": Case(clip, (1,), "image", "clip"),
     "clip-8": Case(clip, (8,), "image", "clip"),
+    "imagebind": Case(imagebind, (), "image", "", ()),
     "sam": Case(sam, (), "image"),
     "unet-sd15": Case(unet, ("sd15",), "step", "", ("diffusers",)),
     "unet-zeroscope": Case(unet, ("zeroscope",), "step", "", ("diffusers",)),

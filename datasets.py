@@ -978,6 +978,20 @@ def cb_rounds(row, ask):
     return talk(rows, FRONT, ask.picture)
 
 
+def cb_where(row, ask):
+    """A question of ChatterBox's evaluation, {filename, question, gt_box: x, y, width, height}."""
+    return [[ask.picture, " ", field(row, "question")], [Box(corners_of(row["gt_box"]))]]
+
+
+def cb_what(row, ask):
+    """And one of {file_name, question: "What is it <bbox>?[[x1, y1, x2, y2]]", answer: texts}."""
+    question, mark, boxes = field(row, "question").partition("?")
+    before, after = question.split("<bbox>")
+    (box,) = json.loads(boxes)
+    short = "Please give a brief answer in one sentence less than 10 words."
+    return [[ask.picture, " " + before, Box(check_box(box)), after + mark + short], texts(row, "answer")]
+
+
 class Talk(NamedTuple):
     """How to speak about the regions of a picture."""
     prefix: str                         # with <image>
@@ -1136,6 +1150,7 @@ CHATTERBOX = {
         "vg": partial(by_region, label=own_caption), "flickr30k": flickr_regions}.items()
 } | {"llava-instruct": Format(llava, picture="image")}
 FORMATS |= CHATTERBOX | {"rounds": Format(cb_rounds, picture="image", unpack=itemgetter("data"))}
+FORMATS |= {"ground": Format(cb_where, picture="filename"), "refer": Format(cb_what, picture="file_name")}
 
 GROUNDING = {"cb-refcoco-gnd": 5, "cb-coco-gnd": 8, "cb-gnd": 1, "cb-lc-gnd": 1}            # how often each is drawn
 REFERRING = {"cb-mrg-ref": 3, "cb-ref": 2, "cb-refcoco-ref": 3, "coco-regions": 1, "refcoco-regions": 1,

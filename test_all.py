@@ -2819,7 +2819,7 @@ def test_golden_nextchat_datasets():
             masks = [part.mask for turn in got.turns for part in turn if getattr(part, "mask", None) is not None]
             assert [{"shape": list(m.shape), "sum": m.sum()} for m in masks] == out.get("target", {}).get("masks", [])
         seen.add(name)
-    assert seen == set(datasets.FORMATS) - set(datasets.CHATTERBOX) - {"recs", "regs", "rounds"}        # these are ours
+    assert seen == set(datasets.FORMATS) - set(datasets.CHATTERBOX) - {"recs", "regs", "rounds", "ground", "refer"}     # not its
 
 
 def test_golden_nextchat_mixture():
@@ -5272,9 +5272,12 @@ def test_golden_nextchat_metrics():
 
 
 def test_evaluate_metrics_at_their_edges():
-    assert evaluate.rec([None, [0, 0, 1, 1]], [[0, 0, 1, 1]] * 2) == {"accuracy": 0.5, "iou": 0.5, "failed": 1}
+    assert evaluate.rec([None, [0, 0, 1, 1]], [[0, 0, 1, 1]] * 2) == {
+        "accuracy": 0.5, "iou": 0.5, "failed": 1, "success": 0.5, "iou_of_successes": 1}
     half = evaluate.rec([[0, 0, 1, 1]], [[0, 0, 1, 2]])
     assert half["accuracy"] == 0 and half["iou"] == 0.5         # above 0.5 is asked, not 0.5
+    assert half["success"] == 1 and half["iou_of_successes"] == 0.5             # but of ChatterBox 0.5 is enough
+    assert evaluate.rec([None], [[0, 0, 1, 1]])["iou_of_successes"] is None
     figures = {"ciou": 0.5, "miou": 0.25, "giou": 0.75, "failed": 1}
     assert evaluate.res([0, 1], [0, 2]) == pytest.approx(figures, rel=1e-4)
     assert evaluate.overlap([[1, 0], [1, 1]], [[1, 2], [0, 0]]) == (1, 5)
@@ -5282,6 +5285,15 @@ def test_evaluate_metrics_at_their_edges():
     assert never == {"accuracy": 0.5, "precision": None, "recall": 0, "f1": None, "yes_ratio": 0}
     answers = {"No, none": "no", "It is not. yes": "no", "yes. no": "yes", "nothing": "yes"}
     assert {text: evaluate.yes_or_no_llava(text) for text in answers} == answers
+
+
+@pytest.mark.parametrize("text, left", [("It is a cup, on a table. Yes.", "a cup"), (" It is red.", "red"), ("There is a cup", "a cup"),
+                                        ("It is a man and his dog. It barks.", "dog. It barks."), ("a cup at region0 here", "a cup here")])
+def test_evaluate_cleaned_answers_keep_their_first_words(text, left):
+    row = {"text": text, "target": ["none", left, text]}
+    assert evaluate.cleaned(text) == left
+    assert [evaluate.refer_figures([row, row])[name]["right"] for name in ("raw", "cleaned")] == [1, 1]
+    assert evaluate.refer_figures([row | {"target": ["none", left]}])["raw"]["right"] == 0
 
 
 CAPTIONS = ["A man in a Blue shirt, riding a bike.", "the dog's tail isn't visible...", "two t-shirts (red) & 3.5 apples",
@@ -5416,6 +5428,41 @@ def test_evaluate_talks_that_fill_the_context_count_as_wrong(pointing, world):
     assert first == ["no"] and others[-1] == [] and evaluate.rounds_row(sample, {"replies": [first, *others]})
 
 
+WHERE = {"filename": "wide.png", "question": "Where is the dog?", "gt_box": [3, 4, 50, 20.5]}
+WHAT = {"file_name": "wide.png", "question": "What is it <bbox>?[[3, 4, 53, 24]]", "answer": ["a dog.", "the dog."]}
+
+
+def test_golden_chatterbox_evaluation_prompts():
+    meta, _, _ = read_golden("chatterbox/data")
+    (where, _), (what, _) = (datasets.to_sample(row, datasets.FORMATS[name], "", (), None).turns for name, row in (
+        ("ground", WHERE | {"question": "Where is the toilet?"}), ("refer", WHAT)))
+    for question, case in zip(([*where, data.Box((1, 2, 3, 4), kind="find")], what), meta["eval_prompts"], strict=True):
+        (r,), _ = chatterbox_batch(meta, [[question, None]], [(90, 40)], train=False)
+        assert [id for id in r.ids if id != meta["config"]["ids"]["<im_patch>"]] == case["ids_without_patches"]
+
+
+def test_evaluate_chatterbox_finds_and_reads_what_the_chat_does(pointing, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "MIN_SCORE", 0), monkeypatch.setattr(chat, "MIN_SCORE", 0)
+    asker, session = evaluate.Asker(pointing / "chatterbox"), pointing_session(pointing, "chatterbox")
+    (tmp_path / "q.json").write_text(json.dumps([WHERE | WHAT | {"question": row["question"]} for row in (WHERE, WHAT)]))
+    where, what = (datasets.Rows(tmp_path / "q.json", name, pointing)[i] for i, name in enumerate(("ground", "refer")))
+    session.ask(WHERE["question"], pointing / "wide.png", find=True)
+    row = evaluate.rec_row(where, asker.predict("ground", where))
+    assert row["box"] == pytest.approx(session.last().found[0].tensor.tolist(), abs=1e-5)
+    assert row["target"] == pytest.approx([3 / 90, 4 / 40, 53 / 90, 24.5 / 40])
+    session.clear()
+    session.ask("What is it [0]?" + what.turns[0][-1][1:], pointing / "wide.png", boxes=[(3, 4, 53, 24)])
+    row = evaluate.refer_row(what, asker.predict("refer", what))
+    assert row["text"].startswith(session.last().answer) and row["target"] == WHAT["answer"]
+
+
+@pytest.mark.parametrize("task, name", [("rec", "REC_train"), ("caption", "REG_train")])
+def test_evaluate_chatterbox_runs_the_tasks_of_boxes(pointing, world, tmp_path, task, name, capsys):
+    (tmp_path / "rows.jsonl").write_text("".join((world / f"{name}.jsonl").read_text().splitlines(True)[:2]))
+    evaluate_main(pointing / "chatterbox", tmp_path / "rows.jsonl", "--task", task, "--images", world, "--out", tmp_path / "out", "--device", "cpu")
+    assert json.loads(capsys.readouterr().out)["n"] == 2
+
+
 @pytest.mark.parametrize("text, fault", [("red or blue? " * 300, "tokens, more than the 512"), (5, "5 where text")])
 def test_evaluate_names_a_question_that_cannot_be_asked(text, fault, pointing, tmp_path):
     rows = [{"question_id": i, "text": text} for i, text in enumerate(("What?", text))]
@@ -5456,8 +5503,9 @@ def test_evaluate_unknown_words_stay_masked_while_answering(pointing, world):
 def test_evaluate_says_what_is_missing(words, pointing, world, tmp_path):
     (tmp_path / "bad.json").write_text('{"VQA": ["no place for a picture"]}')
     name = world / f"{'POPE_random' if 'pope' in words else 'REC_train'}.jsonl"
+    M.save(M.Model(M.replace(M.read_config(pointing / "chatterbox"), locator=None)), tmp_path / "mute", [world / "tokenizer.model"])
     with pytest.raises(ValueError, match="says no boxes|makes no masks|one <image>"):
-        evaluate_main(pointing / "chatterbox", name, "--out", tmp_path / "out", *(w.format(bad=tmp_path / "bad.json") for w in words))
+        evaluate_main(tmp_path / "mute", name, "--out", tmp_path / "out", *(w.format(bad=tmp_path / "bad.json") for w in words))
     with pytest.raises(SystemExit):
         evaluate_main(pointing / "nextchat", name, "--task", "rec")
 

@@ -49,6 +49,7 @@ examples:
 
 A source is a folder or a file: .safetensors, .bin, .pth, .pt, .ckpt, whole or in shards, also a snapshot folder of the
 Hugging Face cache. What it is follows from its keys, never from its name. Nothing is downloaded, no source is changed.
+tokenizer.model is copied from beside a source; ChatterBox's file comes without one: put LLaMA-2's there.
 Exit status: 0 done, 2 something is missing or does not fit, 3 a file is unsafe or damaged."""
 
 
@@ -339,7 +340,8 @@ def rename(state, table):
 WRAPPERS = "state_dict", "model", "module"              # Lightning; GroundingDINO; DeepSpeed
 INDICES = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 LAYOUTS = ("model.safetensors", "diffusion_pytorch_model.safetensors", "model*.safetensors", "*.safetensors",
-           "pytorch_model.bin", "diffusion_pytorch_model.bin", "pytorch_model*.bin", "*.bin", "*.pth", "*.pt", "*.ckpt")
+           "pytorch_model.bin", "diffusion_pytorch_model.bin", "pytorch_model*.bin", "*.bin", "*.pth",
+           "mp_rank_00_model_states.pt", "*.pt", "*.ckpt")          # of DeepSpeed, beside states of its optimizer
 PAINTER_PARTS = "unet", "vae", "text_encoder", "vocoder"        # folders of a diffusion model
 
 
@@ -1172,6 +1174,8 @@ def show(plan, verbose=False):
             say(f"    ... and {len(lines) - 20} more; --verbose lists them")
     if (bind := getattr(plan.cfg, "imagebind", None)) and not bind.towers:
         say("note: without an ImageBind tower this model reads no media; add imagebind_huge.pth to the sources")
+    if getattr(plan.cfg, "llm", None) and "tokenizer.model" not in {path.name for path in plan.copies}:
+        say("note: no source has a tokenizer.model beside it; put the language model's into the new folder to talk with it")
     say(f"{sum(map(len, plan.files.values()))} tensors, {plan.nbytes / 1e9:.2f} GB to write")
 
 

@@ -872,8 +872,9 @@ def test_ground_deepspeed_file_gives_its_tensors_only(tmp_path, monkeypatch):
         settings = deepspeed.Settings()
         settings.stage = deepspeed.Stage.gradients
         torch.save({"module": tensors, "ds_config": settings, "global_steps": 7}, file)
-    found = cw.open_files(file)
-    assert found.keys() == tensors.keys() and all(torch.equal(found[k].read(), x) for k, x in tensors.items())
+    torch.save({"optimizer_state_dict": {"step": 7}}, tmp_path / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    found = cw.open_files(tmp_path)                                     # the folder that DeepSpeed wrote, or the file
+    assert found.keys() == cw.open_files(file).keys() == tensors.keys() and all(torch.equal(found[k].read(), x) for k, x in tensors.items())
     torch.save({"module": tensors, "odd": Thing(x=1)}, file)            # any other class is still refused
     with pytest.raises(cw.Refused, match="SimpleNamespace"):
         cw.open_files(file)
@@ -3707,6 +3708,14 @@ def test_convert_preset_takes_the_numbers_of_its_language_model(tmp_path, monkey
     want = M.replace(cfg.llm, rope_theta=5e5, norm_eps=1e-4, max_len=64)
     assert cw.plan_weights([*folders.values()], "omni-small").cfg == M.replace(cfg, llm=want)
     assert cw.plan_weights([folders["nextchat"], folders["vicuna"], folders["imagebind"]], "omni-small").cfg == cfg
+
+
+def test_convert_says_that_a_tokenizer_is_missing(tmp_path, capsys):
+    folder, = put(tmp_path / "llm", llama_state())
+    for missing in (True, False):
+        cw.show(cw.plan_weights([folder]))
+        assert ("no source has a tokenizer.model" in capsys.readouterr().out) == missing
+        (folder / "tokenizer.model").touch()
 
 
 LAYOUT_NAMES = ("single files", "single index", "single shards", "bin", "bin index", "bin files", "pth", "ckpt", "old")

@@ -3222,6 +3222,15 @@ def test_data_chatterbox_names_give_way_to_regions():
     assert plain(chatterbox_turns("cb-mrg-ref", record)) == plain(chatterbox_turns("cb-mrg", record))
 
 
+def test_data_chatterbox_rounds_have_boxes_where_they_are_spoken_of():
+    said = (("human", "Is <it> on <region>? <cup:[1, 2, 3, 4], table:[0, 2, 9, 9]>"), ("gpt", "No."),
+            ("human", "What near cups is the cup? <cup:[1, 2, 3, 4], hat:[1, 2, 3, 4]>"), ("gpt", "Here. <cup:[1, 2, 3, 4]>"))
+    record = {"image": "0.png", "conversation": [{"from": who, "value": text} for who, text in said]}
+    turns = datasets.to_sample(record, datasets.FORMATS["rounds"], "", (), First()).turns
+    assert [part if isinstance(part, str) else part.kind for turn in turns for part in turn] == [
+        "image", "\n ", "Is it ", "box", " ", " on region ", "box", " ", "? ", "No.", "What near cups is the cup", "box", "? ", "box", "Here. ", "box"]
+
+
 GOOD_TALK = {"image": "a.png", "conversation": [{"from": "human", "value": "Where is <it>? <cup:[1, 2, 30, 40]>"},
                                                 {"from": "gpt", "value": "Here. <cup:[1, 2, 30, 40]>"}]}
 GOOD_COCO = {"images": [{"id": 1, "file_name": "a.png", "width": 50, "height": 60, "caption": "a small red cup"}],

@@ -3193,6 +3193,15 @@ def test_golden_chatterbox_data_tokenizer_and_prompts():
         assert len(r.ids) == case["length"] and not r.targets and "find" not in [x.kind for x, _ in r.slots]
 
 
+def test_data_media_need_a_token_to_stand_at():
+    """A LLaVA has a reader of pictures, but none of the tokens that ChatterBox adds to it."""
+    turns, args = [[data.Medium("image")], None], (data.SYSTEMS["plain"], data.TEMPLATES["tiny"], lambda kind: 1)
+    path, added = HERE / "weights/tiny/tokenizer.model", {"<im_patch>": 600, "<im_start>": 601, "<im_end>": 602}
+    assert len(data.render(turns, data.Tokenizer(path, added), *args).slots) == 1
+    with pytest.raises(ValueError, match="no token <im_patch>"):
+        data.render(turns, data.Tokenizer(path), *args)
+
+
 def test_data_stretch_is_within_a_level_of_smooth_interpolation():
     r = np.random.RandomState(0)
     for h, w, size in ((60, 80, 24), (9, 50, 31), (1, 1, 5), (40, 40, 40)):

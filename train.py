@@ -45,7 +45,7 @@ class Settings:
     system: str = "tiny"                # with stage: the row of STAGES
     stage: int = 1
     data: str = "shapes/conversations.json"     # files, FORMAT:FILE (see datasets.py), commas between; or a folder
-    media: str = ""                     # folder that media names start from; default: beside each file
+    media: str = ""                     # folder of media, or of a folder for each source of a mixture; default: data's
     init: str = ""                      # weights folder to start from; empty: a new model of the preset called `system`
     templates: str = ""                 # JSON of what samples ask, in a layout of the originals; default: our own words
     front: int = 0                      # 1 = media go before the words of their message (sep_image_conv_front)

@@ -41,6 +41,7 @@ examples:
     convert_weights.py stable-diffusion-v1-5/ --out weights/sd15
   a model to train, from parts of others; what training makes is initialised and listed
     convert_weights.py --preset nextchat-7b-336 vicuna-7b/ clip-large-336/ sam_vit_h.pth --out weights/start
+    convert_weights.py --preset chatterbox-13b llava-llama-2-13b/ clip-large/ groundingdino.pth --out weights/start
     convert_weights.py --preset omni-7b nextchat/ imagebind_huge.pth chatterbox.pt nextgpt/ --out weights/omni
   look first: which key goes where, what is missing
     convert_weights.py chatbind-7b/ imagebind_huge.pth --dry-run --verbose
@@ -512,6 +513,8 @@ SPELLINGS = {"projector": (r"^.*?(?=(mm_projector|embed_tokens)\.)", "model."), 
              "clip": (r"^(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)", "vision_model.")}     # transformers 5
 LLMS = "llama", "llava", "chatbind", "nextchat", "chatterbox"           # kinds with a whole language model
 ADDITIONS = "delta", "projector", "nextgpt"                             # what is trained for one
+BASES = {"sam": "--preset nextchat-7b-336 vicuna-7b/ clip-large-336/",                  # what it takes to use one
+         "groundingdino": "--preset chatterbox-13b llava-llama-2-13b/ clip-large/"}
 TOKENS = list(M.CHATBIND_TOKENS)                        # padding first, then the three around media
 PUBLISHED = {p.system: p.added_tokens for p in M.PRESETS.values() if p.system != "tiny"}
 EMBED, NORM, HEAD = "llm.embed.weight", "llm.norm.weight", "llm.lm_head.weight"
@@ -632,8 +635,9 @@ def check_parts(parts, preset):
     useless = [parts[kind] for kind in ("sam", "groundingdino", *ADDITIONS) if kind in parts]
     if useless and not llm:
         path, kind = useless[-1].path, useless[-1].kind
+        base = BASES.get(kind, "vicuna-7b/ imagebind_huge.pth")
         raise Refused(f"{path} is a {kind}, useless alone; name its base model too, for instance: "
-                      f"convert_weights.py vicuna-7b/ {path} imagebind_huge.pth --out DIR")
+                      f"convert_weights.py {base} {path} --out DIR")
     if additions and not preset and len(additions) + (llm.kind != "llama") > 1:         # only a bare LLaMA brings none
         raise Refused(f"{llm.path} and {additions[0].path}: the projector would be given twice; leave one of them out")
     if "painter" in parts and len(parts) > 1:
@@ -1182,7 +1186,7 @@ def show(plan, verbose=False):
 def check(plan):                                        # Raises Refused if the report says that something does not fit
     if bad := [row for row in plan.report if row.fate.isupper()]:
         raise Refused(f"{len(bad)} keys do not fit, first {bad[0].fate} {bad[0].key} ({bad[0].note}); "
-                      "name all files of one model, and only those")
+                      "name all files of one model, and only those; --preset makes one of parts")
 
 
 # ---- Writing

@@ -1402,7 +1402,7 @@ class Prepared(torch.utils.data.Dataset):
                 known = bool(self.is_bad[number])
                 self.bad[number], self.is_bad[number] = str(error), True
                 if self.is_bad.sum() > self.max_bad:
-                    raise
+                    raise type(error)(f"{error}; more than max_bad = {self.max_bad} such records") from None
                 if not known:
                     print(f"passing over {error}", file=sys.stderr, flush=True)
         raise DataError(f"{self.sets[0].path}: no usable record in the whole data set {self.bad or ''}")

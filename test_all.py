@@ -4737,6 +4737,18 @@ def test_ranks_plan_is_what_two_processes_hold(mini, tmp_path):
     assert max(held) == pytest.approx(want["weights"] + want["moments"], rel=0.01) and want["gradients"] * 2 == want["moments"]
 
 
+def test_ranks_plan_of_a_13b_step(capsys):
+    with torch.device("meta"):
+        params = sum(p.numel() for p in M.Model(M.PRESETS["chatterbox-13b"]).parameters())
+    total = []
+    for n in (1, 8, 64):
+        train.main(["system=chatterbox", "stage=2", f"plan={n}", "batch=960", *["micro=6"] * (n == 8)])
+        table, memory = capsys.readouterr().out.split(f"micro={6 if n == 8 else 960 // n} samples of 2048 tokens at a time:")
+        assert sum(int(row.split()[1].replace(",", "")) for row in table.splitlines()[1:-2]) == params
+        total.append(n * float(re.search(r"weights +([\d.]+) GB", memory)[1]))
+    assert 2 * params < 1e9 * total[0] < 2.2 * params and total == pytest.approx([total[0]] * 3, rel=0.01)
+
+
 def test_ranks_plan_measures_what_a_block_keeps():
     cfg, x = M.LLMConfig(dim=32, n_layer=3, n_head=2, n_kv_head=2, mlp_dim=48, vocab_size=50), torch.zeros(1, 20, 32, requires_grad=True)
     block, rope = M.LLMBlock(cfg, 0), M.rope_table(cfg, 20, "cpu")

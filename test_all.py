@@ -6827,6 +6827,7 @@ def test_chat_boxes_without_a_place_are_refused(pointing):
     picture = session.read(str(pointing / "wide.png"))
     for one, words, options in ((session, "needs a picture", dict(boxes=[(1, 1, 2, 2)])),
                                 (session, "outside its picture", dict(boxes=[(1, 1, 200, 2)], media=[picture])),
+                                (session, "outside its picture of 90x40", dict(boxes=[(-5, 1, 9, 2)], media=[picture])),
                                 (session, "four finite numbers", dict(boxes=[(1, 1)], media=[picture])),
                                 (session, "no box 2; boxes", dict(boxes=[(1, 1, 5, 5)], media=[picture])),
                                 (session, "does not look for boxes", dict(find=True)), (other, "needs a picture", dict(find=True))):

@@ -1179,7 +1179,7 @@ def show(plan, verbose=False):
     if (bind := getattr(plan.cfg, "imagebind", None)) and not bind.towers:
         say("note: without an ImageBind tower this model reads no media; add imagebind_huge.pth to the sources")
     if getattr(plan.cfg, "llm", None) and "tokenizer.model" not in {path.name for path in plan.copies}:
-        say("note: no source has a tokenizer.model beside it; put the language model's into the new folder to talk with it")
+        say("note: no source has a tokenizer.model beside it; put that of the language model into the new folder")
     say(f"{sum(map(len, plan.files.values()))} tensors, {plan.nbytes / 1e9:.2f} GB to write")
 
 

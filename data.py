@@ -1016,7 +1016,7 @@ def pieces_of(part, tok, system, n_token, learn):
     if isinstance(part, Medium):
         before, place, after = system.frame
         if place not in tok.special:
-            raise ValueError(f"this model has no token {place} for media to stand at; it is one to begin a training from")
+            raise ValueError(f"this model has no token {place} for media to stand at; it is one to train from")
         return [*tok.parse(before), Piece(place, True, count=n_token(part.kind), medium=part), *tok.parse(after)]
     if not isinstance(part, Box):
         raise DataError(f"{part!r:.40} where text is expected")

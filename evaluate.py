@@ -7,8 +7,8 @@
     python evaluate.py weights/chatbind-7b --task vqa questions.jsonl --images val2014 --out runs/vqa
     python evaluate.py review -q questions.jsonl -a other.jsonl runs/vqa/answers.jsonl -r rules.json --judge ./judge -o out.jsonl
 
-The tasks are rec, res, pope, caption, rounds, talks, vqa and sqa, and ChatterBox's ground and refer. A task goes on where it
-stopped, and shares the work under torchrun --standalone --nproc_per_node=N; ranks never talk, each writes a file of its own.
+The tasks are rec, res, pope, caption, rounds, talks, vqa and sqa, and ChatterBox's ground and refer. A task goes on
+where it stopped, and shares the work under torchrun --standalone --nproc_per_node=N; ranks never talk, each writes a file.
 In order: metrics (exact match, ScienceQA, reviews by a judge), boxes and masks (REC, RES), answers (POPE, PointQA,
 GQA), captions (CIDEr-D, Vedantam et al., arXiv 1411.5726), tasks (what a row of predictions holds, and its figures),
 predictions (files that grow row by row and survive a kill), the run, answer files with ScienceQA and a judge.
@@ -83,15 +83,25 @@ def box_iou(a, b):
     return inter / ((a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - inter)
 
 
-def rec(boxes, targets):                # -> accuracy (IoU above 0.5), mean IoU; no box (None) is a failure
+def ious(boxes, targets):               # of pairs, 0 where there is no box (None)
     found = [i for i, box in enumerate(boxes) if box is not None]
     iou = torch.zeros(len(boxes), dtype=torch.float64)
     if found:
         a, b = (torch.tensor([rows[i] for i in found], dtype=torch.float64) for rows in (boxes, targets))       # (m, 4)
         iou[found] = box_iou(a, b)
-    hits = iou[iou >= 0.5]                                      # what ChatterBox counts as success
-    return {"accuracy": (iou > 0.5).double().mean().item(), "iou": iou.mean().item(), "failed": len(boxes) - len(found),
-            "success": len(hits) / len(iou), "iou_of_successes": hits.mean().item() if len(hits) else None}
+    return iou
+
+
+def rec(boxes, targets):                # -> accuracy (IoU above 0.5), mean IoU; no box (None) is a failure
+    iou = ious(boxes, targets)
+    return {"accuracy": (iou > 0.5).double().mean().item(), "iou": iou.mean().item(), "failed": boxes.count(None)}
+
+
+def ground(boxes, targets):             # as ChatterBox counts: an IoU of 0.5 is a success
+    iou = ious(boxes, targets)
+    hits = iou[iou >= 0.5]
+    return {"iou": iou.mean().item(), "success": len(hits) / len(iou), "failed": boxes.count(None),
+            "iou_of_successes": hits.mean().item() if len(hits) else None}
 
 
 def overlap(mask, target):              # pixels of both, of either; a true one counts as often as polygons cover it
@@ -153,7 +163,7 @@ def caption_text(text):                 # the caption in a model's output
     return said(text).lower().split("</s>")[0]
 
 
-def cleaned(text):                      # parity: what ChatterBox's cleaned figures leave; "a man with his dog." is "dog."
+def cleaned(text):                      # parity: what ChatterBox's cleaned figures leave; of "A man and his dog" dog
     text = re.sub(" ?It is |it is |There is |at region0 |istant: ", "", text)
     end = re.search(r"\.|, |is ", text)
     return text if not end else text[end.end():] if end[0] == "is " else text[:end.start()]
@@ -274,7 +284,8 @@ def caption_figures(rows):              # one reference a sample, or a list of t
 
 
 def refer_figures(rows):
-    return {"raw": caption_figures(rows), "cleaned": caption_figures([row | {"text": cleaned(row["text"])} for row in rows])}
+    rest = [row | {"text": cleaned(row["text"])} for row in rows]
+    return {"raw": caption_figures(rows), "cleaned": caption_figures(rest)}
 
 
 def rounds_figures(rows):
@@ -289,12 +300,13 @@ def rounds_figures(rows):
             "iou": mean(chain(*iou)), "dialogues": mean(whole), "drawn": mean(chain(*drawn))}
 
 
-def rec_figures(rows):
-    return rec([row["box"] for row in rows], [row["target"] for row in rows])
+def box_figures(rows, count):
+    return count([row["box"] for row in rows], [row["target"] for row in rows])
 
 
 TASKS = {                               # task -> (sample, what the model said) -> row; rows -> figures
-    "rec": (rec_row, rec_figures), "ground": (rec_row, rec_figures), "refer": (refer_row, refer_figures),
+    "rec": (rec_row, partial(box_figures, count=rec)), "ground": (rec_row, partial(box_figures, count=ground)),
+    "refer": (refer_row, refer_figures),
     "res": (res_row, lambda rows: res([row["intersection"] for row in rows], [row["union"] for row in rows])),
     "pope": (text_row, pope_figures), "caption": (text_row, caption_figures),
     "rounds": (rounds_row, rounds_figures), "talks": (rounds_row, rounds_figures)}
@@ -401,7 +413,7 @@ class Asker:
 
     @torch.inference_mode()
     def point(self, question):
-        """The box (1, 4) of the frame that an answer begins with which says where something is, or the one looked for."""
+        """The box (1, 4) of the frame that an answer about a place begins with, or that is looked for."""
         if "at" not in self.model.writers:              # ChatterBox looks for it before it answers
             r = self.render([[*question, data.Box((), kind="find")], None])
             h = self.model.llm(self.embed(r)[0])

@@ -5312,12 +5312,11 @@ def test_golden_nextchat_metrics():
 
 
 def test_evaluate_metrics_at_their_edges():
-    assert evaluate.rec([None, [0, 0, 1, 1]], [[0, 0, 1, 1]] * 2) == {
-        "accuracy": 0.5, "iou": 0.5, "failed": 1, "success": 0.5, "iou_of_successes": 1}
-    half = evaluate.rec([[0, 0, 1, 1]], [[0, 0, 1, 2]])
-    assert half["accuracy"] == 0 and half["iou"] == 0.5         # above 0.5 is asked, not 0.5
-    assert half["success"] == 1 and half["iou_of_successes"] == 0.5             # but of ChatterBox 0.5 is enough
-    assert evaluate.rec([None], [[0, 0, 1, 1]])["iou_of_successes"] is None
+    assert evaluate.rec([None, [0, 0, 1, 1]], [[0, 0, 1, 1]] * 2) == {"accuracy": 0.5, "iou": 0.5, "failed": 1}
+    half = [[0, 0, 1, 1]], [[0, 0, 1, 2]]
+    assert evaluate.rec(*half)["accuracy"] == 0 and evaluate.rec(*half)["iou"] == 0.5       # above 0.5 is asked, not 0.5
+    assert evaluate.ground(*half) == {"iou": 0.5, "success": 1, "failed": 0, "iou_of_successes": 0.5}           # but of ChatterBox
+    assert evaluate.ground([None], [[0, 0, 1, 1]]) == {"iou": 0, "success": 0, "failed": 1, "iou_of_successes": None}
     figures = {"ciou": 0.5, "miou": 0.25, "giou": 0.75, "failed": 1}
     assert evaluate.res([0, 1], [0, 2]) == pytest.approx(figures, rel=1e-4)
     assert evaluate.overlap([[1, 0], [1, 1]], [[1, 2], [0, 0]]) == (1, 5)

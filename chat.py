@@ -253,7 +253,7 @@ class Session:
             raise ValueError("this model reads no boxes")
         if picture is None:
             raise ValueError("a box needs a picture; attach one first")
-        box = data.Box(data.check_box([float(x) for x in xyxy_px]), picture=picture, kind=self.box_kind)
+        box = data.Box(tuple(float(x) for x in xyxy_px), picture=picture, kind=self.box_kind)
         data.place_boxes([box], data.Geometry(*picture.size, self.spec.square), self.spec)
         return box
 

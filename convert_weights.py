@@ -41,6 +41,7 @@ examples:
     convert_weights.py stable-diffusion-v1-5/ --out weights/sd15
   a model to train, from parts of others; what training makes is initialised and listed
     convert_weights.py --preset nextchat-7b-336 vicuna-7b/ clip-large-336/ sam_vit_h.pth --out weights/start
+    convert_weights.py --preset chatterbox-13b llava-llama-2-13b/ clip-large/ groundingdino.pth --out weights/start
     convert_weights.py --preset omni-7b nextchat/ imagebind_huge.pth chatterbox.pt nextgpt/ --out weights/omni
   look first: which key goes where, what is missing
     convert_weights.py chatbind-7b/ imagebind_huge.pth --dry-run --verbose
@@ -49,6 +50,7 @@ examples:
 
 A source is a folder or a file: .safetensors, .bin, .pth, .pt, .ckpt, whole or in shards, also a snapshot folder of the
 Hugging Face cache. What it is follows from its keys, never from its name. Nothing is downloaded, no source is changed.
+tokenizer.model is copied from beside a source; ChatterBox's file comes without one: put LLaMA-2's there.
 Exit status: 0 done, 2 something is missing or does not fit, 3 a file is unsafe or damaged."""
 
 
@@ -339,7 +341,8 @@ def rename(state, table):
 WRAPPERS = "state_dict", "model", "module"              # Lightning; GroundingDINO; DeepSpeed
 INDICES = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 LAYOUTS = ("model.safetensors", "diffusion_pytorch_model.safetensors", "model*.safetensors", "*.safetensors",
-           "pytorch_model.bin", "diffusion_pytorch_model.bin", "pytorch_model*.bin", "*.bin", "*.pth", "*.pt", "*.ckpt")
+           "pytorch_model.bin", "diffusion_pytorch_model.bin", "pytorch_model*.bin", "*.bin", "*.pth",
+           "mp_rank_00_model_states.pt", "*.pt", "*.ckpt")          # of DeepSpeed, beside states of its optimizer
 PAINTER_PARTS = "unet", "vae", "text_encoder", "vocoder"        # folders of a diffusion model
 
 
@@ -510,6 +513,8 @@ SPELLINGS = {"projector": (r"^.*?(?=(mm_projector|embed_tokens)\.)", "model."), 
              "clip": (r"^(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)", "vision_model.")}     # transformers 5
 LLMS = "llama", "llava", "chatbind", "nextchat", "chatterbox"           # kinds with a whole language model
 ADDITIONS = "delta", "projector", "nextgpt"                             # what is trained for one
+BASES = {"sam": "--preset nextchat-7b-336 vicuna-7b/ clip-large-336/",                  # what it takes to use one
+         "groundingdino": "--preset chatterbox-13b llava-llama-2-13b/ clip-large/"}
 TOKENS = list(M.CHATBIND_TOKENS)                        # padding first, then the three around media
 PUBLISHED = {p.system: p.added_tokens for p in M.PRESETS.values() if p.system != "tiny"}
 EMBED, NORM, HEAD = "llm.embed.weight", "llm.norm.weight", "llm.lm_head.weight"
@@ -630,8 +635,9 @@ def check_parts(parts, preset):
     useless = [parts[kind] for kind in ("sam", "groundingdino", *ADDITIONS) if kind in parts]
     if useless and not llm:
         path, kind = useless[-1].path, useless[-1].kind
+        base = BASES.get(kind, "vicuna-7b/ imagebind_huge.pth")
         raise Refused(f"{path} is a {kind}, useless alone; name its base model too, for instance: "
-                      f"convert_weights.py vicuna-7b/ {path} imagebind_huge.pth --out DIR")
+                      f"convert_weights.py {base} {path} --out DIR")
     if additions and not preset and len(additions) + (llm.kind != "llama") > 1:         # only a bare LLaMA brings none
         raise Refused(f"{llm.path} and {additions[0].path}: the projector would be given twice; leave one of them out")
     if "painter" in parts and len(parts) > 1:
@@ -1172,13 +1178,15 @@ def show(plan, verbose=False):
             say(f"    ... and {len(lines) - 20} more; --verbose lists them")
     if (bind := getattr(plan.cfg, "imagebind", None)) and not bind.towers:
         say("note: without an ImageBind tower this model reads no media; add imagebind_huge.pth to the sources")
+    if getattr(plan.cfg, "llm", None) and "tokenizer.model" not in {path.name for path in plan.copies}:
+        say("note: no source has a tokenizer.model beside it; put that of the language model into the new folder")
     say(f"{sum(map(len, plan.files.values()))} tensors, {plan.nbytes / 1e9:.2f} GB to write")
 
 
 def check(plan):                                        # Raises Refused if the report says that something does not fit
     if bad := [row for row in plan.report if row.fate.isupper()]:
         raise Refused(f"{len(bad)} keys do not fit, first {bad[0].fate} {bad[0].key} ({bad[0].note}); "
-                      "name all files of one model, and only those")
+                      "name all files of one model, and only those; --preset makes one of parts")
 
 
 # ---- Writing

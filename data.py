@@ -1016,6 +1016,8 @@ def pieces_of(part, tok, system, n_token, learn):
         return [Piece(token, True, learn, medium=part) for token in system.signals[part.writer]]
     if isinstance(part, Medium):
         before, place, after = system.frame
+        if place not in tok.special:
+            raise ValueError(f"this model has no token {place} for media to stand at; it is one to train from")
         return [*tok.parse(before), Piece(place, True, count=n_token(part.kind), medium=part), *tok.parse(after)]
     if not isinstance(part, Box):
         raise DataError(f"{part!r:.40} where text is expected")
@@ -1401,7 +1403,7 @@ class Prepared(torch.utils.data.Dataset):
                 known = bool(self.is_bad[number])
                 self.bad[number], self.is_bad[number] = str(error), True
                 if self.is_bad.sum() > self.max_bad:
-                    raise
+                    raise type(error)(f"{error}; more than max_bad = {self.max_bad} such records") from None
                 if not known:
                     print(f"passing over {error}", file=sys.stderr, flush=True)
         raise DataError(f"{self.sets[0].path}: no usable record in the whole data set {self.bad or ''}")

@@ -950,33 +950,60 @@ def whole_word(name):
     return re.compile(rf"(?<!\w)(?:the )?{re.escape(name)}(?!\w)")
 
 
+def says_places(r):
+    """Whether a question says <it> or <region> once for each of its boxes."""
+    return 0 < len(r.given) == len(PLACE.findall(r.question))
+
+
+def placed(r, kind):
+    """Parts of such a question, the boxes behind these words."""
+    chunks, parts = PLACE.split(r.question), []                 # text, it, text, region, text
+    for text, word, (_, box) in zip(chunks[::2], chunks[1::2], r.given):
+        parts += [f"{text}{word} ", Box(box, kind=kind), " "]
+    return [*parts, chunks[-1]]
+
+
 def cb_ref(row, ask, read=check_box, late=True):
-    """A talk up to the first question that says <it> or <region>, once for each of its boxes."""
+    """A talk up to the first question that says where its boxes are."""
     whole = rounds(row, read)
-    fit = [i for i, r in enumerate(whole) if 0 < len(r.given) == len(PLACE.findall(r.question))]
+    fit = [i for i, r in enumerate(whole) if says_places(r)]
     if not fit:
         raise Unfit("no question says <it> or <region> once for each of its boxes")
     before, last = up_to(whole, fit, late_start(ask.rng, len(whole), fit[-1]) if late else 0)
-    chunks, question = PLACE.split(last.question), []           # text, it, text, region, text
-    for text, word, (_, box) in zip(chunks[::2], chunks[1::2], last.given):
-        question += [f"{text}{word} ", Box(box, kind="region"), " "]
-    return talk([*before, ([*question, chunks[-1]], [last.answer])], FRONT, ask.picture)
+    return talk([*before, (placed(last, "region"), [last.answer])], FRONT, ask.picture)
 
 
 def named(text, given):
     """A text with the box of each name behind its first mention that is left, or else at the end."""
     parts = [text]
     for name, box in given:
-        before, name, after = parts[-1].partition(name)
-        parts[-1:] = [before + name, Box(box), after]
+        found = whole_word(name).search(parts[-1])
+        end = found.end() if found else len(parts[-1])
+        parts[-1:] = [parts[-1][:end], Box(box), parts[-1][end:]]
     return parts
 
 
 def cb_rounds(row, ask):
-    """A whole talk for models that say boxes: those of questions behind the names, those of answers at their end."""
-    rows = [(named(PLACE.sub(r"\1", r.question), r.given), [r.answer, *(Box(box) for _, box in r.shown)])
-            for r in rounds(row, cut=False)]
-    return talk(rows, FRONT, ask.picture)
+    """A whole talk for models that say boxes: those of questions in their places or behind the names, those of answers
+    at their end."""
+    whole = rounds(row, cut=False)
+    asked = (placed(r, "box") if says_places(r) else named(PLACE.sub(r"\1", r.question), r.given) for r in whole)
+    shown = ([r.answer, *(Box(box) for _, box in r.shown)] for r in whole)
+    return talk(zip(asked, shown), FRONT, ask.picture)
+
+
+def cb_where(row, ask):
+    """A question of ChatterBox's evaluation, {filename, question, gt_box: x, y, width, height}."""
+    return [[ask.picture, " ", field(row, "question")], [Box(corners_of(row["gt_box"]))]]
+
+
+def cb_what(row, ask):
+    """And one of {file_name, question: "What is it <bbox>?[[x1, y1, x2, y2]]", answer: texts}."""
+    question, mark, boxes = field(row, "question").partition("?")
+    before, after = question.split("<bbox>")
+    (box,) = json.loads(boxes)
+    short = "Please give a brief answer in one sentence less than 10 words."
+    return [[ask.picture, " " + before, Box(check_box(box)), after + mark + short], texts(row, "answer")]
 
 
 class Talk(NamedTuple):
@@ -1137,6 +1164,7 @@ CHATTERBOX = {
         "vg": partial(by_region, label=own_caption), "flickr30k": flickr_regions}.items()
 } | {"llava-instruct": Format(llava, picture="image")}
 FORMATS |= CHATTERBOX | {"rounds": Format(cb_rounds, picture="image", unpack=itemgetter("data"))}
+FORMATS |= {"ground": Format(cb_where, picture="filename"), "refer": Format(cb_what, picture="file_name")}
 
 GROUNDING = {"cb-refcoco-gnd": 5, "cb-coco-gnd": 8, "cb-gnd": 1, "cb-lc-gnd": 1}            # how often each is drawn
 REFERRING = {"cb-mrg-ref": 3, "cb-ref": 2, "cb-refcoco-ref": 3, "coco-regions": 1, "refcoco-regions": 1,

@@ -3,11 +3,12 @@
     python evaluate.py weights/tiny unseen/questions.json
     python evaluate.py weights/nextchat-7b-336 --task rec REC_refcoco_unc_val.jsonl --images train2014 --out runs/rec
     python evaluate.py weights/tiny --task rounds unseen/CB_LC.json --out runs/rounds
+    python evaluate.py weights/chatterbox --task ground grouding_qa.json --images val2017 --out runs/ground
     python evaluate.py weights/chatbind-7b --task vqa questions.jsonl --images val2014 --out runs/vqa
     python evaluate.py review -q questions.jsonl -a other.jsonl runs/vqa/answers.jsonl -r rules.json --judge ./judge -o out.jsonl
 
-The tasks are rec, res, pope, caption, rounds, talks, vqa and sqa. A task goes on where it stopped, and shares the work under
-torchrun --standalone --nproc_per_node=N; ranks never talk, each writes a file of its own.
+The tasks are rec, res, pope, caption, rounds, talks, vqa and sqa, and ChatterBox's ground and refer. A task goes on
+where it stopped, and shares the work under torchrun --standalone --nproc_per_node=N; ranks never talk, each writes a file.
 In order: metrics (exact match, ScienceQA, reviews by a judge), boxes and masks (REC, RES), answers (POPE, PointQA,
 GQA), captions (CIDEr-D, Vedantam et al., arXiv 1411.5726), tasks (what a row of predictions holds, and its figures),
 predictions (files that grow row by row and survive a kill), the run, answer files with ScienceQA and a judge.
@@ -82,13 +83,25 @@ def box_iou(a, b):
     return inter / ((a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - inter)
 
 
-def rec(boxes, targets):                # -> accuracy (IoU above 0.5), mean IoU; no box (None) is a failure
+def ious(boxes, targets):               # of pairs, 0 where there is no box (None)
     found = [i for i, box in enumerate(boxes) if box is not None]
     iou = torch.zeros(len(boxes), dtype=torch.float64)
     if found:
         a, b = (torch.tensor([rows[i] for i in found], dtype=torch.float64) for rows in (boxes, targets))       # (m, 4)
         iou[found] = box_iou(a, b)
-    return {"accuracy": (iou > 0.5).double().mean().item(), "iou": iou.mean().item(), "failed": len(boxes) - len(found)}
+    return iou
+
+
+def rec(boxes, targets):                # -> accuracy (IoU above 0.5), mean IoU; no box (None) is a failure
+    iou = ious(boxes, targets)
+    return {"accuracy": (iou > 0.5).double().mean().item(), "iou": iou.mean().item(), "failed": boxes.count(None)}
+
+
+def ground(boxes, targets):             # as ChatterBox counts: an IoU of 0.5 is a success
+    iou = ious(boxes, targets)
+    hits = iou[iou >= 0.5]
+    return {"iou": iou.mean().item(), "success": len(hits) / len(iou), "failed": boxes.count(None),
+            "iou_of_successes": hits.mean().item() if len(hits) else None}
 
 
 def overlap(mask, target):              # pixels of both, of either; a true one counts as often as polygons cover it
@@ -148,6 +161,12 @@ def pope(predictions, labels):
 
 def caption_text(text):                 # the caption in a model's output
     return said(text).lower().split("</s>")[0]
+
+
+def cleaned(text):                      # parity: what ChatterBox's cleaned figures leave; of "A man and his dog" dog
+    text = re.sub(" ?It is |it is |There is |at region0 |istant: ", "", text)
+    end = re.search(r"\.|, |is ", text)
+    return text if not end else text[end.end():] if end[0] == "is " else text[:end.start()]
 
 
 WORD = re.compile(r"""
@@ -222,6 +241,10 @@ def text_row(sample, out):              # out["text"]: the answer
     return {"text": unspace(out["text"]), "target": text_in(sample.turns[-1])}
 
 
+def refer_row(sample, out):             # several references
+    return {"text": out["text"], "target": [part for part in sample.turns[-1] if isinstance(part, str)]}
+
+
 def grounding(reply, answer):           # least IoU of boxes in order, 0 if their numbers differ; None: no true box
     found, true = ([box.tensor for box in boxes_in(turn)] for turn in (reply, answer))
     if not true:
@@ -250,13 +273,19 @@ def pope_figures(rows):
             for name, rule in (("nextchat", yes_or_no), ("llava", yes_or_no_llava))}
 
 
-def caption_figures(rows):              # one reference a sample; CIDEr-D is times 100
-    made, true = ([caption_text(row[key]) for row in rows] for key in ("text", "target"))
-    right = mean([normal(a) == normal(b) for a, b in zip(made, true)])
-    ours, theirs = ([tokenise(text) for text in texts] for texts in (made, true))
-    scores = cider(ours, [[words] for words in theirs])
+def caption_figures(rows):              # one reference a sample, or a list of them; CIDEr-D is times 100
+    made, true = [caption_text(row["text"]) for row in rows], [row["target"] for row in rows]
+    true = [[caption_text(text) for text in ([texts] if isinstance(texts, str) else texts)] for texts in true]
+    right = mean([normal(a) in map(normal, texts) for a, texts in zip(made, true)])
+    ours, theirs = [tokenise(text) for text in made], [[tokenise(text) for text in texts] for texts in true]
+    scores = cider(ours, theirs)
     return {"right": right, "cider": 100 * sum(scores) / len(scores),
-            "meteor": meteor(map(" ".join, ours), [[" ".join(words)] for words in theirs])}
+            "meteor": meteor(map(" ".join, ours), [[" ".join(words) for words in texts] for texts in theirs])}
+
+
+def refer_figures(rows):
+    rest = [row | {"text": cleaned(row["text"])} for row in rows]
+    return {"raw": caption_figures(rows), "cleaned": caption_figures(rest)}
 
 
 def rounds_figures(rows):
@@ -271,8 +300,13 @@ def rounds_figures(rows):
             "iou": mean(chain(*iou)), "dialogues": mean(whole), "drawn": mean(chain(*drawn))}
 
 
+def box_figures(rows, count):
+    return count([row["box"] for row in rows], [row["target"] for row in rows])
+
+
 TASKS = {                               # task -> (sample, what the model said) -> row; rows -> figures
-    "rec": (rec_row, lambda rows: rec([row["box"] for row in rows], [row["target"] for row in rows])),
+    "rec": (rec_row, partial(box_figures, count=rec)), "ground": (rec_row, partial(box_figures, count=ground)),
+    "refer": (refer_row, refer_figures),
     "res": (res_row, lambda rows: res([row["intersection"] for row in rows], [row["union"] for row in rows])),
     "pope": (text_row, pope_figures), "caption": (text_row, caption_figures),
     "rounds": (rounds_row, rounds_figures), "talks": (rounds_row, rounds_figures)}
@@ -334,7 +368,7 @@ def figures(task, folder, run, n):      # figures over all n samples. Raises Val
 # ---- Run
 
 # Tokens of an answer at most, as NExT-Chat, ChatterBox and LLaVA were evaluated
-LENGTHS = {"res": 20, "pope": 20, "caption": 500, "rounds": 320, "talks": 320, "vqa": 1024, "sqa": 1024}
+LENGTHS = {"res": 20, "pope": 20, "caption": 500, "refer": 320, "rounds": 320, "talks": 320, "vqa": 1024, "sqa": 1024}
 MIN_SCORE = 0.3                                                 # of a box that was looked for; below: none
 
 
@@ -379,7 +413,11 @@ class Asker:
 
     @torch.inference_mode()
     def point(self, question):
-        """The box (1, 4) of the frame that an answer begins with which says where something is."""
+        """The box (1, 4) of the frame that an answer about a place begins with, or that is looked for."""
+        if "at" not in self.model.writers:              # ChatterBox looks for it before it answers
+            r = self.render([[*question, data.Box((), kind="find")], None])
+            h = self.model.llm(self.embed(r)[0])
+            return self.boxes_of([question], [*r.ids, -1], [h])
         # parity: nothing is generated; the words before `<at>` are put into the model's mouth
         r = self.render([question, ["Answer: ", data.Box((0, 0, 0, 0), tensor=torch.zeros(4))]], train=True)
         end = r.targets[0][1] + 1
@@ -431,7 +469,9 @@ class Asker:
     def predict(self, task, sample):    # what the model says about a sample of a task, as the task's row wants it
         data.load_media(sample.turns, replace(self.spec, sam_size=self.spec.sam_size * (task == "res")))
         question = sample.turns[0]
-        if task == "rec":
+        if "box" not in self.model.cfg.reads:           # ChatterBox reads what is in a box, not where that is
+            question = [replace(part, kind="region") if isinstance(part, data.Box) else part for part in question]
+        if task in ("rec", "ground"):
             return {"boxes": self.point(question)}
         if task == "res":
             return {"masks": self.segment(question, LENGTHS[task])}
@@ -449,7 +489,7 @@ def read_samples(args):                 # of a task's file
 
 
 def run_task(asker, args):              # this rank's share; prints and writes the figures once all is there
-    if args.task == "rec" and "at" not in asker.model.writers:
+    if args.task in ("rec", "ground") and not {"at", "vg"} & set(asker.model.writers):
         raise ValueError(f"{args.weights}: this model says no boxes")
     if args.task == "res" and not asker.model.cfg.sam:
         raise ValueError(f"{args.weights}: this model makes no masks")

@@ -45,7 +45,7 @@ class Settings:
     system: str = "tiny"                # with stage: the row of STAGES
     stage: int = 1
     data: str = "shapes/conversations.json"     # files, FORMAT:FILE (see datasets.py), commas between; or a folder
-    media: str = ""                     # folder that media names start from; default: beside each file
+    media: str = ""                     # folder of media, or of a folder for each source of a mixture; default: data's
     init: str = ""                      # weights folder to start from; empty: a new model of the preset called `system`
     templates: str = ""                 # JSON of what samples ask, in a layout of the originals; default: our own words
     front: int = 0                      # 1 = media go before the words of their message (sep_image_conv_front)
@@ -359,10 +359,10 @@ def show_plan(s):
     with torch.device("meta"):
         model = M.Model(M.PRESETS[init] if init in M.PRESETS else M.read_config(init)).to(torch.bfloat16)
     learn(model, stage)
-    print(M.parameter_table(model) + "\n")
-    widen(model, precision)
     batch, max_len = s.batch or stage.batch, s.max_len or stage.max_len
     micro = s.micro or -(-batch // s.plan)                      # rounded up
+    print(M.parameter_table(model) + f"\n\non each process, micro={micro} samples of {max_len} tokens at a time:")
+    widen(model, precision)
     parts = plan(model, s.plan, micro * max_len, precision == "bf16", s.checkpoint, max(batch // (micro * s.plan), 1))
     for part, size in (parts | {"all": sum(parts.values())}).items():
         print(f"{part:12}{size / 1e9:10.2f} GB")

@@ -333,8 +333,9 @@ def vqa(row, ask):
 
 
 def vqa_e(row, ask):
-    """VQA-E: an answer with the first of its explanations."""
-    why, answer = texts(row, "explanation")[0], field(row, "multiple_answers")
+    """VQA-E: an answer with its explanation, behind which a score may stand."""
+    why, = texts(row | {"explanation": field(row, "explanation", list)[:1]}, "explanation")
+    answer = field(row, "multiple_answers")
     return [ask(question=[field(row, "question")]), [f"{why} So the answer is {answer}."]]
 
 
@@ -477,7 +478,7 @@ FORMATS = {
     f"gpt4gen-{v}": Format(partial(gpt4gen, version=v), task)
     for v, task in (("a", "VQA"), ("c", "VQA_CoT"), ("bc", "VQA_BCoT"))
 } | {
-    f"vcr-{v}": Format(partial(vcr, version=v), "VQA" if "r" not in v else "VQA_BCoT", "img_fn") for v in VCR
+    f"vcr-{v}": Format(partial(vcr, version=v), "VQA_BCoT" if "ra" in v else "VQA", "img_fn") for v in VCR
 } | {
     f"pointqa-twice-{v}": Format(partial(point_qa, key=f"{key}_question"), "VQA", "file_path")
     for v, key in (("oq", "obj"), ("sq", "super"), ("gq", "general"))
@@ -617,10 +618,10 @@ MIXTURES = {                            # (system, stage) -> {name: items}, batc
 }
 SOURCES = {                             # name in a mixture of NExT-Chat -> format and published file
     "caption": "caption:CAP_coco2014_train.jsonl", "flickr": "flickr:CWB_flickr30k_train.jsonl",
-    "rec": "rec:REC_ref3_train.jsonl", "reg": "reg:REC_ref3_train.jsonl", "res": "res:RES_ref3_train.jsonl",
+    "rec": "rec:REC_ref3_train.jsonl", "reg": "reg:REC_ref3_train.jsonl", "res": "res:res3.jsonl",
     "recvg": "rec:GC_genome196_train.jsonl", "gc": "gc:GC_genome196_train.jsonl",
     "vqa": "vqa:v2_OpenEnded_mscoco_train2014_questions.jsonl", "vqa-e": "vqa-e:vqa_E_train.jsonl",
-    "vqa-x": "vqa-x:vqa_X_train.jsonl", "llava": "llava:llava_instruct_150k.json", "vcr": "vcr-q-ra:vcr_train.jsonl",
+    "vqa-x": "vqa-x:vqa_X_train.jsonl", "llava": "llava:llava_instruct_150k.jsonl", "vcr": "vcr-q-ra:vcr_train.jsonl",
     "gpt4gen": "gpt4gen-bc:GPT4GEN_BoxCoT_train.jsonl", "gpt4gen-rd": "gpt4gen-bc:GPT4GEN_RD_BoxCoT_train.jsonl",
     "v7w": "v7w:v7w_pointing_train.jsonl",
 }

@@ -2915,7 +2915,7 @@ GOOD_ROWS = {
             "answer": [2, 2, 9, 9]},
     "gpt4gen-bc": {"img_path": "a.png", "boxes": [[1, 2, 3, 4]], "question": "why?", "question_boxes_seq": [],
                    "cot_with_ans": "<ph_st>it<ph_ed> is", "answer_boxes_seq": [[0]], "answer": "x"},
-    "vqa-e": {"file_path": "a.png", "question": "what?", "explanation": ["so"], "multiple_answers": "x"},
+    "vqa-e": {"file_path": "a.png", "question": "what?", "explanation": ["so", 0.7], "multiple_answers": "x"},
     "pope": {"question_id": 1, "image": "a.png", "text": "is it?", "label": "yes"},
     "llava": {"image": "a.png", "conversations": [{"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "b"}]},
     "vqa": {"image_path": "a.png", "question": "what?", "annotation": {"multiple_choice_answer": "x"}},
@@ -3042,7 +3042,7 @@ def test_data_mixtures_of_the_stages():
 
 
 def test_data_a_folder_of_published_files_is_mixed(world, tmp_path):
-    shutil.copy(world / "RES_train.jsonl", tmp_path / "RES_ref3_train.jsonl")
+    shutil.copy(world / "RES_train.jsonl", tmp_path / "res3.jsonl")
     (tmp_path / "pictures").mkdir(), (tmp_path / "res").symlink_to(world)                   # where the pictures of `res` lie
     sets, where = datasets.open_mixture(("nextchat", 3), tmp_path, "", 4)
     assert where(0) == where(1) == [(0, i) for i in range(len(sets[0]))] and Path(sets[0][0].turns[0][0].path).is_file()
@@ -3051,6 +3051,12 @@ def test_data_a_folder_of_published_files_is_mixed(world, tmp_path):
     with pytest.raises(ValueError, match="no mixture is known for stage 1 of tiny"):
         datasets.open_mixture(("tiny", 1), tmp_path, "", 4)
     assert {name.split(":")[0] for name in datasets.SOURCES.values()} <= datasets.FORMATS.keys()
+
+
+def test_data_sets_are_found_and_asked_as_published():
+    reasoned = {name for name, row in datasets.FORMATS.items() if row.prompts == "VQA_BCoT" and name.startswith("vcr")}
+    assert reasoned == {"vcr-q-ra", "vcr-qc-ra", "vcr-qc-rac"}              # only these answers say why, with boxes
+    assert datasets.SOURCES["res"] == "res:res3.jsonl" and datasets.SOURCES["llava"] == "llava:llava_instruct_150k.jsonl"
 
 
 def test_data_long_samples_lose_words_but_no_boxes(world, tmp_path):

@@ -2608,6 +2608,13 @@ def test_data_broken_files_are_named(tmp_path):
             data.Conversations(tmp_path / name)
 
 
+def test_data_lines_in_a_json_file_are_read(tmp_path):
+    row = {"question_id": 1, "image": "a.png", "text": "Is there a dog in the image?", "label": "yes"}
+    (tmp_path / "coco_pope_random.json").write_text((json.dumps(row) + "\n") * 3)
+    rows = datasets.Rows(tmp_path / "coco_pope_random.json", "pope", tmp_path)
+    assert [rows[i].meta for i in range(3)] == [row] * 3
+
+
 def test_data_files_with_a_mark_before_them_are_read(tmp_path):
     row = {"image_name": "a.png", "caption": "Ein Stück 写"}
     for name, text in (("a.json", json.dumps([row], ensure_ascii=False)), ("b.jsonl", json.dumps(row, ensure_ascii=False) + "\n")):

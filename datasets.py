@@ -453,6 +453,20 @@ def gqa(row, ask, version):
     return [ask(question=[field(row, "question")]), answer]
 
 
+def clevr(row, ask, version):
+    """a the answer, s the steps of the question's program. The original's form with points is left out."""
+    answer = answer_is(field(row, "answer"))
+    if version == "s":
+        answer = [" -> ".join(map(step_of, field(row, "program", list))) + " ", *answer]
+    return [ask(question=[field(row, "question")]), answer]
+
+
+def step_of(one):
+    """filter_color:red[0] for a step with that value, which takes what step 0 found."""
+    value, inputs = (",".join(map(str, field(one, key, list))) for key in ("value_inputs", "inputs"))
+    return field(one, "function") + f":{value}" * bool(value) + f"[{inputs}]" * bool(inputs)
+
+
 class Format(NamedTuple):
     turns: Callable                     # (record, ask) -> turns
     prompts: str = ""                   # task in PROMPTS
@@ -485,6 +499,9 @@ FORMATS = {
 } | {
     f"gqa-{v}": Format(partial(gqa, version=v), task, "imageId", "*.jpg")
     for v, task in (("a", "VQA"), ("c", "VQA_CoT"), ("bc", "VQA_BCoT"), ("s", "VQA_CoT"))
+} | {
+    f"clevr-{v}": Format(partial(clevr, version=v), task, "image_filename", unpack=itemgetter("questions"))
+    for v, task in (("a", "VQA"), ("s", "VQA_CoT"))
 }
 
 

@@ -2868,7 +2868,8 @@ def test_golden_nextchat_datasets():
             masks = [part.mask for turn in got.turns for part in turn if getattr(part, "mask", None) is not None]
             assert [{"shape": list(m.shape), "sum": m.sum()} for m in masks] == out.get("target", {}).get("masks", [])
         seen.add(name)
-    assert seen == set(datasets.FORMATS) - set(datasets.CHATTERBOX) - {"recs", "regs", "rounds"}        # these are ours
+    absent = {"recs", "regs", "rounds", "clevr-a", "clevr-s"}                               # ours, and of no fixture
+    assert seen == set(datasets.FORMATS) - set(datasets.CHATTERBOX) - absent
 
 
 def test_golden_nextchat_mixture():
@@ -2926,6 +2927,8 @@ GOOD_ROWS = {
     "pope": {"question_id": 1, "image": "a.png", "text": "is it?", "label": "yes"},
     "llava": {"image": "a.png", "conversations": [{"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "b"}]},
     "vqa": {"image_path": "a.png", "question": "what?", "annotation": {"multiple_choice_answer": "x"}},
+    "clevr-s": {"image_filename": "a.png", "question": "any?", "answer": "yes", "program": [
+        {"inputs": [], "function": "scene", "value_inputs": []}, {"inputs": [0], "function": "filter_color", "value_inputs": ["red"]}]},
 }
 ABSENT, NAN, INF = object(), float("nan"), float("inf")
 BAD_VALUES = {                          # (format, key) -> values that must be refused
@@ -2959,6 +2962,7 @@ BAD_VALUES = {                          # (format, key) -> values that must be r
     ("pope", "image"): ["a\0.png"],
     ("llava", "conversations"): [[], [7]],
     ("vqa", "annotation"): [{"x": 1}],
+    ("clevr-s", "program"): ["scene", [7], [{"function": "scene"}]],
 }
 BAD_ROWS = [(*where, value) for where, values in BAD_VALUES.items() for value in values]
 
@@ -3058,6 +3062,14 @@ def test_data_a_folder_of_published_files_is_mixed(world, tmp_path):
     with pytest.raises(ValueError, match="no mixture is known for stage 1 of tiny"):
         datasets.open_mixture(("tiny", 1), tmp_path, "", 4)
     assert {name.split(":")[0] for name in datasets.SOURCES.values()} <= datasets.FORMATS.keys()
+
+
+def test_data_clevr_answers_with_its_steps(tmp_path):
+    row = GOOD_ROWS["clevr-s"]
+    (tmp_path / "CLEVR_train_questions.json").write_text(json.dumps({"info": {}, "questions": [row]}))
+    plainly, stepwise = (datasets.Rows(tmp_path / "CLEVR_train_questions.json", f"clevr-{v}", tmp_path)[0] for v in "as")
+    assert plain(plainly.turns)[1] == ["The answer is yes."]
+    assert plain(stepwise.turns)[1] == ["scene -> filter_color:red[0] The answer is yes."]
 
 
 def test_data_sets_are_found_and_asked_as_published():

@@ -251,13 +251,23 @@ PROMPTS = {
     "image_cap": ("<image> What is in the image?", "<image> Can you describe the image?",
                   "<image> In one sentence, what does this show?", "<image> How would you caption this picture?"),
 }
+V0 = {                                  # what NExT-Chat's README names for its models of 224 pixels
+    "REC": ("Where is <expr> in the <image>?",),
+    "flickr30k": ("Can you provide a description of the image <image> and include the locations for each mentioned "
+                  "object?",),
+    "VQA_BCoT": ("<image> <question> Please include object locations and explain.",),
+}
 PLACES = {"image", "expr", "objs", "question"}
 
 
 def load_prompts(path):
-    """Prompts from JSON in a layout of the originals; ours for other tasks."""
+    """Prompts from JSON in a layout of the originals, of NExT-Chat its folder of files, or "v0"; ours for other tasks."""
+    if str(path) == "v0":
+        return PROMPTS | V0
+    path = Path(path)
     try:
-        tables = json.loads(Path(path).read_bytes())
+        lists = {file.stem: json.loads(file.read_bytes()) for file in path.glob("*.json")}
+        tables = lists or json.loads(path.read_bytes())
         tables = tables.get("v1", tables)
         talks = "placeholder" in tables                         # of ChatterBox
         return PROMPTS | (talks_of(tables) if talks else {task: prompts_of(tables, task) for task in tables})

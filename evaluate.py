@@ -636,7 +636,7 @@ def main(argv=None):
     p.add_argument("--task", choices=TASKS, help="what the file holds and how it is counted")
     p.add_argument("--media", "--images", type=Path, help="folder of the media, default: beside the questions")
     p.add_argument("--out", type=Path, help="of a task: folder of predictions and figures; else jsonl file of answers")
-    p.add_argument("--templates", type=Path, help="JSON of prompts in the layout of the originals, default: ours")
+    p.add_argument("--templates", type=Path, help="prompts: JSON or folder of the originals, or v0; default: ours")
     p.add_argument("--seed", type=int, default=0, help="draws prompts and expressions, default %(default)s")
     p.add_argument("--device", help="default: the best there is, one for each rank")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",

@@ -3019,13 +3019,16 @@ def test_data_grounding_rows_reach_the_batch(tmp_path):
 
 def test_data_prompts_lose_no_word(tmp_path):
     meta, _, _ = read_golden("nextchat/conversation")
-    for prompts in datasets.PROMPTS.values():
+    for prompts in (*datasets.PROMPTS.values(), *datasets.load_prompts("v0").values()):
         for prompt in prompts:
             ask = datasets.Ask((prompt,), data.Medium("image"), np.random.default_rng(0))
             turn = ask(expr=["the dog"], objs=[data.Box((1, 2, 3, 4))], question=["What is it?"])
             assert 0 not in nextchat_render(meta, [turn, None], (50, 50), train=False)[0].ids, prompt
     (tmp_path / "p.json").write_text(json.dumps({"v1": {"REC": ["<image> <expr>"]}}))
     assert datasets.load_prompts(tmp_path / "p.json") == datasets.PROMPTS | {"REC": ("<image> <expr>",)}
+    (tmp_path / "template").mkdir()
+    (tmp_path / "template/REC.json").write_text('["<image> <expr>"]')
+    assert datasets.load_prompts(tmp_path / "template") == datasets.load_prompts(tmp_path / "p.json")
     bad = {"REC": ["<expr>"]}, {"REC": ["<image> <image>"]}, {"REC": ["<image> <exp>"]}, ["<image>"], {"v1": ["<image>"]}, {"REC": [5]}, {"REC": 5}
     for text in (*map(json.dumps, bad), "no JSON"):
         (tmp_path / "p.json").write_text(text)

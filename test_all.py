@@ -6658,6 +6658,14 @@ def test_chat_boxes_go_in_and_out(pointing):
     assert [turn.ids[i + 1] for i, id in enumerate(turn.ids) if id == special["<at>"]] == [special["<boxes>"]] * 2
 
 
+def test_chat_asks_about_pictures_and_pixels(pointing):
+    picture = data.Image.open(pointing / "wide.png")
+    text, boxes, *_ = pointing_session(pointing, "nextchat", HERE_IT_IS).ask("what is it ?", str(pointing / "wide.png"))
+    for given in (pointing / "wide.png", picture, np.asarray(picture.convert("RGB"))):
+        session = pointing_session(pointing, "nextchat", HERE_IT_IS)
+        assert session.ask("what is it ?", given)[:2] == (text, boxes) and session.ask("and ?")[3].size == picture.size
+
+
 def test_chat_beams_find_what_beam_search_does(pointing):
     session = pointing_session(pointing, "nextchat", beams=3)
     for text in ("what is it ?", "and then ?"):

@@ -3614,6 +3614,17 @@ def test_golden_nextchat_converted(tmp_path, monkeypatch):
     refused(folders[1:], tmp_path / "new", preset="small", match="MISSING.*clip-vit-large-patch14")
 
 
+def test_golden_nextchat_stage_2_gets_a_sam(tmp_path, monkeypatch):
+    """From what the public stage 2 holds, and SAM, the preset makes what stage 3 starts from."""
+    weights, tokens, model = small_nextchat(monkeypatch)
+    sam = {key.removeprefix("sam.model."): weights.pop(key) for key in [*weights] if key.startswith("sam.")}
+    stage2 = {key: x for key, x in weights.items() if not key.startswith("seg_prompt_mlp.")}
+    folders = [put(tmp_path / name, x, {}, "bin shards", t)[0] for name, x, t in (("two", stage2, tokens), ("sam", sam, None))]
+    refused(folders, tmp_path / "new", match="MISSING seg_prompt_mlp.*--preset NAME makes it")
+    cw.convert(folders, tmp_path / "new", preset="small")
+    assert M.load(tmp_path / "new").cfg == model.cfg
+
+
 def test_golden_chatterbox_converted(tmp_path, monkeypatch):
     """DeepSpeed's file and CLIP give the model of the fixture; LoRA may be folded in."""
     meta, weights, _ = read_golden("chatterbox/chatterbox")

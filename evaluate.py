@@ -203,13 +203,17 @@ def boxes_in(turn):
     return [part for part in turn if isinstance(part, data.Box)]
 
 
+def media_in(turn):
+    return [part.path for part in turn if isinstance(part, data.Medium)]
+
+
 def text_in(turn, between=""):
     return between.join(part for part in turn if isinstance(part, str))
 
 
-def rec_row(sample, out):               # out["boxes"]: (n, 4) of the frame, of which the first counts
-    box = out["boxes"][0].tolist() if len(out["boxes"]) else None
-    return {"box": box, "target": boxes_in(sample.turns[-1])[0].tensor.tolist()}
+def rec_row(sample, out):               # out["boxes"]: (n, 4) of the frame, of which the first counts; "pixels": the same
+    box, pixels = (out[name][0].tolist() if len(out[name]) else None for name in ("boxes", "pixels"))
+    return {"box": box, "target": boxes_in(sample.turns[-1])[0].tensor.tolist(), "pixels": pixels}
 
 
 def res_row(sample, out):               # out["masks"]: bool (n, H, W). parity: more than one counts as none
@@ -315,7 +319,8 @@ def predict_all(samples, predict, task, folder, run, rank=0, world=1):
                 sample = samples[i]
                 with data.naming(task, i, sample.meta):
                     row = row_of(sample, predict(sample))
-                append(file, {"index": i, "id": sample.id, **row})
+                append(file, {"index": i, "id": sample.id, "media": media_in(sample.turns[0]),
+                              "prompt": text_in(sample.turns[0]), **row})
 
 
 def read_predictions(folder, run):      # the rows of all ranks in the order of their samples, each once
@@ -432,7 +437,8 @@ class Asker:
         data.load_media(sample.turns, replace(self.spec, sam_size=self.spec.sam_size * (task == "res")))
         question = sample.turns[0]
         if task == "rec":
-            return {"boxes": self.point(question)}
+            picture, boxes = next(part for part in question if isinstance(part, data.Medium)), self.point(question)
+            return {"boxes": boxes, "pixels": data.Geometry(*picture.size).to_pixels(boxes)}
         if task == "res":
             return {"masks": self.segment(question, LENGTHS[task])}
         if task in ("rounds", "talks"):

@@ -5400,7 +5400,7 @@ def evaluation_world(n=7):
         box = sample.turns[1][-1]
         masks, boxes = np.roll(box.mask, int(sample.id), axis=0)[None] > 0, box.tensor[None] + 0.01 * int(sample.id)
         return {"text": f"The answer is {'yes' if int(sample.id) % 3 else 'no'} .", "boxes": boxes, "masks": masks,
-                "replies": [["The answer is ", data.Box((), tensor=boxes[0])]]}
+                "replies": [["The answer is ", data.Box((), tensor=boxes[0])]], "pixels": 30 * boxes}
     return samples, predict, asked
 
 
@@ -5459,6 +5459,15 @@ def test_evaluate_runs_every_task(pointing, world, tmp_path, task, name, monkeyp
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["n"] == 3
     monkeypatch.setattr(evaluate.Asker, "predict", lambda *args: 1 / 0)                     # nothing is asked again
     evaluate_main(*words, tmp_path / "one")
+
+
+def test_evaluate_rows_tell_picture_words_and_pixels(pointing, world, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(line := (world / "REC_train.jsonl").read_text().splitlines()[0])
+    words = "--task", "rec", "--images", world, "--device", "cpu", "--out", tmp_path / "out"
+    evaluate_main(pointing / "nextchat", tmp_path / "rows.jsonl", *words)
+    row, known = json.loads((tmp_path / "out/predictions-0.jsonl").read_text().splitlines()[1]), json.loads(line)
+    assert row["media"] == [str(world / known["img_path"])] and known["expression"] in row["prompt"]
+    assert [row["pixels"]] == data.Geometry(*data.Image.open(row["media"][0]).size).to_pixels([row["box"]]).tolist()
 
 
 def test_evaluate_rounds_count_texts_boxes_and_dialogues():

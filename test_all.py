@@ -4398,6 +4398,18 @@ def test_train_nextchat_batches_end_with_the_mock(pointing, world):
         assert all(torch.isfinite(value) for value in model(batches[0]).values()) and model(alone)["lm"] > 0
 
 
+def test_train_boxes_and_the_mock_count_alike_in_micro_batches(pointing, world):
+    files = ",".join(f"{name}:{world}/{file}_train.jsonl" for name, file in (("rec", "REC"), ("reg", "REG")))
+    flags = ["system=nextchat", "stage=1", f"init={pointing}/nextchat", f"data={files}", "batch=6", "steps=1", "workers=0", "seed=1"]
+    results = []
+    for micro in (6, 2, 1):
+        s, stage, model, prepared = train.prepare(train.parse_settings([*flags, f"micro={micro}"]))
+        opt = train.optimizer(train.learn(model, stage), stage, s)
+        losses, norm = train.update(model, opt, list(train.batches(prepared, s, stage, 0)), 0, 1, stage)
+        results.append([losses[name] for name in ("lm", "at_l1", "at_cycle_hidden", "at_cycle_box")])
+    assert all(result == pytest.approx(results[0], rel=1e-5) for result in results)
+
+
 @pytest.mark.parametrize("width", (768, 767))
 def test_train_nextgpt_stage_2_learns_to_draw(tmp_path, width):
     meta, weights, _ = read_golden("nextgpt/stage12_loss")

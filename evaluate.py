@@ -317,7 +317,7 @@ def predict_all(samples, predict, task, folder, run, rank=0, world=1):
         for i in tqdm(range(rank, len(samples), world), unit="sample", disable=None):
             if i not in done:
                 sample = samples[i]
-                with data.naming(task, i, sample.meta):
+                with data.naming(getattr(samples, "path", task), i, sample.meta):
                     row = row_of(sample, predict(sample))
                 append(file, {"index": i, "id": sample.id, "media": media_in(sample.turns[0]),
                               "prompt": text_in(sample.turns[0]), **row})

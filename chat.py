@@ -232,7 +232,7 @@ class Session:
 
     @cached_property
     def folder(self):
-        """Goes when the session does."""
+        """Of pictures that came as pixels; goes when the session does."""
         return TemporaryDirectory()
 
     @property

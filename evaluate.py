@@ -211,7 +211,7 @@ def text_in(turn, between=""):
     return between.join(part for part in turn if isinstance(part, str))
 
 
-def rec_row(sample, out):               # out["boxes"]: (n, 4) of the frame, of which the first counts; "pixels": the same
+def rec_row(sample, out):               # out["boxes"]: (n, 4) of the frame, of which the first counts, and in pixels
     box, pixels = (out[name][0].tolist() if len(out[name]) else None for name in ("boxes", "pixels"))
     return {"box": box, "target": boxes_in(sample.turns[-1])[0].tensor.tolist(), "pixels": pixels}
 

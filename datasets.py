@@ -261,7 +261,7 @@ PLACES = {"image", "expr", "objs", "question"}
 
 
 def load_prompts(path):
-    """Prompts from JSON in a layout of the originals, of NExT-Chat its folder of files, or "v0"; ours for other tasks."""
+    """Prompts from JSON in a layout of the originals, from NExT-Chat's folder of it, or "v0"; ours for other tasks."""
     if str(path) == "v0":
         return PROMPTS | V0
     path = Path(path)

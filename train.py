@@ -47,7 +47,7 @@ class Settings:
     data: str = "shapes/conversations.json"     # files, FORMAT:FILE (see datasets.py), commas between; or a folder
     media: str = ""                     # folder that media names start from; default: beside each file
     init: str = ""                      # weights folder to start from; empty: a new model of the preset called `system`
-    templates: str = ""                 # what samples ask: JSON or folder of the originals, or v0; default: our own words
+    templates: str = ""                 # what samples ask: JSON or folder of the originals, or v0; default: our words
     front: int = 0                      # 1 = media go before the words of their message (sep_image_conv_front)
     tokenizer: str = ""                 # tokenizer.model for a new model
     projector: str = ""                 # stage 1's learned tensors (its model.safetensors), laid over init

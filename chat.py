@@ -26,9 +26,11 @@ import time
 import wave
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from itertools import chain, count, cycle, groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Thread
 from weakref import WeakKeyDictionary
 
@@ -228,6 +230,11 @@ class Session:
         if name == "seed":
             self.generator.manual_seed(self.settings[name])
 
+    @cached_property
+    def folder(self):
+        """Of pictures that came as pixels; goes when the session does."""
+        return TemporaryDirectory()
+
     @property
     def media(self):
         """All media; users count them from 1."""
@@ -287,7 +294,14 @@ class Session:
         return self.answer([*self.turns, Turn(text, [*self.pending, *media], given=given, find=find, picture=picture)])
 
     def ask(self, text, image=None, boxes=(), find=False):
-        """One turn in one call -> its text, boxes [[x1, y1, x2, y2]], masks (m, H, W) or None, overlay or None."""
+        """One turn in one call -> its text, boxes [[x1, y1, x2, y2]], masks (m, H, W) or None, overlay or None.
+
+        image: a file, or a picture of Pillow's or its pixels (H, W, 3), which become a file of this session.
+        """
+        if not isinstance(image, (str, os.PathLike, type(None))):
+            picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+            image = new_name(self.folder.name, "{}.png")
+            picture.convert("RGB").save(image)
         "".join(self.say(text, [self.read(image)] if image else [], boxes, find))
         turn = self.last()
         return turn.answer, turn.boxes, turn.masks, overlay(turn)

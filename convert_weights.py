@@ -1048,6 +1048,7 @@ class Recipe(NamedTuple):
                 rows.append(Row("no source", self.preset, "initialised", name, part, "to be trained"))
             else:
                 note = f"for {name}; {GIVEN_BY.get(part, 'a whole model')} has it"
+                note += ", --preset NAME makes it" * bool(LEARNED.fullmatch(name))
                 rows.append(Row("", "", "MISSING", original(name) or name, part, note))
         return rows
 

@@ -1254,7 +1254,7 @@ def safe_join(root, name):
 def read_records(path, unpack=None):
     """The list in a .json file, after `unpack` of what it holds, or the lines of a .jsonl file. Raises DataError."""
     path, rows = Path(path), []
-    lines = path.suffix == ".jsonl"
+    lines = path.suffix == ".jsonl" or b"}\n{" in path.read_bytes()         # POPE's lines lie in .json files
     try:
         if lines:
             for line in path.open("rb"):                        # bytes: json knows UTF-8 and a mark before it

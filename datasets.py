@@ -251,13 +251,23 @@ PROMPTS = {
     "image_cap": ("<image> What is in the image?", "<image> Can you describe the image?",
                   "<image> In one sentence, what does this show?", "<image> How would you caption this picture?"),
 }
+V0 = {                                  # what NExT-Chat's README names for its models of 224 pixels
+    "REC": ("Where is <expr> in the <image>?",),
+    "flickr30k": ("Can you provide a description of the image <image> and include the locations for each mentioned "
+                  "object?",),
+    "VQA_BCoT": ("<image> <question> Please include object locations and explain.",),
+}
 PLACES = {"image", "expr", "objs", "question"}
 
 
 def load_prompts(path):
-    """Prompts from JSON in a layout of the originals; ours for other tasks."""
+    """Prompts from JSON in a layout of the originals, from NExT-Chat's folder of it, or "v0"; ours for other tasks."""
+    if str(path) == "v0":
+        return PROMPTS | V0
+    path = Path(path)
     try:
-        tables = json.loads(Path(path).read_bytes())
+        lists = {file.stem: json.loads(file.read_bytes()) for file in path.glob("*.json")}
+        tables = lists or json.loads(path.read_bytes())
         tables = tables.get("v1", tables)
         talks = "placeholder" in tables                         # of ChatterBox
         return PROMPTS | (talks_of(tables) if talks else {task: prompts_of(tables, task) for task in tables})
@@ -333,8 +343,9 @@ def vqa(row, ask):
 
 
 def vqa_e(row, ask):
-    """VQA-E: an answer with the first of its explanations."""
-    why, answer = texts(row, "explanation")[0], field(row, "multiple_answers")
+    """VQA-E: an answer with its explanation, behind which a score may stand."""
+    why, = texts(row | {"explanation": field(row, "explanation", list)[:1]}, "explanation")
+    answer = field(row, "multiple_answers")
     return [ask(question=[field(row, "question")]), [f"{why} So the answer is {answer}."]]
 
 
@@ -452,6 +463,20 @@ def gqa(row, ask, version):
     return [ask(question=[field(row, "question")]), answer]
 
 
+def clevr(row, ask, version):
+    """a the answer, s the steps of the question's program. The original's form with points is left out."""
+    answer = answer_is(field(row, "answer"))
+    if version == "s":
+        answer = [" -> ".join(map(step_of, field(row, "program", list))) + " ", *answer]
+    return [ask(question=[field(row, "question")]), answer]
+
+
+def step_of(one):
+    """filter_color:red[0] for a step with that value, which takes what step 0 found."""
+    value, inputs = (",".join(map(str, field(one, key, list))) for key in ("value_inputs", "inputs"))
+    return field(one, "function") + f":{value}" * bool(value) + f"[{inputs}]" * bool(inputs)
+
+
 class Format(NamedTuple):
     turns: Callable                     # (record, ask) -> turns
     prompts: str = ""                   # task in PROMPTS
@@ -477,13 +502,16 @@ FORMATS = {
     f"gpt4gen-{v}": Format(partial(gpt4gen, version=v), task)
     for v, task in (("a", "VQA"), ("c", "VQA_CoT"), ("bc", "VQA_BCoT"))
 } | {
-    f"vcr-{v}": Format(partial(vcr, version=v), "VQA" if "r" not in v else "VQA_BCoT", "img_fn") for v in VCR
+    f"vcr-{v}": Format(partial(vcr, version=v), "VQA_BCoT" if "ra" in v else "VQA", "img_fn") for v in VCR
 } | {
     f"pointqa-twice-{v}": Format(partial(point_qa, key=f"{key}_question"), "VQA", "file_path")
     for v, key in (("oq", "obj"), ("sq", "super"), ("gq", "general"))
 } | {
     f"gqa-{v}": Format(partial(gqa, version=v), task, "imageId", "*.jpg")
     for v, task in (("a", "VQA"), ("c", "VQA_CoT"), ("bc", "VQA_BCoT"), ("s", "VQA_CoT"))
+} | {
+    f"clevr-{v}": Format(partial(clevr, version=v), task, "image_filename", unpack=itemgetter("questions"))
+    for v, task in (("a", "VQA"), ("s", "VQA_CoT"))
 }
 
 
@@ -617,10 +645,10 @@ MIXTURES = {                            # (system, stage) -> {name: items}, batc
 }
 SOURCES = {                             # name in a mixture of NExT-Chat -> format and published file
     "caption": "caption:CAP_coco2014_train.jsonl", "flickr": "flickr:CWB_flickr30k_train.jsonl",
-    "rec": "rec:REC_ref3_train.jsonl", "reg": "reg:REC_ref3_train.jsonl", "res": "res:RES_ref3_train.jsonl",
+    "rec": "rec:REC_ref3_train.jsonl", "reg": "reg:REC_ref3_train.jsonl", "res": "res:res3.jsonl",
     "recvg": "rec:GC_genome196_train.jsonl", "gc": "gc:GC_genome196_train.jsonl",
     "vqa": "vqa:v2_OpenEnded_mscoco_train2014_questions.jsonl", "vqa-e": "vqa-e:vqa_E_train.jsonl",
-    "vqa-x": "vqa-x:vqa_X_train.jsonl", "llava": "llava:llava_instruct_150k.json", "vcr": "vcr-q-ra:vcr_train.jsonl",
+    "vqa-x": "vqa-x:vqa_X_train.jsonl", "llava": "llava:llava_instruct_150k.jsonl", "vcr": "vcr-q-ra:vcr_train.jsonl",
     "gpt4gen": "gpt4gen-bc:GPT4GEN_BoxCoT_train.jsonl", "gpt4gen-rd": "gpt4gen-bc:GPT4GEN_RD_BoxCoT_train.jsonl",
     "v7w": "v7w:v7w_pointing_train.jsonl",
 }

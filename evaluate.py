@@ -222,13 +222,17 @@ def boxes_in(turn):
     return [part for part in turn if isinstance(part, data.Box)]
 
 
+def media_in(turn):
+    return [part.path for part in turn if isinstance(part, data.Medium)]
+
+
 def text_in(turn, between=""):
     return between.join(part for part in turn if isinstance(part, str))
 
 
-def rec_row(sample, out):               # out["boxes"]: (n, 4) of the frame, of which the first counts
-    box = out["boxes"][0].tolist() if len(out["boxes"]) else None
-    return {"box": box, "target": boxes_in(sample.turns[-1])[0].tensor.tolist()}
+def rec_row(sample, out):               # out["boxes"]: (n, 4) of the frame, of which the first counts, and in pixels
+    box, pixels = (out[name][0].tolist() if len(out[name]) else None for name in ("boxes", "pixels"))
+    return {"box": box, "target": boxes_in(sample.turns[-1])[0].tensor.tolist(), "pixels": pixels}
 
 
 def res_row(sample, out):               # out["masks"]: bool (n, H, W). parity: more than one counts as none
@@ -347,9 +351,10 @@ def predict_all(samples, predict, task, folder, run, rank=0, world=1):
         for i in tqdm(range(rank, len(samples), world), unit="sample", disable=None):
             if i not in done:
                 sample = samples[i]
-                with data.naming(task, i, sample.meta):
+                with data.naming(getattr(samples, "path", task), i, sample.meta):
                     row = row_of(sample, predict(sample))
-                append(file, {"index": i, "id": sample.id, **row})
+                append(file, {"index": i, "id": sample.id, "media": media_in(sample.turns[0]),
+                              "prompt": text_in(sample.turns[0]), **row})
 
 
 def read_predictions(folder, run):      # the rows of all ranks in the order of their samples, each once
@@ -472,7 +477,9 @@ class Asker:
         if "box" not in self.model.cfg.reads:           # ChatterBox reads what is in a box, not where that is
             question = [replace(part, kind="region") if isinstance(part, data.Box) else part for part in question]
         if task in ("rec", "ground"):
-            return {"boxes": self.point(question)}
+            picture, boxes = next(part for part in question if isinstance(part, data.Medium)), self.point(question)
+            geometry = data.Geometry(*picture.size, self.spec.square)
+            return {"boxes": boxes, "pixels": [geometry.to_pixels(box) for box in boxes]}
         if task == "res":
             return {"masks": self.segment(question, LENGTHS[task])}
         if task in ("rounds", "talks"):
@@ -676,7 +683,7 @@ def main(argv=None):
     p.add_argument("--task", choices=TASKS, help="what the file holds and how it is counted")
     p.add_argument("--media", "--images", type=Path, help="folder of the media, default: beside the questions")
     p.add_argument("--out", type=Path, help="of a task: folder of predictions and figures; else jsonl file of answers")
-    p.add_argument("--templates", type=Path, help="JSON of prompts in the layout of the originals, default: ours")
+    p.add_argument("--templates", type=Path, help="prompts: JSON or folder of the originals, or v0; default: ours")
     p.add_argument("--seed", type=int, default=0, help="draws prompts and expressions, default %(default)s")
     p.add_argument("--device", help="default: the best there is, one for each rank")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",

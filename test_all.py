@@ -2609,6 +2609,13 @@ def test_data_broken_files_are_named(tmp_path):
             data.Conversations(tmp_path / name)
 
 
+def test_data_lines_in_a_json_file_are_read(tmp_path):
+    row = {"question_id": 1, "image": "a.png", "text": "Is there a dog in the image?", "label": "yes"}
+    (tmp_path / "coco_pope_random.json").write_text((json.dumps(row) + "\n") * 3)
+    rows = datasets.Rows(tmp_path / "coco_pope_random.json", "pope", tmp_path)
+    assert [rows[i].meta for i in range(3)] == [row] * 3
+
+
 def test_data_files_with_a_mark_before_them_are_read(tmp_path):
     row = {"image_name": "a.png", "caption": "Ein Stück 写"}
     for name, text in (("a.json", json.dumps([row], ensure_ascii=False)), ("b.jsonl", json.dumps(row, ensure_ascii=False) + "\n")):
@@ -2862,7 +2869,8 @@ def test_golden_nextchat_datasets():
             masks = [part.mask for turn in got.turns for part in turn if getattr(part, "mask", None) is not None]
             assert [{"shape": list(m.shape), "sum": m.sum()} for m in masks] == out.get("target", {}).get("masks", [])
         seen.add(name)
-    assert seen == set(datasets.FORMATS) - set(datasets.CHATTERBOX) - {"recs", "regs", "rounds", "ground", "refer"}     # not its
+    absent = {"recs", "regs", "rounds", "clevr-a", "clevr-s", "ground", "refer"}            # ours, and of no fixture
+    assert seen == set(datasets.FORMATS) - set(datasets.CHATTERBOX) - absent
 
 
 def test_golden_nextchat_mixture():
@@ -2916,10 +2924,12 @@ GOOD_ROWS = {
             "answer": [2, 2, 9, 9]},
     "gpt4gen-bc": {"img_path": "a.png", "boxes": [[1, 2, 3, 4]], "question": "why?", "question_boxes_seq": [],
                    "cot_with_ans": "<ph_st>it<ph_ed> is", "answer_boxes_seq": [[0]], "answer": "x"},
-    "vqa-e": {"file_path": "a.png", "question": "what?", "explanation": ["so"], "multiple_answers": "x"},
+    "vqa-e": {"file_path": "a.png", "question": "what?", "explanation": ["so", 0.7], "multiple_answers": "x"},
     "pope": {"question_id": 1, "image": "a.png", "text": "is it?", "label": "yes"},
     "llava": {"image": "a.png", "conversations": [{"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "b"}]},
     "vqa": {"image_path": "a.png", "question": "what?", "annotation": {"multiple_choice_answer": "x"}},
+    "clevr-s": {"image_filename": "a.png", "question": "any?", "answer": "yes", "program": [
+        {"inputs": [], "function": "scene", "value_inputs": []}, {"inputs": [0], "function": "filter_color", "value_inputs": ["red"]}]},
 }
 ABSENT, NAN, INF = object(), float("nan"), float("inf")
 BAD_VALUES = {                          # (format, key) -> values that must be refused
@@ -2953,6 +2963,7 @@ BAD_VALUES = {                          # (format, key) -> values that must be r
     ("pope", "image"): ["a\0.png"],
     ("llava", "conversations"): [[], [7]],
     ("vqa", "annotation"): [{"x": 1}],
+    ("clevr-s", "program"): ["scene", [7], [{"function": "scene"}]],
 }
 BAD_ROWS = [(*where, value) for where, values in BAD_VALUES.items() for value in values]
 
@@ -3009,13 +3020,16 @@ def test_data_grounding_rows_reach_the_batch(tmp_path):
 
 def test_data_prompts_lose_no_word(tmp_path):
     meta, _, _ = read_golden("nextchat/conversation")
-    for prompts in datasets.PROMPTS.values():
+    for prompts in (*datasets.PROMPTS.values(), *datasets.load_prompts("v0").values()):
         for prompt in prompts:
             ask = datasets.Ask((prompt,), data.Medium("image"), np.random.default_rng(0))
             turn = ask(expr=["the dog"], objs=[data.Box((1, 2, 3, 4))], question=["What is it?"])
             assert 0 not in nextchat_render(meta, [turn, None], (50, 50), train=False)[0].ids, prompt
     (tmp_path / "p.json").write_text(json.dumps({"v1": {"REC": ["<image> <expr>"]}}))
     assert datasets.load_prompts(tmp_path / "p.json") == datasets.PROMPTS | {"REC": ("<image> <expr>",)}
+    (tmp_path / "template").mkdir()
+    (tmp_path / "template/REC.json").write_text('["<image> <expr>"]')
+    assert datasets.load_prompts(tmp_path / "template") == datasets.load_prompts(tmp_path / "p.json")
     bad = {"REC": ["<expr>"]}, {"REC": ["<image> <image>"]}, {"REC": ["<image> <exp>"]}, ["<image>"], {"v1": ["<image>"]}, {"REC": [5]}, {"REC": 5}
     for text in (*map(json.dumps, bad), "no JSON"):
         (tmp_path / "p.json").write_text(text)
@@ -3043,7 +3057,7 @@ def test_data_mixtures_of_the_stages():
 
 
 def test_data_a_folder_of_published_files_is_mixed(world, tmp_path):
-    shutil.copy(world / "RES_train.jsonl", tmp_path / "RES_ref3_train.jsonl")
+    shutil.copy(world / "RES_train.jsonl", tmp_path / "res3.jsonl")
     (tmp_path / "pictures").mkdir(), (tmp_path / "res").symlink_to(world)                   # where the pictures of `res` lie
     sets, where = datasets.open_mixture(("nextchat", 3), tmp_path, "", 4)
     assert where(0) == where(1) == [(0, i) for i in range(len(sets[0]))] and Path(sets[0][0].turns[0][0].path).is_file()
@@ -3052,6 +3066,20 @@ def test_data_a_folder_of_published_files_is_mixed(world, tmp_path):
     with pytest.raises(ValueError, match="no mixture is known for stage 1 of tiny"):
         datasets.open_mixture(("tiny", 1), tmp_path, "", 4)
     assert {name.split(":")[0] for name in datasets.SOURCES.values()} <= datasets.FORMATS.keys()
+
+
+def test_data_clevr_answers_with_its_steps(tmp_path):
+    row = GOOD_ROWS["clevr-s"]
+    (tmp_path / "CLEVR_train_questions.json").write_text(json.dumps({"info": {}, "questions": [row]}))
+    plainly, stepwise = (datasets.Rows(tmp_path / "CLEVR_train_questions.json", f"clevr-{v}", tmp_path)[0] for v in "as")
+    assert plain(plainly.turns)[1] == ["The answer is yes."]
+    assert plain(stepwise.turns)[1] == ["scene -> filter_color:red[0] The answer is yes."]
+
+
+def test_data_sets_are_found_and_asked_as_published():
+    reasoned = {name for name, row in datasets.FORMATS.items() if row.prompts == "VQA_BCoT" and name.startswith("vcr")}
+    assert reasoned == {"vcr-q-ra", "vcr-qc-ra", "vcr-qc-rac"}              # only these answers say why, with boxes
+    assert datasets.SOURCES["res"] == "res:res3.jsonl" and datasets.SOURCES["llava"] == "llava:llava_instruct_150k.jsonl"
 
 
 def test_data_long_samples_lose_words_but_no_boxes(world, tmp_path):
@@ -3603,6 +3631,17 @@ def test_golden_nextchat_converted(tmp_path, monkeypatch):
     cw.convert([tmp_path / "whole"], tmp_path / "again", preset="small")
     same(tmp_path / "parts", tmp_path / "again")
     refused(folders[1:], tmp_path / "new", preset="small", match="MISSING.*clip-vit-large-patch14")
+
+
+def test_golden_nextchat_stage_2_gets_a_sam(tmp_path, monkeypatch):
+    """From what the public stage 2 holds, and SAM, the preset makes what stage 3 starts from."""
+    weights, tokens, model = small_nextchat(monkeypatch)
+    sam = {key.removeprefix("sam.model."): weights.pop(key) for key in [*weights] if key.startswith("sam.")}
+    stage2 = {key: x for key, x in weights.items() if not key.startswith("seg_prompt_mlp.")}
+    folders = [put(tmp_path / name, x, {}, "bin shards", t)[0] for name, x, t in (("two", stage2, tokens), ("sam", sam, None))]
+    refused(folders, tmp_path / "new", match="MISSING seg_prompt_mlp.*--preset NAME makes it")
+    cw.convert(folders, tmp_path / "new", preset="small")
+    assert M.load(tmp_path / "new").cfg == model.cfg
 
 
 def test_golden_chatterbox_converted(tmp_path, monkeypatch):
@@ -4385,6 +4424,18 @@ def test_train_nextchat_batches_end_with_the_mock(pointing, world):
     alone = batches[0]._replace(targets={}, media={}, slots={})
     with torch.no_grad():
         assert all(torch.isfinite(value) for value in model(batches[0]).values()) and model(alone)["lm"] > 0
+
+
+def test_train_boxes_and_the_mock_count_alike_in_micro_batches(pointing, world):
+    files = ",".join(f"{name}:{world}/{file}_train.jsonl" for name, file in (("rec", "REC"), ("reg", "REG")))
+    flags = ["system=nextchat", "stage=1", f"init={pointing}/nextchat", f"data={files}", "batch=6", "steps=1", "workers=0", "seed=1"]
+    results = []
+    for micro in (6, 2, 1):
+        s, stage, model, prepared = train.prepare(train.parse_settings([*flags, f"micro={micro}"]))
+        opt = train.optimizer(train.learn(model, stage), stage, s)
+        losses, norm = train.update(model, opt, list(train.batches(prepared, s, stage, 0)), 0, 1, stage)
+        results.append([losses[name] for name in ("lm", "at_l1", "at_cycle_hidden", "at_cycle_box")])
+    assert all(result == pytest.approx(results[0], rel=1e-5) for result in results)
 
 
 @pytest.mark.parametrize("width", (768, 767))
@@ -5412,7 +5463,7 @@ def evaluation_world(n=7):
         box = sample.turns[1][-1]
         masks, boxes = np.roll(box.mask, int(sample.id), axis=0)[None] > 0, box.tensor[None] + 0.01 * int(sample.id)
         return {"text": f"The answer is {'yes' if int(sample.id) % 3 else 'no'} .", "boxes": boxes, "masks": masks,
-                "replies": [["The answer is ", data.Box((), tensor=boxes[0])]]}
+                "replies": [["The answer is ", data.Box((), tensor=boxes[0])]], "pixels": 30 * boxes}
     return samples, predict, asked
 
 
@@ -5471,6 +5522,15 @@ def test_evaluate_runs_every_task(pointing, world, tmp_path, task, name, monkeyp
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["n"] == 3
     monkeypatch.setattr(evaluate.Asker, "predict", lambda *args: 1 / 0)                     # nothing is asked again
     evaluate_main(*words, tmp_path / "one")
+
+
+def test_evaluate_rows_tell_picture_words_and_pixels(pointing, world, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(line := (world / "REC_train.jsonl").read_text().splitlines()[0])
+    words = "--task", "rec", "--images", world, "--device", "cpu", "--out", tmp_path / "out"
+    evaluate_main(pointing / "nextchat", tmp_path / "rows.jsonl", *words)
+    row, known = json.loads((tmp_path / "out/predictions-0.jsonl").read_text().splitlines()[1]), json.loads(line)
+    assert row["media"] == [str(world / known["img_path"])] and known["expression"] in row["prompt"]
+    assert [row["pixels"]] == data.Geometry(*data.Image.open(row["media"][0]).size).to_pixels([row["box"]]).tolist()
 
 
 def test_evaluate_rounds_count_texts_boxes_and_dialogues():
@@ -5591,6 +5651,13 @@ def test_evaluate_says_what_is_missing(words, pointing, world, tmp_path):
         evaluate_main(tmp_path / "mute", name, "--out", tmp_path / "out", *(w.format(bad=tmp_path / "bad.json") for w in words))
     with pytest.raises(SystemExit):
         evaluate_main(pointing / "nextchat", name, "--task", "rec")
+
+
+def test_evaluate_names_file_and_record_of_a_wrong_mask(pointing, world, tmp_path):
+    row = json.loads((world / "RES_train.jsonl").read_text().splitlines()[0])
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"height": row["height"] + 2}))
+    with pytest.raises(ValueError, match=r"rows\.jsonl: record 0 .*a mask of"):
+        evaluate_main(pointing / "nextchat", tmp_path / "rows.jsonl", "--task", "res", "--images", world, "--out", tmp_path / "out")
 
 
 # ---- Evaluate: answer files, ScienceQA, a judge
@@ -6715,6 +6782,14 @@ def test_chat_boxes_go_in_and_out(pointing):
         assert torch.allclose(torch.tensor(box).double(), found.tensor.double() * 90 - torch.tensor([0, 25, 0, 25]))
     assert picture.size == (90, 40) and picture.tobytes() != data.read_image(pointing / "wide.png").tobytes()
     assert [turn.ids[i + 1] for i, id in enumerate(turn.ids) if id == special["<at>"]] == [special["<boxes>"]] * 2
+
+
+def test_chat_asks_about_pictures_and_pixels(pointing):
+    picture = data.Image.open(pointing / "wide.png")
+    text, boxes, *_ = pointing_session(pointing, "nextchat", HERE_IT_IS).ask("what is it ?", str(pointing / "wide.png"))
+    for given in (pointing / "wide.png", picture, np.asarray(picture.convert("RGB"))):
+        session = pointing_session(pointing, "nextchat", HERE_IT_IS)
+        assert session.ask("what is it ?", given)[:2] == (text, boxes) and session.ask("and ?")[3].size == picture.size
 
 
 def test_chat_beams_find_what_beam_search_does(pointing):

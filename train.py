@@ -47,7 +47,7 @@ class Settings:
     data: str = "shapes/conversations.json"     # files, FORMAT:FILE (see datasets.py), commas between; or a folder
     media: str = ""                     # folder of media, or of a folder for each source of a mixture; default: data's
     init: str = ""                      # weights folder to start from; empty: a new model of the preset called `system`
-    templates: str = ""                 # JSON of what samples ask, in a layout of the originals; default: our own words
+    templates: str = ""                 # what samples ask: JSON or folder of the originals, or v0; default: our words
     front: int = 0                      # 1 = media go before the words of their message (sep_image_conv_front)
     tokenizer: str = ""                 # tokenizer.model for a new model
     projector: str = ""                 # stage 1's learned tensors (its model.safetensors), laid over init
@@ -242,9 +242,13 @@ def optimizer(learned, stage, s):
 # ---- One step
 
 def counts(batch):
-    """What the losses of a batch are means of: {"lm": labelled tokens, writer: its signal tokens}."""
+    """What the losses of a batch are means of: {"lm": labelled tokens, writer: its signal tokens}, and boxes put in."""
     labelled = (batch.labels[:, 1:] != data.IGNORE).sum().item() or len(batch.ids)
-    return {"lm": labelled} | {name: target["slots"].shape[1] for name, target in batch.targets.items()}
+    out = {"lm": labelled} | {name: target["slots"].shape[1] for name, target in batch.targets.items()}
+    if at := batch.targets.get("at"):
+        mock = (1 - 1e-10) * ("mock" in at)                     # which counts as little as in locate.mean
+        out |= {"at": out["at"] - mock, "at_cycle_box": len(at["given"]) - mock}
+    return out
 
 
 def none_of(payload):
@@ -283,8 +287,7 @@ def portions(losses, own, of_all):
     of_all: the counts of this micro-batch, and summed over those of all ranks."""
     parts, lent = {}, 0
     for name, value in losses.items():
-        writer = name.split("_")[0]
-        part = writer if writer in of_all else "lm"
+        part = next((part for part in (name, name.split("_")[0]) if part in of_all), "lm")
         if part in own:
             parts[name] = value * (own[part] / of_all[part])
         else:

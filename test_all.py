@@ -4332,6 +4332,8 @@ def test_datasets_go_to_loader_processes(world):
 def test_datasets_take_a_share(world):
     whole, part = (datasets.open_set(f"rec:{world}/REC_train.jsonl{share}") for share in ("", "@0.25"))
     assert len(part) == round(len(whole) / 4) and len(part.sizes()) == len(part)
+    more = datasets.open_set(f"rec:{world}/REC_train.jsonl@2.25")
+    assert more.index == [*range(len(whole))] * 2 + part.index
     assert (part[0].meta, part[len(part) - 1].meta) == (whole[0].meta, whole[len(whole) - 1].meta)
 
 

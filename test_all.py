@@ -2212,6 +2212,14 @@ def test_bench_sides_compute_the_same(name, tmp_path, monkeypatch):
     assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= PARITY * theirs.abs().max()
 
 
+def test_bench_names_a_program_that_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "folder_of", lambda *args: tmp_path)
+    monkeypatch.setitem(bench.STARTS, "ours", "raise SystemExit(3)")
+    s = Thing(device="cpu", dtype=torch.float32, folder=tmp_path, threads=1)
+    with pytest.raises(SystemExit, match="of ours ended with status 3"):
+        bench.start("ours", s, False).run()
+
+
 # ---- Data
 
 def need(path, what):

@@ -4350,8 +4350,11 @@ def test_train_losses_count_by_their_weights():
     ids = torch.ones(1, 2, dtype=torch.long)
     opt = torch.optim.SGD([x], lr=0)
     batch, losses = data.Batch(ids, ids, {}, {}), lambda batch, words: {"a": x[0], "b": x[1]}
-    _, norm = train.update(losses, opt, [batch], 0, 9, train.Stage("", 0, 1, weights={"b": 2}))
+    stage = train.Stage("", 0, 1, weights={"b": 2})
+    _, norm = train.update(losses, opt, [batch], 0, 9, stage)
     assert norm == pytest.approx(5 ** 0.5)
+    train.update(losses, opt, [batch], 1, 0, stage)             # clip=0 does not clip
+    assert x.tolist() == [0, -1]
 
 
 def test_train_nextchat_batches_end_with_the_mock(pointing, world):

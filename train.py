@@ -65,7 +65,7 @@ class Settings:
     steps: int = 0                      # overrides epochs
     micro: int = 0                      # samples per forward of a process; the rest is accumulated; 0 = all at once
     pack: int = 0                       # put short samples into common rows of so many tokens; 0 = a row for each
-    clip: float = 1.0                   # gradient norm
+    clip: float = 1.0                   # gradient norm; 0 = as it comes
     seed: int = 0
     workers: int = 2                    # loader processes; the order of the data does not depend on them
     log_every: int = 10
@@ -319,7 +319,7 @@ def update(model, opt, batches, lr, clip, stage, step=0, bf16=False):
         parts, lent = portions(losses, shares[rank][i], of_all)
         here.update({name: part.detach() for name, part in parts.items()})
         ((total_loss(parts, stage, writers) + lent) * world).backward()             # FSDP takes the mean over ranks
-    norm = next(whole([nn.utils.clip_grad_norm_(learned, clip)])).item()
+    norm = next(whole([nn.utils.clip_grad_norm_(learned, clip or math.inf)])).item()
     for losses in share({name: value.item() for name, value in here.items()}):
         total.update(losses)
     for name, value in ({f"loss {name}": loss for name, loss in total.items()} | {"the gradient norm": norm}).items():

@@ -4337,6 +4337,14 @@ def test_datasets_go_to_loader_processes(world):
     assert pickle.loads(pickle.dumps(prepared))[0].ids == prepared[0].ids and pickle.dumps(datasets.FORMATS)
 
 
+def test_train_errors_of_a_loader_process_name_the_file():
+    def fail(samples):
+        raise data.MediaError("a.png: no such file")
+    with pytest.raises(data.MediaError) as error:
+        next(iter(torch.utils.data.DataLoader([0], num_workers=1, collate_fn=fail)))
+    assert data.told(error.value) == "data.MediaError: a.png: no such file" and data.told(OSError("one\ntwo")) == "one\ntwo"
+
+
 def test_datasets_take_a_share(world):
     whole, part = (datasets.open_set(f"rec:{world}/REC_train.jsonl{share}") for share in ("", "@0.25"))
     assert len(part) == round(len(whole) / 4) and len(part.sizes()) == len(part)

@@ -630,7 +630,7 @@ def main(argv=None):
         traceback.clear_frames(error.__traceback__)     # ends the loader's processes, for which Python would wait
         if not (what := advice(error, s.out)):
             raise
-        print(f"train: {error!s:.300}: {what}; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"train: {data.told(error)}: {what}; the same command goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(4) from None
     finally:
         leave_ranks()

@@ -5149,6 +5149,9 @@ def test_ranks_checkpoints_go_on_from_where_their_run_began(mini, tmp_path, worl
         for more in ((), (f"export={tmp_path}/out",)):
             with pytest.raises(ValueError, match=f"of a run with {match}"):
                 mini.here(tmp_path / "run", "lora", *other, "steps=2", *more)
+    for other in ("seed=1", "batch=2"):                         # would see other samples, or not all
+        with pytest.raises(ValueError, match="of a run with (seed=0|batch=4);"):
+            mini.here(tmp_path / "run", "lora", *began, "steps=2", other)
     mini.here(tmp_path / "run", "lora", *began, f"export={tmp_path}/out")
 
 

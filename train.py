@@ -515,7 +515,8 @@ def newest(s):
     """The checkpoint to go on from, or None. Raises ValueError if one that was found is of another run."""
     folder = share(find_checkpoint(s.out, s.resume) if ranks()[0] == 0 else None)[0]
     was = json.loads((folder / "state.json").read_text())["settings"] if folder and s.resume == "auto" else asdict(s)
-    names = ("system", "stage", "init", "projector") + ("data",) * (not s.export)           # which may be gone
+    # what a run is of and, where it is to go on, what the order of its data depends on (which may be gone)
+    names = ("system", "stage", "init", "projector") + ("data", "seed", "batch") * (not s.export)
     if odd := [f"{name}={was[name]}" for name in names if was[name] != getattr(s, name)]:
         raise ValueError(f"{folder}: of a run with {' '.join(odd)}; name another out=, or resume={folder} to go on from it")
     return folder

@@ -5174,8 +5174,10 @@ def test_ranks_compiled_blocks_compute_the_same(mini, tmp_path, monkeypatch, how
         assert two["lm"] == pytest.approx(one["lm"], rel=1e-5) and two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
 
 
-def test_ranks_metrics_are_finite_numbers_by_name(mini, tmp_path):
+def test_ranks_metrics_are_finite_numbers_by_name(mini, tmp_path, capsys):
     mini.here(tmp_path, "projector", "steps=2")
+    said = capsys.readouterr().out
+    assert re.search(r"\nstep 2  lm [\d.]+ .*  tokens_per_s [\d.]+ .*  memory_gb ", said) and "records of" in said and " lr=0.003 " in said
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [list(row) for row in rows] == 2 * [["step", "lm", "lr", "grad_norm", "bad", "skipped", "samples_per_s", "tokens_per_s",
                                                 "padding", "mfu", "memory_gb"]]

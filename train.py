@@ -522,13 +522,17 @@ def newest(s):
     return folder
 
 
-def open_run(out, s, model, prepared):
-    """The folder of a run, without what a run that was killed while saving left there."""
+def open_run(out, s, model, prepared, start, folder):
+    """The folder of a run, without what a run that was killed while saving left there. Says what will be done."""
     out.mkdir(parents=True, exist_ok=True)
     for left in out.glob("*.tmp-*"):
         shutil.rmtree(left)
     (out / "settings.json").write_text(json.dumps(asdict(s), indent=1))
     print(M.parameter_table(model), prepared.show(0), sep="\n\n")
+    print("", *(f"{len(one):,} records of {one.path}" for one in prepared.sets), sep="\n")
+    print("", " ".join(f"{name}={value}" for name, value in asdict(s).items() if value), sep="\n")
+    print(f"\n{len(prepared):,} samples, {s.steps:,} steps of {s.batch} on {ranks()[1]} processes",
+          f"from step {start:,} of {folder}" if folder else "", flush=True)
 
 
 def one_step(model, opt, prepared, loader, s, stage, step, may_skip):
@@ -553,29 +557,26 @@ def one_step(model, opt, prepared, loader, s, stage, step, may_skip):
         return {}, None, lr, size
 
 
-def show(row, out, bar):
-    """The newest numbers: a line of metrics.jsonl, and beside the bar."""
+def show(row, out):
+    """The newest numbers: a line of metrics.jsonl, and one above the bar or, where there is none, in a job's log."""
     if ranks()[0] == 0:
         with open(out / "metrics.jsonl", "a") as log:
             print(json.dumps(row, allow_nan=False), file=log)
-    bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k != "step" and v is not None})
+        tqdm.write("  ".join(f"{name} {value:.5g}" for name, value in row.items() if value is not None))
 
 
 def train(s):
     """A run from its settings to its weights folder, or to the checkpoint at which it was asked to leave."""
     s, stage, model, prepared = prepare(s)
     gather_once(model)
-    learned, out, (rank, world) = learn(model, stage), Path(s.out), ranks()
+    learned, out, rank = learn(model, stage), Path(s.out), ranks()[0]
     opt = optimizer(learned, stage, s)
     folder = newest(s)
-    if rank == 0:
-        open_run(out, s, model, prepared)
     start = restore(folder, learned, opt) if folder else 0
     if start > s.steps:
         raise SystemExit(f"train: {folder} is beyond steps={s.steps}; export=FOLDER makes weights of it")
     if rank == 0:
-        print(f"\n{len(prepared):,} samples, {s.steps:,} steps of {s.batch} on {world} processes",
-              f"from step {start:,} of {folder}" if folder else "", flush=True)
+        open_run(out, s, model, prepared, start, folder)
     loader, since, seen, done, skipped = iter(batches(prepared, s, stage, start)), time.time(), [], start, 0
     bar = tqdm(range(start, s.steps), initial=start, total=s.steps, disable=None if rank == 0 else True)
     with caught(*LEAVE) as leave:
@@ -586,7 +587,7 @@ def train(s):
             if s.log_every and done % s.log_every == 0 or done == s.steps:
                 rates = speed(model, s.device, share([sum(x) for x in zip(*seen)]), time.time() - since)
                 row = {"step": done, **losses, "lr": lr, "grad_norm": norm, "bad": int(prepared.is_bad.sum())}
-                show(row | {"skipped": skipped} | rates, out, bar)
+                show(row | {"skipped": skipped} | rates, out)
                 since, seen = time.time(), []
             leaving = any(share(bool(leave) or done == s.stop_after))       # one rank got a signal: all go
             if done % s.save_every == 0 or done == s.steps or leaving:

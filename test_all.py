@@ -4560,10 +4560,16 @@ def test_train_stage_rows_only_learn_what_they_name():
 
 def test_train_settings_reject_what_they_do_not_know(capsys):
     assert train.parse_settings(["steps=3", "--lr=1e-3", "--save-every", "7"]).save_every == 7
-    for wrong in (["stepz=3"], ["steps=many"]):
+    for wrong, told in (("stepz=3", "no --stepz=3; near it: steps"), ("steps=many", "steps"), ("steps=-1", "steps=-1: "), ("lr=nan", "lr=nan")):
         with pytest.raises(SystemExit):
-            train.parse_settings(wrong)
-        assert wrong[0].split("=")[0] in capsys.readouterr().err
+            train.parse_settings([wrong])
+        assert told in capsys.readouterr().err
+
+
+def test_train_settings_come_from_a_file(tmp_path):
+    (tmp_path / "s.json").write_text(json.dumps(train.asdict(train.Settings(lr=1e-5, out="a=b c", micro=2, stage=3))))
+    s = train.parse_settings([f"config={tmp_path}/s.json", "micro=4"])
+    assert (s.lr, s.out, s.micro, s.stage, s.config) == (1e-5, "a=b c", 4, 3, f"{tmp_path}/s.json")
 
 
 def test_train_order_is_a_permutation_fixed_by_seed_and_epoch():

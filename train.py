@@ -9,6 +9,7 @@ Flags are the fields of Settings, written --steps 100, --steps=100 or steps=100.
 any number of processes: they share out weights, gradients and optimizer (ranks.py) and compute what one would.
 """
 import argparse
+import difflib
 import json
 import math
 import random
@@ -42,6 +43,7 @@ from ranks import (FULL, fill, find_checkpoint, gather_once, join, leave_ranks, 
 
 @dataclass
 class Settings:
+    config: str = ""                    # JSON of settings, such as settings.json of a run; flags beside it count more
     system: str = "tiny"                # with stage: the row of STAGES
     stage: int = 1
     data: str = "shapes/conversations.json"     # files, FORMAT:FILE (see datasets.py), commas between; or a folder
@@ -53,7 +55,7 @@ class Settings:
     projector: str = ""                 # stage 1's learned tensors (its model.safetensors), laid over init
     out: str = "runs/tiny"              # checkpoints, metrics.jsonl and, at the end, the folder `weights`
     export: str = ""                    # write the model, as the newest checkpoint has it, as this folder, and leave
-    epochs: float = 0                   # this and the next nine: 0 = the stage's own
+    epochs: float = 0                   # this and the next eight: 0 = the stage's own
     batch: int = 0                      # samples per update, whatever the number of processes
     lr: float = 0.0
     warmup: float = 0.0                 # share of steps in which lr rises
@@ -175,10 +177,17 @@ def parse_settings(argv):
                                 allow_abbrev=False)
     for f in fields(Settings):
         note = f"{notes.get(f.name, '')} (default {f.default!r})".replace("%", "%%")
-        p.add_argument(f"--{f.name.replace('_', '-')}", f"--{f.name}", dest=f.name, type=f.type, default=f.default,
-                       choices=CHOICES.get(f.name), metavar=f.type.__name__, help=note)
+        p.add_argument(*sorted({f"--{f.name.replace('_', '-')}", f"--{f.name}"}), dest=f.name, type=f.type,
+                       default=f.default, choices=CHOICES.get(f.name), metavar=f.type.__name__, help=note)
     argv = [a if a.startswith("-") or "=" not in a else f"--{a}" for a in argv]
-    s = Settings(**vars(p.parse_args(argv)))
+    if path := p.parse_known_args(argv)[0].config:
+        argv = [f"--{name}={value}" for name, value in json.loads(Path(path).read_text()).items()] + argv
+    s, unknown = p.parse_known_args(argv, Settings())
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], asdict(s))
+        p.error(f"there is no {unknown[0]}; near it: {', '.join(near) or 'nothing'}")
+    if odd := [f"{name}={x}" for name, x in asdict(s).items() if not isinstance(x, str) and not 0 <= x < math.inf]:
+        p.error(f"{odd[0]}: give a number from 0 on")
     s.device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return s
 

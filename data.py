@@ -711,6 +711,8 @@ def guarded(read):
                 raise
             raise MediaError(f"{path}: {error}") from None
         except Exception as error:
+            if "can't allocate memory" in str(error):           # torch's words; the file may be good
+                raise MemoryError(f"{path}: {error}") from None
             raise MediaError(f"{path}: cannot be decoded ({type(error).__name__}: {error})") from None
     return wrapped
 

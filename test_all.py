@@ -4337,6 +4337,12 @@ def test_datasets_go_to_loader_processes(world):
     assert pickle.loads(pickle.dumps(prepared))[0].ids == prepared[0].ids and pickle.dumps(datasets.FORMATS)
 
 
+def test_data_too_little_memory_is_no_fault_of_a_file():
+    for read, error in ((lambda path: torch.empty(10 ** 15), MemoryError), (lambda path: 1 / 0, data.MediaError)):
+        with pytest.raises(error):
+            data.guarded(read)("a.png")
+
+
 def test_train_errors_of_a_loader_process_name_the_file():
     def fail(samples):
         raise data.MediaError("a.png: no such file")

@@ -4386,6 +4386,16 @@ def test_train_nextchat_batches_end_with_the_mock(pointing, world):
         assert all(torch.isfinite(value) for value in model(batches[0]).values()) and model(alone)["lm"] > 0
 
 
+def test_train_the_mock_does_not_count(pointing, world, tmp_path):
+    """Boxes of micro-batches of which some have none but the mock's."""
+    flags = ["system=nextchat", "stage=1", f"init={pointing}/nextchat", f"data=rec:{world}/REC_train.jsonl,caption:{world}/CAP_train.jsonl",
+             "batch=8", "steps=1", "workers=0", "log_every=1", "seed=1"]
+    for micro in (1, 8):
+        train.main([*flags, f"micro={micro}", f"out={tmp_path}/{micro}"])
+    (one,), (eight,) = (log_of(tmp_path / str(micro)) for micro in (1, 8))
+    assert all(one[name] == pytest.approx(eight[name], rel=1e-4) for name in ("lm", "at_l1", "at_cycle_hidden"))
+
+
 @pytest.mark.parametrize("width", (768, 767))
 def test_train_nextgpt_stage_2_learns_to_draw(tmp_path, width):
     meta, weights, _ = read_golden("nextgpt/stage12_loss")

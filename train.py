@@ -251,9 +251,9 @@ def optimizer(learned, stage, s):
 # ---- One step
 
 def counts(batch):
-    """What the losses of a batch are means of: {"lm": labelled tokens, writer: its signal tokens}."""
+    """What the losses of a batch are means of: {"lm": labelled tokens, writer: its signal tokens but for the mock's}."""
     labelled = (batch.labels[:, 1:] != data.IGNORE).sum().item() or len(batch.ids)
-    return {"lm": labelled} | {name: target["slots"].shape[1] for name, target in batch.targets.items()}
+    return {"lm": labelled} | {k: target["slots"].shape[1] - ("mock" in target) for k, target in batch.targets.items()}
 
 
 def none_of(payload):

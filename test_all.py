@@ -4388,8 +4388,8 @@ def test_train_nextchat_batches_end_with_the_mock(pointing, world):
 
 def test_train_the_mock_does_not_count(pointing, world, tmp_path):
     """Boxes of micro-batches of which some have none but the mock's."""
-    flags = ["system=nextchat", "stage=1", f"init={pointing}/nextchat", f"data=rec:{world}/REC_train.jsonl,caption:{world}/CAP_train.jsonl",
-             "batch=8", "steps=1", "workers=0", "log_every=1", "seed=1"]
+    data = f"data=rec:{world}/REC_train.jsonl,caption:{world}/CAP_train.jsonl"
+    flags = ["system=nextchat", "stage=1", f"init={pointing}/nextchat", data, "batch=8", "steps=1", "workers=0", "log_every=1", "seed=1"]
     for micro in (1, 8):
         train.main([*flags, f"micro={micro}", f"out={tmp_path}/{micro}"])
     (one,), (eight,) = (log_of(tmp_path / str(micro)) for micro in (1, 8))
@@ -4576,7 +4576,7 @@ def test_train_stage_rows_only_learn_what_they_name():
 
 def test_train_settings_reject_what_they_do_not_know(capsys):
     assert train.parse_settings(["steps=3", "--lr=1e-3", "--save-every", "7"]).save_every == 7
-    for wrong, told in (("stepz=3", "no --stepz=3; near it: steps"), ("steps=many", "steps"), ("steps=-1", "steps=-1: "), ("lr=nan", "lr=nan")):
+    for wrong, told in (("stepz=3", "near it: steps"), ("steps=many", "steps"), ("steps=-1", "steps=-1"), ("lr=nan", "lr=nan")):
         with pytest.raises(SystemExit):
             train.parse_settings([wrong])
         assert told in capsys.readouterr().err

@@ -217,6 +217,12 @@ print(it.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)[0, -1]
 """}
 
 
+def answer_of(process, who):            # the next line that it prints; one that prints none has failed
+    if not (line := process.stdout.readline()):
+        raise SystemExit(f"{who} ended with status {process.wait()}")
+    return line
+
+
 def forget(folder):                     # its files go out of the page cache
     for path in folder.iterdir():
         with open(path) as file:
@@ -241,7 +247,7 @@ def start(side, s, cold):
     def run():
         nonlocal last
         last = subprocess.Popen(map(str, command), cwd=home, stdout=subprocess.PIPE)
-        return torch.tensor(float(last.stdout.readline()))
+        return torch.tensor(float(answer_of(last, f"the program of {side}")))
     return Job(run, 1, disk=True, around=around)
 
 
@@ -450,9 +456,7 @@ def started(name, side, s):             # what serve answers: a function of a li
 
     def ask(line):
         print(line, file=process.stdin, flush=True)
-        if not (answer := process.stdout.readline()):
-            raise SystemExit(f"{name}: {side} ended with status {process.wait()}")
-        return json.loads(answer)
+        return json.loads(answer_of(process, f"{name}: {side}"))
     return ask
 
 

@@ -32,6 +32,11 @@ IGNORE = -100                           # label of a token that is not trained
 FAULTS = ValueError, OSError, MemoryError               # what a user can mend; anything else is a mistake of ours
 
 
+def told(error):
+    """What an error says, in a line; of one from a loader's process without the traceback that torch puts before it."""
+    return re.sub(r"(?s)^Caught .*\n", "", str(error).rstrip())[:500]
+
+
 def program(main):
     """Run a program's main. A fault that its user can mend ends it with a line on stderr and status 2, no traceback."""
     try:
@@ -39,7 +44,7 @@ def program(main):
     except KeyboardInterrupt:
         raise SystemExit(130) from None                         # as shells do: 128 + SIGINT
     except FAULTS as error:
-        print(f"{Path(sys.argv[0]).stem}: {error!s:.500}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).stem}: {told(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -706,6 +711,8 @@ def guarded(read):
                 raise
             raise MediaError(f"{path}: {error}") from None
         except Exception as error:
+            if "can't allocate memory" in str(error):           # torch's words; the file may be good
+                raise MemoryError(f"{path}: {error}") from None
             raise MediaError(f"{path}: cannot be decoded ({type(error).__name__}: {error})") from None
     return wrapped
 

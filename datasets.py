@@ -542,13 +542,13 @@ class Rows:
 
 
 class Part:
-    """A share of a data set: as many of its records, evenly spread."""
+    """A share of a data set: as many of its records, evenly spread; of more than one all, and the rest again."""
     epoch = 0
 
     def __init__(self, whole, share):
         self.whole, self.path = whole, whole.path
-        n = min(max(round(share * len(whole)), 1), len(whole))
-        self.index = np.linspace(0, len(whole) - 1, n).astype(int).tolist()
+        often, n = divmod(max(round(share * len(whole)), 1), max(len(whole), 1))
+        self.index = [*range(len(whole))] * often + np.linspace(0, len(whole) - 1, n).astype(int).tolist()
 
     def __len__(self):
         return len(self.index)
@@ -564,7 +564,8 @@ class Part:
 
 def open_set(name, media="", draw=False, prompts=PROMPTS):
     """The data set FILE (LLaVA or caption records), nextgpt:FILE (see Dialogs) or FORMAT:FILE, a row of FORMATS that asks
-    in words of `prompts`; media in the folder `media`, default beside the file. FILE@0.25: a quarter of its records."""
+    in words of `prompts`; media in the folder `media`, default beside the file. FILE@0.25: a quarter of its records,
+    FILE@2: all of them twice."""
     if re.search(r"@[\d.]+$", name):
         name, _, share = name.rpartition("@")
         return Part(open_set(name, media, draw, prompts), float(share))

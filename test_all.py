@@ -2213,6 +2213,14 @@ def test_bench_sides_compute_the_same(name, tmp_path, monkeypatch):
     assert ours.shape == theirs.shape and (ours - theirs).abs().max() <= PARITY * theirs.abs().max()
 
 
+def test_bench_names_a_program_that_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "folder_of", lambda *args: tmp_path)
+    monkeypatch.setitem(bench.STARTS, "ours", "raise SystemExit(3)")
+    s = Thing(device="cpu", dtype=torch.float32, folder=tmp_path, threads=1)
+    with pytest.raises(SystemExit, match="of ours ended with status 3"):
+        bench.start("ours", s, False).run()
+
+
 # ---- Data
 
 def need(path, what):
@@ -4396,9 +4404,25 @@ def test_datasets_go_to_loader_processes(world):
     assert pickle.loads(pickle.dumps(prepared))[0].ids == prepared[0].ids and pickle.dumps(datasets.FORMATS)
 
 
+def test_data_too_little_memory_is_no_fault_of_a_file():
+    for read, error in ((lambda path: torch.empty(10 ** 15), MemoryError), (lambda path: 1 / 0, data.MediaError)):
+        with pytest.raises(error):
+            data.guarded(read)("a.png")
+
+
+def test_train_errors_of_a_loader_process_name_the_file():
+    def fail(samples):
+        raise data.MediaError("a.png: no such file")
+    with pytest.raises(data.MediaError) as error:
+        next(iter(torch.utils.data.DataLoader([0], num_workers=1, collate_fn=fail)))
+    assert data.told(error.value) == "data.MediaError: a.png: no such file" and data.told(OSError("one\ntwo")) == "one\ntwo"
+
+
 def test_datasets_take_a_share(world):
     whole, part = (datasets.open_set(f"rec:{world}/REC_train.jsonl{share}") for share in ("", "@0.25"))
     assert len(part) == round(len(whole) / 4) and len(part.sizes()) == len(part)
+    more = datasets.open_set(f"rec:{world}/REC_train.jsonl@2.25")
+    assert more.index == [*range(len(whole))] * 2 + part.index
     assert (part[0].meta, part[len(part) - 1].meta) == (whole[0].meta, whole[len(whole) - 1].meta)
 
 
@@ -4407,8 +4431,11 @@ def test_train_losses_count_by_their_weights():
     ids = torch.ones(1, 2, dtype=torch.long)
     opt = torch.optim.SGD([x], lr=0)
     batch, losses = data.Batch(ids, ids, {}, {}), lambda batch, words: {"a": x[0], "b": x[1]}
-    _, norm = train.update(losses, opt, [batch], 0, 9, train.Stage("", 0, 1, weights={"b": 2}))
+    stage = train.Stage("", 0, 1, weights={"b": 2})
+    _, norm = train.update(losses, opt, [batch], 0, 9, stage)
     assert norm == pytest.approx(5 ** 0.5)
+    train.update(losses, opt, [batch], 1, 0, stage)             # clip=0 does not clip
+    assert x.tolist() == [0, -1]
 
 
 def test_train_nextchat_batches_end_with_the_mock(pointing, world):
@@ -4436,6 +4463,16 @@ def test_train_boxes_and_the_mock_count_alike_in_micro_batches(pointing, world):
         losses, norm = train.update(model, opt, list(train.batches(prepared, s, stage, 0)), 0, 1, stage)
         results.append([losses[name] for name in ("lm", "at_l1", "at_cycle_hidden", "at_cycle_box")])
     assert all(result == pytest.approx(results[0], rel=1e-5) for result in results)
+
+
+def test_train_the_mock_does_not_count(pointing, world, tmp_path):
+    """Boxes of micro-batches of which some have none but the mock's."""
+    data = f"data=rec:{world}/REC_train.jsonl,caption:{world}/CAP_train.jsonl"
+    flags = ["system=nextchat", "stage=1", f"init={pointing}/nextchat", data, "batch=8", "steps=1", "workers=0", "log_every=1", "seed=1"]
+    for micro in (1, 8):
+        train.main([*flags, f"micro={micro}", f"out={tmp_path}/{micro}"])
+    (one,), (eight,) = (log_of(tmp_path / str(micro)) for micro in (1, 8))
+    assert all(one[name] == pytest.approx(eight[name], rel=1e-4) for name in ("lm", "at_l1", "at_cycle_hidden"))
 
 
 @pytest.mark.parametrize("width", (768, 767))
@@ -4618,10 +4655,16 @@ def test_train_stage_rows_only_learn_what_they_name():
 
 def test_train_settings_reject_what_they_do_not_know(capsys):
     assert train.parse_settings(["steps=3", "--lr=1e-3", "--save-every", "7"]).save_every == 7
-    for wrong in (["stepz=3"], ["steps=many"]):
+    for wrong, told in (("stepz=3", "near it: steps"), ("steps=many", "steps"), ("steps=-1", "steps=-1"), ("lr=nan", "lr=nan")):
         with pytest.raises(SystemExit):
-            train.parse_settings(wrong)
-        assert wrong[0].split("=")[0] in capsys.readouterr().err
+            train.parse_settings([wrong])
+        assert told in capsys.readouterr().err
+
+
+def test_train_settings_come_from_a_file(tmp_path):
+    (tmp_path / "s.json").write_text(json.dumps(train.asdict(train.Settings(lr=1e-5, out="a=b c", micro=2, stage=3))))
+    s = train.parse_settings([f"config={tmp_path}/s.json", "micro=4"])
+    assert (s.lr, s.out, s.micro, s.stage, s.config) == (1e-5, "a=b c", 4, 3, f"{tmp_path}/s.json")
 
 
 def test_train_order_is_a_permutation_fixed_by_seed_and_epoch():
@@ -5219,6 +5262,9 @@ def test_ranks_checkpoints_go_on_from_where_their_run_began(mini, tmp_path, worl
         for more in ((), (f"export={tmp_path}/out",)):
             with pytest.raises(ValueError, match=f"of a run with {match}"):
                 mini.here(tmp_path / "run", "lora", *other, "steps=2", *more)
+    for other in ("seed=1", "batch=2"):                         # would see other samples, or not all
+        with pytest.raises(ValueError, match="of a run with (seed=0|batch=4);"):
+            mini.here(tmp_path / "run", "lora", *began, "steps=2", other)
     mini.here(tmp_path / "run", "lora", *began, f"export={tmp_path}/out")
 
 
@@ -5241,8 +5287,10 @@ def test_ranks_compiled_blocks_compute_the_same(mini, tmp_path, monkeypatch, how
         assert two["lm"] == pytest.approx(one["lm"], rel=1e-5) and two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
 
 
-def test_ranks_metrics_are_finite_numbers_by_name(mini, tmp_path):
+def test_ranks_metrics_are_finite_numbers_by_name(mini, tmp_path, capsys):
     mini.here(tmp_path, "projector", "steps=2")
+    said = capsys.readouterr().out
+    assert re.search(r"\nstep 2  lm [\d.]+ .*  tokens_per_s [\d.]+ .*  memory_gb ", said) and "records of" in said and " lr=0.003 " in said
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [list(row) for row in rows] == 2 * [["step", "lm", "lr", "grad_norm", "bad", "skipped", "samples_per_s", "tokens_per_s",
                                                 "padding", "mfu", "memory_gb"]]

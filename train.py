@@ -9,6 +9,7 @@ Flags are the fields of Settings, written --steps 100, --steps=100 or steps=100.
 any number of processes: they share out weights, gradients and optimizer (ranks.py) and compute what one would.
 """
 import argparse
+import difflib
 import json
 import math
 import random
@@ -42,6 +43,7 @@ from ranks import (FULL, fill, find_checkpoint, gather_once, join, leave_ranks, 
 
 @dataclass
 class Settings:
+    config: str = ""                    # JSON of settings, such as settings.json of a run; flags beside it count more
     system: str = "tiny"                # with stage: the row of STAGES
     stage: int = 1
     data: str = "shapes/conversations.json"     # files, FORMAT:FILE (see datasets.py), commas between; or a folder
@@ -53,7 +55,7 @@ class Settings:
     projector: str = ""                 # stage 1's learned tensors (its model.safetensors), laid over init
     out: str = "runs/tiny"              # checkpoints, metrics.jsonl and, at the end, the folder `weights`
     export: str = ""                    # write the model, as the newest checkpoint has it, as this folder, and leave
-    epochs: float = 0                   # this and the next nine: 0 = the stage's own
+    epochs: float = 0                   # this and the next eight: 0 = the stage's own
     batch: int = 0                      # samples per update, whatever the number of processes
     lr: float = 0.0
     warmup: float = 0.0                 # share of steps in which lr rises
@@ -65,7 +67,7 @@ class Settings:
     steps: int = 0                      # overrides epochs
     micro: int = 0                      # samples per forward of a process; the rest is accumulated; 0 = all at once
     pack: int = 0                       # put short samples into common rows of so many tokens; 0 = a row for each
-    clip: float = 1.0                   # gradient norm
+    clip: float = 1.0                   # gradient norm; 0 = as it comes
     seed: int = 0
     workers: int = 2                    # loader processes; the order of the data does not depend on them
     log_every: int = 10
@@ -175,10 +177,17 @@ def parse_settings(argv):
                                 allow_abbrev=False)
     for f in fields(Settings):
         note = f"{notes.get(f.name, '')} (default {f.default!r})".replace("%", "%%")
-        p.add_argument(f"--{f.name.replace('_', '-')}", f"--{f.name}", dest=f.name, type=f.type, default=f.default,
-                       choices=CHOICES.get(f.name), metavar=f.type.__name__, help=note)
+        p.add_argument(*sorted({f"--{f.name.replace('_', '-')}", f"--{f.name}"}), dest=f.name, type=f.type,
+                       default=f.default, choices=CHOICES.get(f.name), metavar=f.type.__name__, help=note)
     argv = [a if a.startswith("-") or "=" not in a else f"--{a}" for a in argv]
-    s = Settings(**vars(p.parse_args(argv)))
+    if path := p.parse_known_args(argv)[0].config:
+        argv = [f"--{name}={value}" for name, value in json.loads(Path(path).read_text()).items()] + argv
+    s, unknown = p.parse_known_args(argv, Settings())
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], asdict(s))
+        p.error(f"there is no {unknown[0]}; near it: {', '.join(near) or 'nothing'}")
+    if odd := [f"{name}={x}" for name, x in asdict(s).items() if not isinstance(x, str) and not 0 <= x < math.inf]:
+        p.error(f"{odd[0]}: give a number from 0 on")
     s.device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return s
 
@@ -322,7 +331,7 @@ def update(model, opt, batches, lr, clip, stage, step=0, bf16=False):
         parts, lent = portions(losses, shares[rank][i], of_all)
         here.update({name: part.detach() for name, part in parts.items()})
         ((total_loss(parts, stage, writers) + lent) * world).backward()             # FSDP takes the mean over ranks
-    norm = next(whole([nn.utils.clip_grad_norm_(learned, clip)])).item()
+    norm = next(whole([nn.utils.clip_grad_norm_(learned, clip or math.inf)])).item()
     for losses in share({name: value.item() for name, value in here.items()}):
         total.update(losses)
     for name, value in ({f"loss {name}": loss for name, loss in total.items()} | {"the gradient norm": norm}).items():
@@ -518,19 +527,24 @@ def newest(s):
     """The checkpoint to go on from, or None. Raises ValueError if one that was found is of another run."""
     folder = share(find_checkpoint(s.out, s.resume) if ranks()[0] == 0 else None)[0]
     was = json.loads((folder / "state.json").read_text())["settings"] if folder and s.resume == "auto" else asdict(s)
-    names = ("system", "stage", "init", "projector") + ("data",) * (not s.export)           # which may be gone
+    # what a run is of and, where it is to go on, what the order of its data depends on (which may be gone)
+    names = ("system", "stage", "init", "projector") + ("data", "seed", "batch") * (not s.export)
     if odd := [f"{name}={was[name]}" for name in names if was[name] != getattr(s, name)]:
         raise ValueError(f"{folder}: of a run with {' '.join(odd)}; name another out=, or resume={folder} to go on from it")
     return folder
 
 
-def open_run(out, s, model, prepared):
-    """The folder of a run, without what a run that was killed while saving left there."""
+def open_run(out, s, model, prepared, start, folder):
+    """The folder of a run, without what a run that was killed while saving left there. Says what will be done."""
     out.mkdir(parents=True, exist_ok=True)
     for left in out.glob("*.tmp-*"):
         shutil.rmtree(left)
     (out / "settings.json").write_text(json.dumps(asdict(s), indent=1))
     print(M.parameter_table(model), prepared.show(0), sep="\n\n")
+    print("", *(f"{len(one):,} records of {one.path}" for one in prepared.sets), sep="\n")
+    print("", " ".join(f"{name}={value}" for name, value in asdict(s).items() if value), sep="\n")
+    print(f"\n{len(prepared):,} samples, {s.steps:,} steps of {s.batch} on {ranks()[1]} processes",
+          f"from step {start:,} of {folder}" if folder else "", flush=True)
 
 
 def one_step(model, opt, prepared, loader, s, stage, step, may_skip):
@@ -555,29 +569,26 @@ def one_step(model, opt, prepared, loader, s, stage, step, may_skip):
         return {}, None, lr, size
 
 
-def show(row, out, bar):
-    """The newest numbers: a line of metrics.jsonl, and beside the bar."""
+def show(row, out):
+    """The newest numbers: a line of metrics.jsonl, and one above the bar or, where there is none, in a job's log."""
     if ranks()[0] == 0:
         with open(out / "metrics.jsonl", "a") as log:
             print(json.dumps(row, allow_nan=False), file=log)
-    bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k != "step" and v is not None})
+        tqdm.write("  ".join(f"{name} {value:.5g}" for name, value in row.items() if value is not None))
 
 
 def train(s):
     """A run from its settings to its weights folder, or to the checkpoint at which it was asked to leave."""
     s, stage, model, prepared = prepare(s)
     gather_once(model)
-    learned, out, (rank, world) = learn(model, stage), Path(s.out), ranks()
+    learned, out, rank = learn(model, stage), Path(s.out), ranks()[0]
     opt = optimizer(learned, stage, s)
     folder = newest(s)
-    if rank == 0:
-        open_run(out, s, model, prepared)
     start = restore(folder, learned, opt) if folder else 0
     if start > s.steps:
         raise SystemExit(f"train: {folder} is beyond steps={s.steps}; export=FOLDER makes weights of it")
     if rank == 0:
-        print(f"\n{len(prepared):,} samples, {s.steps:,} steps of {s.batch} on {world} processes",
-              f"from step {start:,} of {folder}" if folder else "", flush=True)
+        open_run(out, s, model, prepared, start, folder)
     loader, since, seen, done, skipped = iter(batches(prepared, s, stage, start)), time.time(), [], start, 0
     bar = tqdm(range(start, s.steps), initial=start, total=s.steps, disable=None if rank == 0 else True)
     with caught(*LEAVE) as leave:
@@ -588,7 +599,7 @@ def train(s):
             if s.log_every and done % s.log_every == 0 or done == s.steps:
                 rates = speed(model, s.device, share([sum(x) for x in zip(*seen)]), time.time() - since)
                 row = {"step": done, **losses, "lr": lr, "grad_norm": norm, "bad": int(prepared.is_bad.sum())}
-                show(row | {"skipped": skipped} | rates, out, bar)
+                show(row | {"skipped": skipped} | rates, out)
                 since, seen = time.time(), []
             leaving = any(share(bool(leave) or done == s.stop_after))       # one rank got a signal: all go
             if done % s.save_every == 0 or done == s.steps or leaving:
@@ -633,7 +644,7 @@ def main(argv=None):
         traceback.clear_frames(error.__traceback__)     # ends the loader's processes, for which Python would wait
         if not (what := advice(error, s.out)):
             raise
-        print(f"train: {error!s:.300}: {what}; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"train: {data.told(error)}: {what}; the same command goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(4) from None
     finally:
         leave_ranks()

@@ -15,7 +15,7 @@ TALK="log_every=50 pack=320 precision=bf16 compile=1"
 python shapes.py --out $S --clips 4000
 python shapes.py --out $U --questions 1000
 paint drawings image --steps 9000 & painter=$!
-learn stage=1 out=runs/tiny1 tokenizer=$S/tokenizer.model data=$S/video_pairs.json@1.4,$S/audio_pairs.json@0.7,$S/numbers.json@0.28,regs:$S/parts_train.jsonl@0.55
+learn stage=1 out=runs/tiny1 tokenizer=$S/tokenizer.model data=$S/video_pairs.json,$S/audio_pairs.json@0.7,$S/numbers.json@0.28,regs:$S/parts_train.jsonl@0.55
 learn stage=2 out=runs/tiny2 init=runs/tiny1/weights batch=8 pack=320 precision=bf16 data=$S/looks.json@0.1
 learn stage=2 out=runs/tiny3 init=runs/tiny2/weights batch=8 micro=4 data=recs:$S/names_train.jsonl@0.16,$S/looks.json@0.03
 wait $painter
@@ -30,8 +30,8 @@ embed video_wishes video
 embed audio_wishes audio
 python paint.py runs/tiny6/weights --writers runs/painters --out runs/writers_of_all
 learn stage=2 out=runs/tiny7 init=runs/writers_of_all lr=6e-4 $TALK data=nextgpt:$S/video_wishes.json@0.8,nextgpt:$S/audio_wishes.json@0.3,nextgpt:$S/drawings_wishes.json@0.2,$S/sounds.json@0.4,$S/facts.json@0.12,$S/conversations.json@0.12,$S/clips.json@0.3,$S/counts.json@0.05,recs:$S/recs_train.jsonl@0.08,regs:$S/regs_train.jsonl@0.03,rounds:$S/CB_LC.json@0.04,pope:$S/POPE_adversarial.jsonl@0.02,pope:$S/POPE_random.jsonl@0.03
-learn stage=2 out=runs/tiny8 init=runs/tiny7/weights lr=6e-4 $TALK data=nextgpt:$S/video_wishes.json@2.4,nextgpt:$S/audio_wishes.json@0.05,nextgpt:$S/drawings_wishes.json@0.15,$S/sounds.json@0.15,$S/facts.json@0.04,$S/conversations.json@0.05,$S/clips.json@0.4,$S/counts.json@0.05,recs:$S/recs_train.jsonl@0.06,regs:$S/regs_train.jsonl@0.02,rounds:$S/CB_LC.json@0.02,pope:$S/POPE_random.jsonl@0.01
-learn stage=2 out=runs/tiny9 init=runs/tiny8/weights lr=7e-4 $TALK data=nextgpt:$S/talks.json@1.0,nextgpt:$S/video_wishes.json@1.5,nextgpt:$S/audio_wishes.json@0.2,nextgpt:$S/drawings_wishes.json@0.2,$S/sounds.json@0.5,$S/clips.json@0.8,$S/facts.json@0.28,$S/conversations.json@0.25,$S/counts.json@0.08,recs:$S/recs_train.jsonl@0.15,regs:$S/regs_train.jsonl@0.06,rounds:$S/CB_LC.json@0.1,pope:$S/POPE_adversarial.jsonl@0.03,pope:$S/POPE_random.jsonl@0.03
+learn stage=2 out=runs/tiny8 init=runs/tiny7/weights lr=6e-4 $TALK data=nextgpt:$S/video_wishes.json,nextgpt:$S/audio_wishes.json@0.05,nextgpt:$S/drawings_wishes.json@0.15,$S/sounds.json@0.15,$S/facts.json@0.04,$S/conversations.json@0.05,$S/clips.json@0.4,$S/counts.json@0.05,recs:$S/recs_train.jsonl@0.06,regs:$S/regs_train.jsonl@0.02,rounds:$S/CB_LC.json@0.02,pope:$S/POPE_random.jsonl@0.01
+learn stage=2 out=runs/tiny9 init=runs/tiny8/weights lr=7e-4 $TALK data=nextgpt:$S/talks.json@1.0,nextgpt:$S/video_wishes.json,nextgpt:$S/audio_wishes.json@0.2,nextgpt:$S/drawings_wishes.json@0.2,$S/sounds.json@0.5,$S/clips.json@0.8,$S/facts.json@0.28,$S/conversations.json@0.25,$S/counts.json@0.08,recs:$S/recs_train.jsonl@0.15,regs:$S/regs_train.jsonl@0.06,rounds:$S/CB_LC.json@0.1,pope:$S/POPE_adversarial.jsonl@0.03,pope:$S/POPE_random.jsonl@0.03
 export OMP_NUM_THREADS=2
 learn stage=3 out=runs/tiny10 init=runs/tiny9/weights save_dtype=float16 data=res:$S/RES_train.jsonl@0.085
 echo "== $SECONDS s: learned"

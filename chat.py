@@ -596,7 +596,7 @@ def open_language(folder, cfg, templates):
     if cfg.llm is None or cfg.system not in data.SYSTEMS:
         raise ValueError(f"{folder}: holds no model to talk with (system {cfg.system!r})")
     system = data.SYSTEMS[cfg.system]
-    tok = data.Tokenizer(Path(folder) / "tokenizer.model", cfg.added_tokens, system.legacy)
+    tok = data.Tokenizer(Path(folder) / "tokenizer.model", cfg.added_tokens, system.legacy, cfg.bos)
     if max(tok.sp.get_piece_size() - 1, *tok.special.values()) >= cfg.llm.vocab_size:       # the highest id
         raise ValueError(f"{tok.path}: has more tokens than the model, {cfg.llm.vocab_size}")
     known = data.TEMPLATES | (data.load_templates(templates) if templates else {})

@@ -671,9 +671,18 @@ def llm_config(path, rows, c):
         values |= {ours: rope[theirs] for theirs, ours in ROPE_FIELDS.items()}          # all of them, or it is refused
     if values.get("head_dim") == values["dim"] // values["n_head"]:     # LLMConfig names it only if it is another
         del values["head_dim"]
-    eos = c.get("eos_token_id", 2)                      # Llama 3 ends in several ways
-    return {"llm": M.to_config(M.LLMConfig, {"n_kv_head": values["n_head"]} | values, path),
-            "bos": int(c.get("bos_token_id", 1)), "eos": tuple(map(int, eos if isinstance(eos, list) else [eos]))}
+    return M.to_config(M.LLMConfig, {"n_kv_head": values["n_head"]} | values, path)
+
+
+def first_and_last(source, c):
+    """Ids that begin prompts, as the tokenizer's files say, and end answers, by generation_config.json, config.json."""
+    c = {key: x for key, x in (c | source.json("generation_config.json")).items() if x is not None}
+    bos, eos = c.get("bos_token_id", 1), c.get("eos_token_id", 2)       # Llama 3 ends in several ways
+    if (bos, eos) == (0, 1):                            # early conversions of LLaMA: its tokenizer says 1 and 2
+        bos, eos = 1, 2
+    token = (source.json("tokenizer_config.json") | source.json("special_tokens_map.json")).get("bos_token")
+    bos = {"<s>": 1, "</s>": 2}.get(token["content"] if isinstance(token, dict) else token, bos)    # 2: Vicuna v0
+    return {"bos": int(bos), "eos": tuple(map(int, eos if isinstance(eos, list) else [eos]))}
 
 
 def closest_preset(source):
@@ -837,9 +846,10 @@ def language_config(main, parts):
     if main.kind == "llava":
         out = {"added_tokens": main.tokens()}
     if c := main.json("config.json") or parts["llm"].json("config.json"):
-        return out | llm_config(main.path, rows, c)
-    known = closest_preset(main)
-    return out | {"llm": replace(known.llm, vocab_size=rows, lora_rank=0), "bos": known.bos, "eos": known.eos}
+        llm = llm_config(main.path, rows, c)
+    else:
+        llm = replace(closest_preset(main).llm, vocab_size=rows, lora_rank=0)
+    return out | {"llm": llm} | first_and_last(main, c)
 
 
 def configure(parts):                                   # -> the config; ChatterBox's files tell no sizes: a preset's
@@ -1068,7 +1078,7 @@ def as_told(cfg, targets):
     if not norm or not (c := read_json(beside(norm.stored.path, "config.json"))):
         return cfg
     with refusing(f"{norm.stored.path}: {NO_MODEL}"):
-        llm = llm_config(norm.stored.path, cfg.llm.vocab_size, c)["llm"]
+        llm = llm_config(norm.stored.path, cfg.llm.vocab_size, c)
     return replace(cfg, llm=replace(cfg.llm, **{name: getattr(llm, name) for name in TOLD}))
 
 

@@ -63,14 +63,14 @@ class Tokenizer:
     # rule (NExT-Chat) takes that prefix off again and thereby turns some words into <unk>.
     CONTROL = {"<unk>": 0, "<s>": 1, "</s>": 2}
 
-    def __init__(self, path, added=None, legacy=True):
+    def __init__(self, path, added=None, legacy=True, bos=1):
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such file; a tokenizer.model is needed")
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{path}: not a sentencepiece model ({str(error).splitlines()[0]})") from None
-        self.path, self.added, self.legacy = path, dict(added or {}), legacy
+        self.path, self.added, self.legacy, self.bos = path, dict(added or {}), legacy, bos
         self.special = {**self.CONTROL, **self.added}
         self.names = {id: name for name, id in self.special.items()}
         longest = sorted(self.special, key=len, reverse=True)   # first, so that none hides another that begins with it
@@ -88,7 +88,7 @@ class Tokenizer:
 
     def encode_pieces(self, pieces, bos=True):
         """-> ids, learn flags, slots [(medium, position of its first token)]."""
-        ids, learn, slots = ([1], [False], []) if bos else ([], [], [])
+        ids, learn, slots = ([self.bos], [False], []) if bos else ([], [], [])
         for run, special in self.runs(pieces):
             new, flags = self.encode_run(run, first=len(ids) == bos)                        # nothing yet but <s>
             ids, learn = ids + new, learn + flags

@@ -3787,6 +3787,20 @@ def test_convert_llama_parity(tmp_path, case):
     assert not any(info.values()) and torch.equal(back.eval()(ids).logits, want)
 
 
+@pytest.mark.parametrize("name, values, want", [
+    ("config.json", TINY_LLAMA | {"bos_token_id": 0, "eos_token_id": 1}, (1, (2,))),    # early conversions of LLaMA
+    ("generation_config.json", {"eos_token_id": [5, 6]}, (1, (5, 6))),
+    ("tokenizer_config.json", {"bos_token": {"content": "</s>"}}, (2, (2,))),
+    ("special_tokens_map.json", {"bos_token": "</s>"}, (2, (2,)))])                     # Vicuna v0
+def test_convert_begins_and_ends_as_all_files_say(tmp_path, name, values, want):
+    folder, = put(tmp_path / "a", llama_state())
+    (folder / name).write_text(json.dumps(values))
+    cfg = cw.plan_weights([folder]).cfg
+    assert (cfg.bos, cfg.eos) == want
+    tok = data.Tokenizer(HERE / "weights/tiny/tokenizer.model", bos=cfg.bos)
+    assert tok.encode("red") == [cfg.bos, *tok.encode("red", bos=False)]
+
+
 @pytest.mark.parametrize("prefix", ("", "vision_model."))
 def test_convert_clip_parity(tmp_path, prefix):
     transformers = pytest.importorskip("transformers")

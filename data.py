@@ -1245,7 +1245,10 @@ def safe_join(root, name):
     """root / name for a relative name that stays inside. Links inside the root are followed (people link COCO)."""
     if not isinstance(name, str) or not name or ".." in name.split("/") or OUTSIDE.match(name):
         raise DataError(f"{name!r}: media are named by relative paths inside their folder")
-    return Path(root) / name
+    path = Path(root) / name
+    if path.parent.name in ("train2014", "val2014") and path.stem.isdigit() and not path.exists():
+        return path.with_name(f"COCO_{path.parent.name}_{path.name}")       # LLaVA's files give COCO's number alone
+    return path
 
 
 def read_records(path, unpack=None):

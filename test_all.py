@@ -2535,6 +2535,16 @@ def test_data_media_names_stay_inside_their_folder(tmp_path):
         assert data.safe_join(tmp_path, name).is_relative_to(tmp_path)
 
 
+@pytest.mark.parametrize("split", ("train2014", "val2014", "train2017"))
+def test_data_finds_pictures_of_coco_by_their_number(tmp_path, split):
+    number, folder = "000000441147.jpg", tmp_path / split
+    long = folder / (number if split == "train2017" else f"COCO_{split}_{number}")
+    assert data.safe_join(folder, number) == data.safe_join(tmp_path, f"{split}/{number}") == long
+    assert data.safe_join(folder, long.name) == long
+    folder.mkdir(), (folder / number).touch()
+    assert data.safe_join(folder, number) == folder / number
+
+
 BAD_RECORDS = {
     "tag without file": {"conversations": [("human", "<image> a"), ("gpt", "b")]},
     "file without tag": {"image": "a.png", "conversations": [("human", "a"), ("gpt", "b")]},

@@ -886,7 +886,8 @@ NO_MODEL = "config.json or shapes describe no model"
 # What training makes, and which file gives the rest
 LEARNED = re.compile(r"readers\.(\w+\.projector|box|region)\..*|.*\.lora_[AB]|"
                      r"writers\.(at\.(?!sam\.).*|vg\.query\..*|\w+\.proj\..*)")
-GIVEN_BY = {"readers.clip.tower": "clip-vit-large-patch14 or -336", "writers.at.sam": "sam_vit_h_4b8939.pth",
+GIVEN_BY = {"readers.imagebind.projector": "a ChatBind, mm_projector.bin or, untrained, --preset chatbind-7b",
+            "readers.clip.tower": "clip-vit-large-patch14 or -336", "writers.at.sam": "sam_vit_h_4b8939.pth",
             "readers.imagebind.tower": "imagebind_huge.pth", "writers.vg.locator": "groundingdino_swinb_cogcoor.pth"}
 
 

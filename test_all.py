@@ -3672,6 +3672,7 @@ def test_convert_omni(tmp_path, monkeypatch):
         assert parts == never_given if "nextchat" in names else parts > never_given
     without = [path for name, path in folders.items() if name != "imagebind"]
     refused(without, tmp_path / "new", preset="omni-small", match="MISSING.*imagebind_huge.pth")
+    refused([folders["vicuna"], folders["imagebind"]], tmp_path / "new", match="MISSING.*--preset chatbind-7b")
 
 
 def test_convert_omni_vocabulary(tmp_path, monkeypatch):

@@ -6516,6 +6516,9 @@ def test_chat_takes_templates_from_a_file(tmp_path):
     session = chat_session(max_new_tokens=2, templates=tmp_path / "t.json")
     list(session.say("hello"))
     assert session.tok.decode(session.turns[0].prompt).replace(" ", "") == "Bebrief.ASKED:helloSAID:"
+    assert chat_session(template="llava_v1").template == data.TEMPLATES["llava_v1"]
+    with pytest.raises(ValueError, match="no template 'v1'; there are .*llava_v1"):
+        chat_session(template="v1")
     (tmp_path / "t.json").write_text('{"templates": {"a": {"roles": ["one"]}}}')
     with pytest.raises(ValueError, match=r"t\.json: not conversation templates"):
         chat_session(templates=tmp_path / "t.json")

@@ -52,8 +52,9 @@ Hugging Face cache. What it is follows from its keys, never from its name. Nothi
 Exit status: 0 done, 2 something is missing or does not fit, 3 a file is unsafe or damaged."""
 
 
-def gigabytes(text):                                    # '5GB' -> 5e9
-    return 1e9 * float(text.upper().removesuffix("GB"))
+def size(text):                                         # '5GB' or '5' -> 5e9, '500MB' -> 5e8
+    text = text.upper()
+    return float(text.removesuffix("MB").removesuffix("GB")) * (1e6 if text.endswith("MB") else 1e9)
 
 
 def parse_args():
@@ -69,7 +70,7 @@ def parse_args():
     add("--merge-lora", action="store_true", help="fold LoRA into the weights (else it is kept beside them)")
     add("--dtype", choices=("keep", "fp32", "bf16", "fp16"), default="keep", help="of the weights (keep)")
     add("--quantize", choices=("int8", "int4"), help="keep the language model's matrices in 8 or 4 bits")
-    add("--max-shard", type=gigabytes, default="5GB", metavar="SIZE", help="largest file to write (5GB)")
+    add("--max-shard", type=size, default="5GB", metavar="SIZE", help="largest file to write (5GB)")
     add("--overwrite", action="store_true", help="replace DIR if it exists")
     add("--dry-run", action="store_true", help="stop after the report: write nothing")
     add("--verbose", action="store_true", help="list every key in the report, not the first 20")
@@ -1289,6 +1290,8 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(ARGS)
+    except KeyboardInterrupt:
+        sys.exit(130)                                   # as shells do: 128 + SIGINT
     except (Refused, OSError, ValueError) as error:
         say(f"error: {error}", file=sys.stderr)
         sys.exit(getattr(error, "code", 2))

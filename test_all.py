@@ -17,6 +17,7 @@ import pty
 import random
 import re
 import resource
+import runpy
 import select
 import shutil
 import signal
@@ -4168,6 +4169,19 @@ def test_convert_help_is_instant():
     code = "import runpy, sys; sys.argv[1:] = ['--help']; sys.modules['torch'] = None; " \
            "runpy.run_path('convert_weights.py', run_name='__main__')"
     assert "examples:" in subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout
+
+
+def test_convert_interrupted(tmp_path, monkeypatch):
+    """Ctrl-C: no folder, no traceback, the exit status of shells; sizes may be in megabytes."""
+    def interrupt(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(M, "write_tensors", interrupt)
+    folder, = put(tmp_path / "a", llama_state())
+    monkeypatch.setattr(sys, "argv", ["convert_weights.py", str(folder), "--out", str(tmp_path / "out"), "--max-shard", "500MB"])
+    with pytest.raises(SystemExit, match="130"):
+        runpy.run_path(str(HERE / "convert_weights.py"), run_name="__main__")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert [cw.size(text) for text in ("5GB", "500mb", "2")] == [5e9, 5e8, 2e9]
 
 
 SLOW_WRITER = """if True:

@@ -675,13 +675,15 @@ def llm_config(path, rows, c):
     return M.to_config(M.LLMConfig, {"n_kv_head": values["n_head"]} | values, path)
 
 
-def first_and_last(source, c):
+def first_and_last(path, c):
     """Ids that begin prompts, as the tokenizer's files say, and end answers, by generation_config.json, config.json."""
-    c = {key: x for key, x in (c | source.json("generation_config.json")).items() if x is not None}
+    generation, tokenizer, special = (read_json(beside(path, f"{name}.json")) for name in
+                                      ("generation_config", "tokenizer_config", "special_tokens_map"))
+    c = {key: x for key, x in (c | generation).items() if x is not None}
     bos, eos = c.get("bos_token_id", 1), c.get("eos_token_id", 2)       # Llama 3 ends in several ways
     if (bos, eos) == (0, 1):                            # early conversions of LLaMA: its tokenizer says 1 and 2
         bos, eos = 1, 2
-    token = (source.json("tokenizer_config.json") | source.json("special_tokens_map.json")).get("bos_token")
+    token = (tokenizer | special).get("bos_token")
     bos = {"<s>": 1, "</s>": 2}.get(token["content"] if isinstance(token, dict) else token, bos)    # 2: Vicuna v0
     return {"bos": int(bos), "eos": tuple(map(int, eos if isinstance(eos, list) else [eos]))}
 
@@ -850,7 +852,7 @@ def language_config(main, parts):
         llm = llm_config(main.path, rows, c)
     else:
         llm = replace(closest_preset(main).llm, vocab_size=rows, lora_rank=0)
-    return out | {"llm": llm} | first_and_last(main, c)
+    return out | {"llm": llm} | first_and_last(main.path, c)
 
 
 def configure(parts):                                   # -> the config; ChatterBox's files tell no sizes: a preset's
@@ -1075,13 +1077,14 @@ def skeleton(parts, preset):                            # the module of these so
 
 
 def as_told(cfg, targets):
-    """The config of a preset, its language model with what only the config.json beside the taken one tells."""
+    """The config of a preset, with what only the files beside the taken language model tell of that."""
     norm = targets.get(NORM)                            # its source gives all of a language model
     if not norm or not (c := read_json(beside(norm.stored.path, "config.json"))):
         return cfg
     with refusing(f"{norm.stored.path}: {NO_MODEL}"):
         llm = llm_config(norm.stored.path, cfg.llm.vocab_size, c)
-    return replace(cfg, llm=replace(cfg.llm, **{name: getattr(llm, name) for name in TOLD}))
+        ends = first_and_last(norm.stored.path, c)
+    return replace(cfg, llm=replace(cfg.llm, **{name: getattr(llm, name) for name in TOLD}), **ends)
 
 
 def plan_weights(paths, preset="", dtype="keep", merge_lora=False):

@@ -3715,9 +3715,10 @@ def test_convert_preset_takes_the_numbers_of_its_language_model(tmp_path, monkey
     cfg = small_omni()
     monkeypatch.setitem(M.PRESETS, "omni-small", cfg)
     folders = omni_sources(tmp_path, cfg)
-    (folders["vicuna"] / "config.json").write_text(json.dumps(TINY_LLAMA | {"rope_theta": 5e5, "rms_norm_eps": 1e-4}))
+    numbers = {"rope_theta": 5e5, "rms_norm_eps": 1e-4, "eos_token_id": 7}
+    (folders["vicuna"] / "config.json").write_text(json.dumps(TINY_LLAMA | numbers))
     want = M.replace(cfg.llm, rope_theta=5e5, norm_eps=1e-4, max_len=64)
-    assert cw.plan_weights([*folders.values()], "omni-small").cfg == M.replace(cfg, llm=want)
+    assert cw.plan_weights([*folders.values()], "omni-small").cfg == M.replace(cfg, llm=want, eos=(7,))
     assert cw.plan_weights([folders["nextchat"], folders["vicuna"], folders["imagebind"]], "omni-small").cfg == cfg
 
 

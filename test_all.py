@@ -4541,6 +4541,9 @@ def test_train_settings_reject_what_they_do_not_know(capsys):
         with pytest.raises(SystemExit):
             train.parse_settings(wrong)
         assert wrong[0].split("=")[0] in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.parse_settings(["--help"])
+    assert "--steps int, --steps" not in capsys.readouterr().out        # each name once
 
 
 def test_train_order_is_a_permutation_fixed_by_seed_and_epoch():

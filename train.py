@@ -175,8 +175,8 @@ def parse_settings(argv):
                                 allow_abbrev=False)
     for f in fields(Settings):
         note = f"{notes.get(f.name, '')} (default {f.default!r})".replace("%", "%%")
-        p.add_argument(f"--{f.name.replace('_', '-')}", f"--{f.name}", dest=f.name, type=f.type, default=f.default,
-                       choices=CHOICES.get(f.name), metavar=f.type.__name__, help=note)
+        p.add_argument(*dict.fromkeys(f"--{f.name.replace('_', by)}" for by in "-_"), dest=f.name, type=f.type,
+                       default=f.default, choices=CHOICES.get(f.name), metavar=f.type.__name__, help=note)
     argv = [a if a.startswith("-") or "=" not in a else f"--{a}" for a in argv]
     s = Settings(**vars(p.parse_args(argv)))
     s.device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -597,9 +597,7 @@ def open_language(folder, cfg, templates, template):
     if cfg.llm is None or cfg.system not in data.SYSTEMS:
         raise ValueError(f"{folder}: holds no model to talk with (system {cfg.system!r})")
     system = data.SYSTEMS[cfg.system]
-    tok = data.Tokenizer(Path(folder) / "tokenizer.model", cfg.added_tokens, system.legacy, cfg.bos)
-    if max(tok.sp.get_piece_size() - 1, *tok.special.values()) >= cfg.llm.vocab_size:       # the highest id
-        raise ValueError(f"{tok.path}: has more tokens than the model, {cfg.llm.vocab_size}")
+    tok = data.tokenizer_of(Path(folder) / "tokenizer.model", cfg)
     known = data.TEMPLATES | (data.load_templates(templates) if templates else {})
     if (name := template or cfg.template or system.template) not in known:
         raise ValueError(f"no template {name!r:.40}; there are {', '.join(known)}")

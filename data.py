@@ -328,6 +328,17 @@ SYSTEMS = {
 }
 
 
+def tokenizer_of(path, cfg):
+    """The Tokenizer of a model, by its ModelConfig. Raises ValueError for a file of another vocabulary."""
+    tok, rows = Tokenizer(path, cfg.added_tokens, SYSTEMS[cfg.system].legacy, cfg.bos), cfg.llm.vocab_size
+    n = tok.sp.get_piece_size()
+    if max(n - 1, *tok.special.values()) >= rows:               # the highest id
+        raise ValueError(f"{path}: has more tokens than the model, {rows}")
+    if n + len(tok.added) + 256 < rows:                         # some models have spare rows
+        raise ValueError(f"{path}: has {n} tokens, the model {rows}; take the one of the same download")
+    return tok
+
+
 @dataclass(frozen=True)
 class Template:
     """Strings around the turns of a conversation. Special tokens may be named; the open turn drops trailing blanks."""

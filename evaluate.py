@@ -345,7 +345,7 @@ class Asker:
         self.model = M.load(folder, device, torch.float32)
         cfg = self.model.cfg
         self.system, self.spec, self.device = data.SYSTEMS[cfg.system], data.MediaSpec(**cfg.media), device
-        self.tok = data.Tokenizer(folder / "tokenizer.model", cfg.added_tokens, self.system.legacy, cfg.bos)
+        self.tok = data.tokenizer_of(folder / "tokenizer.model", cfg)
         self.template = data.TEMPLATES[cfg.template or self.system.template]
         self.signals = {id for name in cfg.projections for id in cfg.signal(name)}
 

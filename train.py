@@ -456,8 +456,7 @@ def prepare(s):
     """All that a run needs: -> settings without gaps, stage, model, prepared data."""
     s, stage, model = begin(s)
     cfg, world, system = model.cfg, ranks()[1], data.SYSTEMS[model.cfg.system]
-    tok = data.Tokenizer(s.tokenizer, cfg.added_tokens, system.legacy, cfg.bos)
-    template = data.TEMPLATES[system.train_template]
+    tok, template = data.tokenizer_of(s.tokenizer, cfg), data.TEMPLATES[system.train_template]
     sets, where = open_sets(s, stage)
     if empty := [str(one.path) for one in sets if not len(one)]:
         raise ValueError(f"{', '.join(empty)}: no usable record; are the media in {s.media or 'its folder'}?")

@@ -486,7 +486,8 @@ def files_of(path):
     for layout in LAYOUTS:
         if files := sorted(path.glob(layout)):
             return files
-    raise Refused(f"{path}: {'holds no weights' if path.is_dir() else 'no such file or folder'}; download it first")
+    advice = "name one of its folders snapshots/*" if (path / "snapshots").is_dir() else "download it first"
+    raise Refused(f"{path}: {'holds no weights' if path.is_dir() else 'no such file or folder'}; {advice}")
 
 
 def open_files(path):                                   # {key: Stored} of a source; of a painter {folder.key: Stored}

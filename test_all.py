@@ -3757,6 +3757,8 @@ def test_convert_hub_snapshot(tmp_path):
     cw.convert([tmp_path / "snapshot"], tmp_path / "out")
     cw.convert(put(tmp_path / "plain", llama_state()), tmp_path / "want")
     same(tmp_path / "want", tmp_path / "out")
+    (tmp_path / "snapshot").rename(tmp_path / "snapshots")
+    refused([tmp_path], tmp_path / "new", match="name one of its folders snapshots")
 
 
 def test_convert_views(tmp_path):

@@ -768,6 +768,8 @@ def read_wav(path):
         x = pcm(f.readframes(MAX_SECONDS * rate + 1), width, channels)
     if x.shape[1] > MAX_SECONDS * rate:
         raise MediaError(f"longer than {MAX_SECONDS // 60} minutes")
+    if not x.shape[1]:
+        raise MediaError("holds no sound")
     return x, rate
 
 

@@ -2475,15 +2475,16 @@ def test_data_grey_of_16_bits_keeps_its_upper_8(tmp_path):
     assert (one == grey[..., None]).all() and (two == one).all()
 
 
-def test_data_wavs_longer_than_the_limit_are_refused(tmp_path, monkeypatch):
+def test_data_wavs_of_no_length_or_too_much_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "MAX_SECONDS", 60)
-    for seconds in (60, 61):
+    for seconds in (0, 60, 61):
         with data.wave.open(str(tmp_path / f"{seconds}.wav"), "wb") as f:
             f.setnchannels(1), f.setsampwidth(1), f.setframerate(800)
             f.writeframes(bytes(800 * seconds))
     assert data.read_audio(tmp_path / "60.wav")[0].shape == (1, 48000)
-    with pytest.raises(data.MediaError, match="61.wav: longer than 1 minutes"):
-        data.read_audio(tmp_path / "61.wav")
+    for name, match in ("61", "61.wav: longer than 1 minutes"), ("0", "0.wav: holds no sound"):
+        with pytest.raises(data.MediaError, match=match):
+            data.read_audio(tmp_path / f"{name}.wav")
 
 
 def test_data_pcm_that_ends_too_soon_loses_its_last_sample_alone():

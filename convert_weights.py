@@ -829,7 +829,8 @@ def nextgpt_config(source, llm):
     rank = next((x.like.shape[0] for name, x in source.tensors.items() if name.endswith("lora_A")), 0)      # (r, C)
     llm = replace(llm, vocab_size=source.shape(EMBED)[0], lora_rank=rank, lora_dropout=M.NEXTGPT.llm.lora_dropout)
     out = {"system": "nextgpt", "added_tokens": source.tokens(sum(M.SIGNALS.values(), ())), "writes": M.SIGNALS,
-           "projections": {}, "llm": llm, "imagebind": M.ImageBindConfig({}, source.shape(BRIDGE)[-1])}
+           "projections": {}, "llm": llm, "imagebind": M.ImageBindConfig({}, source.shape(BRIDGE)[-1]),
+           "bos": 1}                                    # whatever its base says
     for name, run in M.SIGNALS.items():
         stem = f"writers.{name}.proj"
         _, n_query, dim = source.shape(f"{stem}.query_embs")            # (1, n_query, dim)

@@ -1259,7 +1259,7 @@ def safe_join(root, name):
     if not isinstance(name, str) or not name or ".." in name.split("/") or OUTSIDE.match(name):
         raise DataError(f"{name!r}: media are named by relative paths inside their folder")
     path = Path(root) / name
-    if path.parent.name in ("train2014", "val2014") and path.stem.isdigit() and not path.exists():
+    if path.parent.name in ("train2014", "val2014") and re.fullmatch(r"\d{12}", path.stem) and not path.exists():
         return path.with_name(f"COCO_{path.parent.name}_{path.name}")       # LLaVA's files give COCO's number alone
     return path
 

@@ -2543,6 +2543,7 @@ def test_data_finds_pictures_of_coco_by_their_number(tmp_path, split):
     long = folder / (number if split == "train2017" else f"COCO_{split}_{number}")
     assert data.safe_join(folder, number) == data.safe_join(tmp_path, f"{split}/{number}") == long
     assert data.safe_join(folder, long.name) == long
+    assert data.safe_join(folder, "0" * 300 + ".jpg").stem == "0" * 300         # and no look at the disk, which would fail
     folder.mkdir(), (folder / number).touch()
     assert data.safe_join(folder, number) == folder / number
 
@@ -3498,9 +3499,10 @@ def test_convert_nextgpt(tmp_path):
     config = TINY_LLAMA | dict(hidden_size=c["hidden"], num_hidden_layers=c["layers"], num_attention_heads=c["heads"],
                                intermediate_size=c["intermediate"], rms_norm_eps=c["rms_eps"])
     sources = put(tmp_path / "base", base, config) + put(tmp_path / "nextgpt", delta, {}, tokens=tok.added)
+    (tmp_path / "base/special_tokens_map.json").write_text('{"bos_token": "</s>"}')
     cw.convert(sources, tmp_path / "out")
     got, want = M.load(tmp_path / "out"), golden_nextgpt(meta, cw.rename(weights, cw.NEXTGPT), tok)
-    assert got.cfg.added_tokens == tok.added and got.cfg.llm.lora_rank == meta["lora"]["r"]
+    assert got.cfg.added_tokens == tok.added and got.cfg.llm.lora_rank == meta["lora"]["r"] and got.cfg.bos == 1
     assert all(torch.equal(x, got.state_dict()[key]) for key, x in want.state_dict().items())
     (tmp_path / "nextgpt/added_tokens.json").write_text(json.dumps({"[IMG0]": 1}))
     refused(sources, tmp_path / "new", match="added_tokens.json")

@@ -843,7 +843,8 @@ def nextgpt_config(source, llm):
 
 def language_config(main, parts):
     """What the files of a language model tell: its sizes, of ChatBind also its added tokens and bridge to ImageBind."""
-    out, rows, projector = {}, main.shape(EMBED)[0], parts.get("projector")
+    rows, projector = main.shape(EMBED)[0], parts.get("projector")
+    out = {"added_tokens": {token: i for token, i in main.json("added_tokens.json").items() if i < rows}}
     if projector or BRIDGE in main.tensors:
         tokens, rows = place_tokens(main, rows, projector)
         bind = M.ImageBindConfig({}, (projector or main).shape(BRIDGE)[-1])             # no towers, only their width

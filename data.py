@@ -137,7 +137,7 @@ class Tokenizer:
             if special:
                 parts += [self.names[id] for id in run if id not in hidden]
             else:
-                parts.append(self.sp.decode(list(run)))
+                parts.append(self.sp.decode([id for id in run if id < len(self.sp)]))       # a model may have spare rows
         return " ".join(parts)
 
 

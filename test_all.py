@@ -2652,7 +2652,8 @@ def test_data_templates_equal_the_originals():
 
 def test_data_tokenizer_is_that_of_the_model():
     path, cfg = HERE / "weights/tiny/tokenizer.model", M.read_config(HERE / "weights/tiny")
-    assert data.tokenizer_of(path, M.replace(cfg, bos=2)).encode("red")[0] == 2
+    tok = data.tokenizer_of(path, M.replace(cfg, bos=2))
+    assert tok.encode("red")[0] == 2 and tok.decode([*tok.encode("red"), 5000]) == "red"        # of a spare row
     for rows, match in (300, "more tokens than the model, 300"), (9000, r"has \d+ tokens, the model 9000"):
         with pytest.raises(ValueError, match=match):
             data.tokenizer_of(path, M.replace(cfg, llm=M.replace(cfg.llm, vocab_size=rows)))
@@ -3823,6 +3824,13 @@ def test_convert_begins_and_ends_as_all_files_say(tmp_path, name, values, want):
     (folder / name).write_text(json.dumps(values))
     cfg = cw.plan_weights([folder]).cfg
     assert (cfg.bos, cfg.eos) == want
+
+
+def test_convert_keeps_added_tokens_of_a_mere_llama(tmp_path):
+    cw.convert(put(tmp_path / "a", llama_state(121), tokens={"[PAD]": 120, "far": 500}), tmp_path / "ours")
+    assert M.read_config(tmp_path / "ours").added_tokens == {"[PAD]": 120}
+    export(tmp_path / "ours", tmp_path / "back")
+    assert json.loads((tmp_path / "back/added_tokens.json").read_text()) == {"[PAD]": 120}
 
 
 @pytest.mark.parametrize("prefix", ("", "vision_model."))

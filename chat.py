@@ -100,6 +100,7 @@ def parse_args():
     add("--quantize", choices=("int8", "int4"), default="", help="keep the language model in 8 or 4 bits")
     add("--context", type=int, default=0, metavar="N", help="tokens to remember (as many as the model was trained for)")
     add("--templates", metavar="FILE", help="JSON of conversation templates, in the layout of the originals")
+    add("--template", metavar="NAME", default="", help="row of that, or of data.TEMPLATES (the model's own)")
     add("--painters", metavar="FOLDER", help="holds a folder for each painter (painters, in the weights folder)")
     add("--no-draw", action="store_true", help="leave the painters out")
     add("--parse-special", action="store_true", help="typed names of special tokens count, as in the originals")
@@ -610,23 +611,25 @@ def find_painters(folder, projections):
     return found
 
 
-def open_language(folder, cfg, templates):
+def open_language(folder, cfg, templates, template):
     """The Tokenizer, System and Template of a weights folder. Raises ValueError if it is not for talking."""
     if cfg.llm is None or cfg.system not in data.SYSTEMS:
         raise ValueError(f"{folder}: holds no model to talk with (system {cfg.system!r})")
     system = data.SYSTEMS[cfg.system]
-    tok = data.Tokenizer(Path(folder) / "tokenizer.model", cfg.added_tokens, system.legacy)
-    if max(tok.sp.get_piece_size() - 1, *tok.special.values()) >= cfg.llm.vocab_size:       # the highest id
-        raise ValueError(f"{tok.path}: has more tokens than the model, {cfg.llm.vocab_size}")
+    tok = data.tokenizer_of(Path(folder) / "tokenizer.model", cfg)
     known = data.TEMPLATES | (data.load_templates(templates) if templates else {})
-    return tok, system, known[cfg.template or system.template]
+    if (name := template or cfg.template or system.template) not in known:
+        raise ValueError(f"no template {name!r:.40}; there are {', '.join(known)}")
+    return tok, system, known[name]
 
 
-def open_session(folder=TINY, device=None, dtype=None, quantize="", painters=None, templates=None, **options):
+def open_session(folder=TINY, device=None, dtype=None, quantize="", painters=None, templates=None, template="",
+                 **options):
     """The Session of a weights folder, on the best device there is. Raises OSError or ValueError naming the fault.
 
     painters: folder with a folder of each; default: `painters` in the weights folder, if it is there; "": none.
-    templates: file of conversation templates, see data.load_templates; one of the model's name in it replaces ours.
+    templates: file of conversation templates, see data.load_templates; one of a name of ours replaces it.
+    template: name of a template; default: the one in config.json, else the system's.
     """
     keep_memory()
     best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -635,7 +638,7 @@ def open_session(folder=TINY, device=None, dtype=None, quantize="", painters=Non
     device = torch.device(device or best)
     model = load(folder, device, getattr(torch, dtype) if dtype else usual_dtype(folder, device), quantize)
     cfg = model.cfg
-    tok, system, template = open_language(folder, cfg, templates)
+    tok, system, template = open_language(folder, cfg, templates, template)
     if not cfg.llm.lora_rank:
         fuse(model)
     found = {} if painters == "" else find_painters(painters or Path(folder) / "painters", cfg.projections)
@@ -1088,7 +1091,7 @@ def talk(args):
     """Answer the one question, or the lines that come, about what the command line attaches."""
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)         # now, not after an answer
-    options = {name: vars(args)[name] for name in ("context", "parse_special", *SETTINGS)}
+    options = {name: vars(args)[name] for name in ("context", "parse_special", "template", *SETTINGS)}
     painters = "" if args.no_draw else args.painters
     session = open_session(args.weights, args.device, args.dtype, args.quantize, painters, args.templates, **options)
     chat = Chat(session, args)

@@ -54,8 +54,9 @@ tokenizer.model is copied from beside a source; ChatterBox's file comes without 
 Exit status: 0 done, 2 something is missing or does not fit, 3 a file is unsafe or damaged."""
 
 
-def gigabytes(text):                                    # '5GB' -> 5e9
-    return 1e9 * float(text.upper().removesuffix("GB"))
+def size(text):                                         # '5GB' or '5' -> 5e9, '500MB' -> 5e8
+    text = text.upper()
+    return float(text.removesuffix("MB").removesuffix("GB")) * (1e6 if text.endswith("MB") else 1e9)
 
 
 def parse_args():
@@ -71,7 +72,7 @@ def parse_args():
     add("--merge-lora", action="store_true", help="fold LoRA into the weights (else it is kept beside them)")
     add("--dtype", choices=("keep", "fp32", "bf16", "fp16"), default="keep", help="of the weights (keep)")
     add("--quantize", choices=("int8", "int4"), help="keep the language model's matrices in 8 or 4 bits")
-    add("--max-shard", type=gigabytes, default="5GB", metavar="SIZE", help="largest file to write (5GB)")
+    add("--max-shard", type=size, default="5GB", metavar="SIZE", help="largest file to write (5GB)")
     add("--overwrite", action="store_true", help="replace DIR if it exists")
     add("--dry-run", action="store_true", help="stop after the report: write nothing")
     add("--verbose", action="store_true", help="list every key in the report, not the first 20")
@@ -488,7 +489,8 @@ def files_of(path):
     for layout in LAYOUTS:
         if files := sorted(path.glob(layout)):
             return files
-    raise Refused(f"{path}: {'holds no weights' if path.is_dir() else 'no such file or folder'}; download it first")
+    advice = "name one of its folders snapshots/*" if (path / "snapshots").is_dir() else "download it first"
+    raise Refused(f"{path}: {'holds no weights' if path.is_dir() else 'no such file or folder'}; {advice}")
 
 
 def open_files(path):                                   # {key: Stored} of a source; of a painter {folder.key: Stored}
@@ -677,9 +679,20 @@ def llm_config(path, rows, c):
         values |= {ours: rope[theirs] for theirs, ours in ROPE_FIELDS.items()}          # all of them, or it is refused
     if values.get("head_dim") == values["dim"] // values["n_head"]:     # LLMConfig names it only if it is another
         del values["head_dim"]
-    eos = c.get("eos_token_id", 2)                      # Llama 3 ends in several ways
-    return {"llm": M.to_config(M.LLMConfig, {"n_kv_head": values["n_head"]} | values, path),
-            "bos": int(c.get("bos_token_id", 1)), "eos": tuple(map(int, eos if isinstance(eos, list) else [eos]))}
+    return M.to_config(M.LLMConfig, {"n_kv_head": values["n_head"]} | values, path)
+
+
+def first_and_last(path, c):
+    """Ids that begin prompts, as the tokenizer's files say, and end answers, by generation_config.json, config.json."""
+    generation, tokenizer, special = (read_json(beside(path, f"{name}.json")) for name in
+                                      ("generation_config", "tokenizer_config", "special_tokens_map"))
+    c = {key: x for key, x in (c | generation).items() if x is not None}
+    bos, eos = c.get("bos_token_id", 1), c.get("eos_token_id", 2)       # Llama 3 ends in several ways
+    if (bos, eos) == (0, 1):                            # early conversions of LLaMA: its tokenizer says 1 and 2
+        bos, eos = 1, 2
+    token = (tokenizer | special).get("bos_token")
+    bos = {"<s>": 1, "</s>": 2}.get(token["content"] if isinstance(token, dict) else token, bos)    # 2: Vicuna v0
+    return {"bos": int(bos), "eos": tuple(map(int, eos if isinstance(eos, list) else [eos]))}
 
 
 def closest_preset(source):
@@ -822,7 +835,8 @@ def nextgpt_config(source, llm):
     rank = next((x.like.shape[0] for name, x in source.tensors.items() if name.endswith("lora_A")), 0)      # (r, C)
     llm = replace(llm, vocab_size=source.shape(EMBED)[0], lora_rank=rank, lora_dropout=M.NEXTGPT.llm.lora_dropout)
     out = {"system": "nextgpt", "added_tokens": source.tokens(sum(M.SIGNALS.values(), ())), "writes": M.SIGNALS,
-           "projections": {}, "llm": llm, "imagebind": M.ImageBindConfig({}, source.shape(BRIDGE)[-1])}
+           "projections": {}, "llm": llm, "imagebind": M.ImageBindConfig({}, source.shape(BRIDGE)[-1]),
+           "bos": 1}                                    # whatever its base says
     for name, run in M.SIGNALS.items():
         stem = f"writers.{name}.proj"
         _, n_query, dim = source.shape(f"{stem}.query_embs")            # (1, n_query, dim)
@@ -835,7 +849,8 @@ def nextgpt_config(source, llm):
 
 def language_config(main, parts):
     """What the files of a language model tell: its sizes, of ChatBind also its added tokens and bridge to ImageBind."""
-    out, rows, projector = {}, main.shape(EMBED)[0], parts.get("projector")
+    rows, projector = main.shape(EMBED)[0], parts.get("projector")
+    out = {"added_tokens": {token: i for token, i in main.json("added_tokens.json").items() if i < rows}}
     if projector or BRIDGE in main.tensors:
         tokens, rows = place_tokens(main, rows, projector)
         bind = M.ImageBindConfig({}, (projector or main).shape(BRIDGE)[-1])             # no towers, only their width
@@ -843,9 +858,10 @@ def language_config(main, parts):
     if main.kind == "llava":
         out = {"added_tokens": main.tokens()}
     if c := main.json("config.json") or parts["llm"].json("config.json"):
-        return out | llm_config(main.path, rows, c)
-    known = closest_preset(main)
-    return out | {"llm": replace(known.llm, vocab_size=rows, lora_rank=0), "bos": known.bos, "eos": known.eos}
+        llm = llm_config(main.path, rows, c)
+    else:
+        llm = replace(closest_preset(main).llm, vocab_size=rows, lora_rank=0)
+    return out | {"llm": llm} | first_and_last(main.path, c)
 
 
 def configure(parts):                                   # -> the config; ChatterBox's files tell no sizes: a preset's
@@ -882,7 +898,8 @@ NO_MODEL = "config.json or shapes describe no model"
 # What training makes, and which file gives the rest
 LEARNED = re.compile(r"readers\.(\w+\.projector|box|region)\..*|.*\.lora_[AB]|"
                      r"writers\.(at\.(?!sam\.).*|vg\.query\..*|\w+\.proj\..*)")
-GIVEN_BY = {"readers.clip.tower": "clip-vit-large-patch14 or -336", "writers.at.sam": "sam_vit_h_4b8939.pth",
+GIVEN_BY = {"readers.imagebind.projector": "a ChatBind, mm_projector.bin or, untrained, --preset chatbind-7b",
+            "readers.clip.tower": "clip-vit-large-patch14 or -336", "writers.at.sam": "sam_vit_h_4b8939.pth",
             "readers.imagebind.tower": "imagebind_huge.pth", "writers.vg.locator": "groundingdino_swinb_cogcoor.pth"}
 
 
@@ -1070,13 +1087,14 @@ def skeleton(parts, preset):                            # the module of these so
 
 
 def as_told(cfg, targets):
-    """The config of a preset, its language model with what only the config.json beside the taken one tells."""
+    """The config of a preset, with what only the files beside the taken language model tell of that."""
     norm = targets.get(NORM)                            # its source gives all of a language model
     if not norm or not (c := read_json(beside(norm.stored.path, "config.json"))):
         return cfg
     with refusing(f"{norm.stored.path}: {NO_MODEL}"):
-        llm = llm_config(norm.stored.path, cfg.llm.vocab_size, c)["llm"]
-    return replace(cfg, llm=replace(cfg.llm, **{name: getattr(llm, name) for name in TOLD}))
+        llm = llm_config(norm.stored.path, cfg.llm.vocab_size, c)
+        ends = first_and_last(norm.stored.path, c)
+    return replace(cfg, llm=replace(cfg.llm, **{name: getattr(llm, name) for name in TOLD}), **ends)
 
 
 def plan_weights(paths, preset="", dtype="keep", merge_lora=False):
@@ -1287,6 +1305,8 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(ARGS)
+    except KeyboardInterrupt:
+        sys.exit(130)                                   # as shells do: 128 + SIGINT
     except (Refused, OSError, ValueError) as error:
         say(f"error: {error}", file=sys.stderr)
         sys.exit(getattr(error, "code", 2))

@@ -68,14 +68,14 @@ class Tokenizer:
     # rule (NExT-Chat) takes that prefix off again and thereby turns some words into <unk>.
     CONTROL = {"<unk>": 0, "<s>": 1, "</s>": 2}
 
-    def __init__(self, path, added=None, legacy=True):
+    def __init__(self, path, added=None, legacy=True, bos=1):
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such file; a tokenizer.model is needed")
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{path}: not a sentencepiece model ({str(error).splitlines()[0]})") from None
-        self.path, self.added, self.legacy = path, dict(added or {}), legacy
+        self.path, self.added, self.legacy, self.bos = path, dict(added or {}), legacy, bos
         self.special = {**self.CONTROL, **self.added}
         self.names = {id: name for name, id in self.special.items()}
         longest = sorted(self.special, key=len, reverse=True)   # first, so that none hides another that begins with it
@@ -93,7 +93,7 @@ class Tokenizer:
 
     def encode_pieces(self, pieces, bos=True):
         """-> ids, learn flags, slots [(medium, position of its first token)]."""
-        ids, learn, slots = ([1], [False], []) if bos else ([], [], [])
+        ids, learn, slots = ([self.bos], [False], []) if bos else ([], [], [])
         for run, special in self.runs(pieces):
             new, flags = self.encode_run(run, first=len(ids) == bos)                        # nothing yet but <s>
             ids, learn = ids + new, learn + flags
@@ -142,7 +142,7 @@ class Tokenizer:
             if special:
                 parts += [self.names[id] for id in run if id not in hidden]
             else:
-                parts.append(self.sp.decode(list(run)))
+                parts.append(self.sp.decode([id for id in run if id < len(self.sp)]))       # a model may have spare rows
         return " ".join(parts)
 
 
@@ -331,6 +331,17 @@ SYSTEMS = {
     "omni": System("vicuna_v1_1", "vicuna_v1_1", (*IM, "<at>", "<boxes>", "[VG]", *sum(SIGNALS.values(), ())),
                    box=("<at>", "<boxes>"), find="[VG]", signals=SIGNALS),
 }
+
+
+def tokenizer_of(path, cfg):
+    """The Tokenizer of a model, by its ModelConfig. Raises ValueError for a file of another vocabulary."""
+    tok, rows = Tokenizer(path, cfg.added_tokens, SYSTEMS[cfg.system].legacy, cfg.bos), cfg.llm.vocab_size
+    n = tok.sp.get_piece_size()
+    if max(n - 1, *tok.special.values()) >= rows:               # the highest id
+        raise ValueError(f"{path}: has more tokens than the model, {rows}")
+    if n + len(tok.added) + 256 < rows:                         # some models have spare rows
+        raise ValueError(f"{path}: has {n} tokens, the model {rows}; take the one of the same download")
+    return tok
 
 
 @dataclass(frozen=True)
@@ -764,6 +775,8 @@ def read_wav(path):
         x = pcm(f.readframes(MAX_SECONDS * rate + 1), width, channels)
     if x.shape[1] > MAX_SECONDS * rate:
         raise MediaError(f"longer than {MAX_SECONDS // 60} minutes")
+    if not x.shape[1]:
+        raise MediaError("holds no sound")
     return x, rate
 
 
@@ -1255,7 +1268,10 @@ def safe_join(root, name):
     """root / name for a relative name that stays inside. Links inside the root are followed (people link COCO)."""
     if not isinstance(name, str) or not name or ".." in name.split("/") or OUTSIDE.match(name):
         raise DataError(f"{name!r}: media are named by relative paths inside their folder")
-    return Path(root) / name
+    path = Path(root) / name
+    if path.parent.name in ("train2014", "val2014") and re.fullmatch(r"\d{12}", path.stem) and not path.exists():
+        return path.with_name(f"COCO_{path.parent.name}_{path.name}")       # LLaVA's files give COCO's number alone
+    return path
 
 
 def read_records(path, unpack=None):

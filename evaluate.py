@@ -384,7 +384,7 @@ class Asker:
         self.model = M.load(folder, device, getattr(torch, dtype))
         cfg, self.weight = self.model.cfg, self.model.llm.embed.weight          # weight: for its device and dtype
         self.system, self.spec = data.SYSTEMS[cfg.system], data.MediaSpec(**cfg.media)
-        self.tok = data.Tokenizer(folder / "tokenizer.model", cfg.added_tokens, self.system.legacy)
+        self.tok = data.tokenizer_of(folder / "tokenizer.model", cfg)
         self.template = data.TEMPLATES[cfg.template or self.system.template]
         self.signals = {id for name in cfg.projections for id in cfg.signal(name)}
 

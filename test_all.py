@@ -17,6 +17,7 @@ import pty
 import random
 import re
 import resource
+import runpy
 import select
 import shutil
 import signal
@@ -2525,15 +2526,16 @@ def test_data_grey_of_16_bits_keeps_its_upper_8(tmp_path):
     assert (one == grey[..., None]).all() and (two == one).all()
 
 
-def test_data_wavs_longer_than_the_limit_are_refused(tmp_path, monkeypatch):
+def test_data_wavs_of_no_length_or_too_much_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "MAX_SECONDS", 60)
-    for seconds in (60, 61):
+    for seconds in (0, 60, 61):
         with data.wave.open(str(tmp_path / f"{seconds}.wav"), "wb") as f:
             f.setnchannels(1), f.setsampwidth(1), f.setframerate(800)
             f.writeframes(bytes(800 * seconds))
     assert data.read_audio(tmp_path / "60.wav")[0].shape == (1, 48000)
-    with pytest.raises(data.MediaError, match="61.wav: longer than 1 minutes"):
-        data.read_audio(tmp_path / "61.wav")
+    for name, match in ("61", "61.wav: longer than 1 minutes"), ("0", "0.wav: holds no sound"):
+        with pytest.raises(data.MediaError, match=match):
+            data.read_audio(tmp_path / f"{name}.wav")
 
 
 def test_data_pcm_that_ends_too_soon_loses_its_last_sample_alone():
@@ -2584,6 +2586,17 @@ def test_data_media_names_stay_inside_their_folder(tmp_path):
             data.safe_join(tmp_path, name)
     for name in GOOD_NAMES:
         assert data.safe_join(tmp_path, name).is_relative_to(tmp_path)
+
+
+@pytest.mark.parametrize("split", ("train2014", "val2014", "train2017"))
+def test_data_finds_pictures_of_coco_by_their_number(tmp_path, split):
+    number, folder = "000000441147.jpg", tmp_path / split
+    long = folder / (number if split == "train2017" else f"COCO_{split}_{number}")
+    assert data.safe_join(folder, number) == data.safe_join(tmp_path, f"{split}/{number}") == long
+    assert data.safe_join(folder, long.name) == long
+    assert data.safe_join(folder, "0" * 300 + ".jpg").stem == "0" * 300         # and no look at the disk, which would fail
+    folder.mkdir(), (folder / number).touch()
+    assert data.safe_join(folder, number) == folder / number
 
 
 BAD_RECORDS = {
@@ -2693,6 +2706,15 @@ def test_data_templates_equal_the_originals():
         ours = M.replace(data.TEMPLATES[name], front="")
         assert ours == theirs[name], name
     assert len(theirs.keys() & data.TEMPLATES.keys()) >= 10
+
+
+def test_data_tokenizer_is_that_of_the_model():
+    path, cfg = HERE / "weights/tiny/tokenizer.model", M.read_config(HERE / "weights/tiny")
+    tok = data.tokenizer_of(path, M.replace(cfg, bos=2))
+    assert tok.encode("red")[0] == 2 and tok.decode([*tok.encode("red"), 5000]) == "red"        # of a spare row
+    for rows, match in (300, "more tokens than the model, 300"), (9000, r"has \d+ tokens, the model 9000"):
+        with pytest.raises(ValueError, match=match):
+            data.tokenizer_of(path, M.replace(cfg, llm=M.replace(cfg.llm, vocab_size=rows)))
 
 
 def test_data_tokenizer_newer_rule_and_decoding():
@@ -3575,9 +3597,10 @@ def test_convert_nextgpt(tmp_path):
     config = TINY_LLAMA | dict(hidden_size=c["hidden"], num_hidden_layers=c["layers"], num_attention_heads=c["heads"],
                                intermediate_size=c["intermediate"], rms_norm_eps=c["rms_eps"])
     sources = put(tmp_path / "base", base, config) + put(tmp_path / "nextgpt", delta, {}, tokens=tok.added)
+    (tmp_path / "base/special_tokens_map.json").write_text('{"bos_token": "</s>"}')
     cw.convert(sources, tmp_path / "out")
     got, want = M.load(tmp_path / "out"), golden_nextgpt(meta, cw.rename(weights, cw.NEXTGPT), tok)
-    assert got.cfg.added_tokens == tok.added and got.cfg.llm.lora_rank == meta["lora"]["r"]
+    assert got.cfg.added_tokens == tok.added and got.cfg.llm.lora_rank == meta["lora"]["r"] and got.cfg.bos == 1
     assert all(torch.equal(x, got.state_dict()[key]) for key, x in want.state_dict().items())
     (tmp_path / "nextgpt/added_tokens.json").write_text(json.dumps({"[IMG0]": 1}))
     refused(sources, tmp_path / "new", match="added_tokens.json")
@@ -3770,6 +3793,7 @@ def test_convert_omni(tmp_path, monkeypatch):
         assert parts == never_given if "nextchat" in names else parts > never_given
     without = [path for name, path in folders.items() if name != "imagebind"]
     refused(without, tmp_path / "new", preset="omni-small", match="MISSING.*imagebind_huge.pth")
+    refused([folders["vicuna"], folders["imagebind"]], tmp_path / "new", match="MISSING.*--preset chatbind-7b")
 
 
 def test_convert_omni_vocabulary(tmp_path, monkeypatch):
@@ -3811,9 +3835,10 @@ def test_convert_preset_takes_the_numbers_of_its_language_model(tmp_path, monkey
     cfg = small_omni()
     monkeypatch.setitem(M.PRESETS, "omni-small", cfg)
     folders = omni_sources(tmp_path, cfg)
-    (folders["vicuna"] / "config.json").write_text(json.dumps(TINY_LLAMA | {"rope_theta": 5e5, "rms_norm_eps": 1e-4}))
+    numbers = {"rope_theta": 5e5, "rms_norm_eps": 1e-4, "eos_token_id": 7}
+    (folders["vicuna"] / "config.json").write_text(json.dumps(TINY_LLAMA | numbers))
     want = M.replace(cfg.llm, rope_theta=5e5, norm_eps=1e-4, max_len=64)
-    assert cw.plan_weights([*folders.values()], "omni-small").cfg == M.replace(cfg, llm=want)
+    assert cw.plan_weights([*folders.values()], "omni-small").cfg == M.replace(cfg, llm=want, eos=(7,))
     assert cw.plan_weights([folders["nextchat"], folders["vicuna"], folders["imagebind"]], "omni-small").cfg == cfg
 
 
@@ -3852,6 +3877,8 @@ def test_convert_hub_snapshot(tmp_path):
     cw.convert([tmp_path / "snapshot"], tmp_path / "out")
     cw.convert(put(tmp_path / "plain", llama_state()), tmp_path / "want")
     same(tmp_path / "want", tmp_path / "out")
+    (tmp_path / "snapshot").rename(tmp_path / "snapshots")
+    refused([tmp_path], tmp_path / "new", match="name one of its folders snapshots")
 
 
 def test_convert_views(tmp_path):
@@ -3901,6 +3928,25 @@ def test_convert_llama_parity(tmp_path, case):
     export(tmp_path / "ours", tmp_path / "back")
     back, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not any(info.values()) and torch.equal(back.eval()(ids).logits, want)
+
+
+@pytest.mark.parametrize("name, values, want", [
+    ("config.json", TINY_LLAMA | {"bos_token_id": 0, "eos_token_id": 1}, (1, (2,))),    # early conversions of LLaMA
+    ("generation_config.json", {"eos_token_id": [5, 6]}, (1, (5, 6))),
+    ("tokenizer_config.json", {"bos_token": {"content": "</s>"}}, (2, (2,))),
+    ("special_tokens_map.json", {"bos_token": "</s>"}, (2, (2,)))])                     # Vicuna v0
+def test_convert_begins_and_ends_as_all_files_say(tmp_path, name, values, want):
+    folder, = put(tmp_path / "a", llama_state())
+    (folder / name).write_text(json.dumps(values))
+    cfg = cw.plan_weights([folder]).cfg
+    assert (cfg.bos, cfg.eos) == want
+
+
+def test_convert_keeps_added_tokens_of_a_mere_llama(tmp_path):
+    cw.convert(put(tmp_path / "a", llama_state(121), tokens={"[PAD]": 120, "far": 500}), tmp_path / "ours")
+    assert M.read_config(tmp_path / "ours").added_tokens == {"[PAD]": 120}
+    export(tmp_path / "ours", tmp_path / "back")
+    assert json.loads((tmp_path / "back/added_tokens.json").read_text()) == {"[PAD]": 120}
 
 
 @pytest.mark.parametrize("prefix", ("", "vision_model."))
@@ -4260,6 +4306,19 @@ def test_convert_help_is_instant():
     code = "import runpy, sys; sys.argv[1:] = ['--help']; sys.modules['torch'] = None; " \
            "runpy.run_path('convert_weights.py', run_name='__main__')"
     assert "examples:" in subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout
+
+
+def test_convert_interrupted(tmp_path, monkeypatch):
+    """Ctrl-C: no folder, no traceback, the exit status of shells; sizes may be in megabytes."""
+    def interrupt(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(M, "write_tensors", interrupt)
+    folder, = put(tmp_path / "a", llama_state())
+    monkeypatch.setattr(sys, "argv", ["convert_weights.py", str(folder), "--out", str(tmp_path / "out"), "--max-shard", "500MB"])
+    with pytest.raises(SystemExit, match="130"):
+        runpy.run_path(str(HERE / "convert_weights.py"), run_name="__main__")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert [cw.size(text) for text in ("5GB", "500mb", "2")] == [5e9, 5e8, 2e9]
 
 
 SLOW_WRITER = """if True:
@@ -4659,6 +4718,9 @@ def test_train_settings_reject_what_they_do_not_know(capsys):
         with pytest.raises(SystemExit):
             train.parse_settings([wrong])
         assert told in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        train.parse_settings(["--help"])
+    assert "--steps int, --steps" not in capsys.readouterr().out        # each name once
 
 
 def test_train_settings_come_from_a_file(tmp_path):
@@ -6746,6 +6808,9 @@ def test_chat_takes_templates_from_a_file(tmp_path):
     session = chat_session(max_new_tokens=2, templates=tmp_path / "t.json")
     list(session.say("hello"))
     assert session.tok.decode(session.turns[0].prompt).replace(" ", "") == "Bebrief.ASKED:helloSAID:"
+    assert chat_session(template="llava_v1").template == data.TEMPLATES["llava_v1"]
+    with pytest.raises(ValueError, match="no template 'v1'; there are .*llava_v1"):
+        chat_session(template="v1")
     (tmp_path / "t.json").write_text('{"templates": {"a": {"roles": ["one"]}}}')
     with pytest.raises(ValueError, match=r"t\.json: not conversation templates"):
         chat_session(templates=tmp_path / "t.json")

@@ -177,7 +177,7 @@ def parse_settings(argv):
                                 allow_abbrev=False)
     for f in fields(Settings):
         note = f"{notes.get(f.name, '')} (default {f.default!r})".replace("%", "%%")
-        p.add_argument(*sorted({f"--{f.name.replace('_', '-')}", f"--{f.name}"}), dest=f.name, type=f.type,
+        p.add_argument(*dict.fromkeys(f"--{f.name.replace('_', by)}" for by in "-_"), dest=f.name, type=f.type,
                        default=f.default, choices=CHOICES.get(f.name), metavar=f.type.__name__, help=note)
     argv = [a if a.startswith("-") or "=" not in a else f"--{a}" for a in argv]
     if path := p.parse_known_args(argv)[0].config:
@@ -468,7 +468,7 @@ def prepare(s):
     """All that a run needs: -> settings without gaps, stage, model, prepared data."""
     s, stage, model = begin(s)
     cfg, world, system = model.cfg, ranks()[1], data.SYSTEMS[model.cfg.system]
-    tok, template = data.Tokenizer(s.tokenizer, cfg.added_tokens, system.legacy), data.TEMPLATES[system.train_template]
+    tok, template = data.tokenizer_of(s.tokenizer, cfg), data.TEMPLATES[system.train_template]
     sets, where = open_sets(s, stage)
     if empty := [str(one.path) for one in sets if not len(one)]:
         raise ValueError(f"{', '.join(empty)}: no usable record; are the media in {s.media or 'its folder'}?")

@@ -463,6 +463,7 @@ class Session:
         """Ids of an answer, as they are generated; beams give theirs at the end."""
         most = min(self.settings["max_new_tokens"], self.max_len - len(turn.prompt))
         if (beams := self.settings["beams"]) > 1:
+            turn.clock[2] = turn.clock[1]               # how long the first alone took, nobody knows
             return beam_search(self.model, embeds, n_beam=beams, max_new_tokens=most, hidden=hidden)
         how = {name: self.settings[name] for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
         if self.settings["graph"]:
@@ -893,9 +894,10 @@ class Chat:
             self.say(self.inline(text.removeprefix("/")))
 
     def block(self, text):
-        """Text up to three closing quotes, taken as it stands."""
-        while '"""' not in text:
-            text += "\n" + input(". " * self.interactive)
+        """Text up to three closing quotes or the end of the input, taken as it stands."""
+        with suppress(EOFError):
+            while '"""' not in text:
+                text += "\n" + input(". " * self.interactive)
         return text.partition('"""')[0].strip("\n")
 
     def command(self, name="", rest=""):
@@ -1022,7 +1024,8 @@ class Chat:
     def stats(self, _):
         turn, n = self.session.last(), len(self.session.last().ids)
         encode, prefill, decode = (b - a for a, b in zip(turn.clock, turn.clock[1:]))
-        return (f"encode {encode:.2f} s, prefill {len(turn.prompt) - turn.reused} tokens in {prefill:.2f} s, "
+        when = f"in {prefill:.2f} s" if prefill else "at once with the answer"                 # of beams
+        return (f"encode {encode:.2f} s, prefill {len(turn.prompt) - turn.reused} tokens {when}, "
                 f"{turn.reused} reused, {n} new tokens at {max(n - 1, 0) / (decode or 1):.1f} tok/s, "
                 f"context {len(turn.prompt) + n} of {self.session.max_len}")
 

@@ -6313,6 +6313,13 @@ def test_chat_info_counts_what_lies_in_memory():
     assert 15 < sizes[0] < 25 and 8 < sizes[1] < 11 and sizes[2] < sizes[1]
 
 
+def test_chat_stats_of_beams_time_all_of_the_search():
+    session = chat_session(max_new_tokens=20, beams=3)
+    "".join(session.say("what colour is the circle?"))
+    said, (_, begin, _, end) = chat.Chat(session, Thing(prompt="", pictures="off")).stats(""), session.last().clock
+    assert "at once" in said and float(re.search(r"([\d.]+) tok/s", said)[1]) <= len(session.last().ids) / (end - begin)
+
+
 def chat_escape(path):
     """A file name as terminals write it when it is dragged in."""
     return re.sub(r"([ '()])", r"\\\1", path)
@@ -6320,11 +6327,12 @@ def chat_escape(path):
 
 def test_chat_piped_lines_are_turns(monkeypatch, capsys, chat_files):
     lines = [f'/image "{chat_files[0]}"', "what is it?", chat_files[0], "clip? @" + chat_escape(chat_files[1]),
-             '"""two', 'lines @nobody"""', "//slash", "look @/nowhere.png", "/media"]
+             '"""two', 'lines @nobody"""', "//slash", "look @/nowhere.png", "/media", '"""cut', "off"]
     code, out, err = chat_main(monkeypatch, capsys, "--json", stdin="\n".join(lines).encode())
     rows = [json.loads(line) for line in out.splitlines()[:4]]
     assert [row["prompt"] for row in rows] == ["what is it?", "clip?", "two\nlines @nobody", "/slash"]
     assert [len(row["media"]) for row in rows] == [1, 2, 0, 0] and code == 0
+    assert json.loads(out.splitlines()[-1])["prompt"] == "cut\noff"
     assert out.splitlines()[4].startswith("#1 image") and "/nowhere.png: no such file" in err
 
 
@@ -6995,6 +7003,14 @@ def test_web_names_a_port_in_use(web, page, monkeypatch, capsys):
     assert re.fullmatch(rf"web: .*in use.* {page[0]}\)+\n", capsys.readouterr().err)
 
 
+def test_web_names_a_port_that_is_none(web, monkeypatch, capsys):
+    for port in ("-1", "65536", "http"):
+        monkeypatch.setattr(sys, "argv", ["web.py", f"--port={port}"])
+        with pytest.raises(SystemExit):
+            web.main()
+        assert f"--port: invalid port value: '{port}'" in capsys.readouterr().err
+
+
 def test_web_says_nothing_without_words(web, tmp_path, chat_files):
     visit = visit_of(web, chat_session(), tmp_path)
     web.attach(visit, chat_files[:1])
@@ -7048,6 +7064,7 @@ def test_web_page_in_a_browser(page, web, tmp_path):
             said.nth(0).wait_for()
             if name in SHOWN:
                 tab.locator(f".bot {SHOWN[name]}").nth(0).wait_for()
+                assert not any(share.is_visible() for share in tab.get_by_label("Share").all())
             tab.screenshot(path=tmp_path / f"{name}.png")
             tab.get_by_role("button", name="clear", exact=True).click()
             said.nth(0).wait_for(state="detached")
@@ -7060,7 +7077,8 @@ def test_web_page_in_a_browser(page, web, tmp_path):
         text.fill("<img src=x onerror=alert(1)><b>bold</b>")
         text.press("Enter")
         tab.get_by_text("<b>bold</b>").wait_for()
-        tab.get_by_role("button", name="clear", exact=True).click()
+        tab.get_by_role("button", name="Clear", exact=True).click()             # the bin
+        said.nth(0).wait_for(state="detached")
         tab.get_by_text("settings").click()
         tab.get_by_label("max_new_tokens").first.fill("1")      # without Enter
         text.fill("hello")

@@ -210,7 +210,7 @@ class Session:
         self.painters = dict(painters)                  # writer: folder of its painter, or the Painter once needed
         self.model, self.tok, self.system, self.template, self.spec = model, tok, system, template, spec
         self.weight, self.parse_special = model.llm.embed.weight, parse_special     # weight: for its device and dtype
-        self.box_kind = next((kind for kind in ("box", "region") if kind in model.cfg.reads), None)     # or none
+        self.box_kinds = [kind for kind in ("box", "region") if kind in model.cfg.reads]    # the first unless told
         self.max_len = min(context or model.cfg.llm.max_len, model.cfg.llm.max_len)         # tokens
         self.generator, self.settings = torch.Generator(self.weight.device), {}
         for name, row in SETTINGS.items():
@@ -247,21 +247,22 @@ class Session:
         data.load_medium(medium, self.spec)
         return medium
 
-    def box(self, xyxy_px, picture):
-        """The Box of a user's pixels in a picture. Raises ValueError if it is none, or if the model reads no boxes."""
-        if self.box_kind is None:
-            raise ValueError("this model reads no boxes")
+    def box(self, xyxy_px, picture, kind=""):
+        """The Box of a user's pixels in a picture. Raises ValueError if it is none, or if the model does not read it."""
+        if not (kinds := [one for one in self.box_kinds if kind in ("", one)]):
+            raise ValueError(f"this model reads no {kind or 'boxe'}s")
         if picture is None:
             raise ValueError("a box needs a picture; attach one first")
-        box = data.Box(data.check_box([float(x) for x in xyxy_px]), picture=picture, kind=self.box_kind)
+        box = data.Box(data.check_box([float(x) for x in xyxy_px]), picture=picture, kind=kinds[0])
         data.place_boxes([box], data.Geometry(*picture.size, self.spec.square), self.spec)
         return box
 
-    def found(self, frame, picture):
+    def found(self, frame, picture, kind=""):
         """The Box of a place (4,) in the frame of a picture, where the model put it."""
         geometry = data.Geometry(*(picture.size if picture else (1, 1)), self.spec.square)  # without a picture: 0..1
         xyxy_px = tuple(geometry.to_pixels(frame.cpu()).tolist())
-        return data.Box(xyxy_px, tensor=frame, picture=picture, kind=self.box_kind)
+        kinds = [one for one in self.box_kinds if one == kind] or [*self.box_kinds, "box"]
+        return data.Box(xyxy_px, tensor=frame, picture=picture, kind=kinds[0])
 
     def last(self):
         """The last turn. Raises ValueError if there is none."""
@@ -320,7 +321,7 @@ class Session:
             return medium and os.path.abspath(medium.path)
 
         def rows(boxes):
-            return [{"frame": box.tensor.tolist(), "picture": place(box.picture)} for box in boxes]
+            return [{"frame": box.tensor.tolist(), "picture": place(box.picture), "kind": box.kind} for box in boxes]
         turns = [{"text": turn.text, "media": [{"path": place(m), "kind": m.kind} for m in turn.media],
                   "answer": turn.answer, "find": turn.find, "picture": place(turn.picture),
                   "given": rows(turn.given), "found": rows(turn.found)} for turn in self.turns]
@@ -352,8 +353,9 @@ class Session:
             return next(seen, None) or (self.read(str(path), "image") if path else None)
         turn.answer, turn.picture = str(row["answer"]), picture(row.get("picture"))
         turn.find = bool(row.get("find")) and "vg" in self.model.writers
-        turn.given, turn.found = ([self.found(torch.tensor(box["frame"]).float().view(4), picture(box["picture"]))
-                                   for box in row.get(key, ()) if self.box_kind] for key in ("given", "found"))
+        turn.given, turn.found = (
+            [self.found(torch.tensor(box["frame"]).float().view(4), picture(box["picture"]), box.get("kind"))
+             for box in row.get(key, ()) if self.box_kinds] for key in ("given", "found"))
         return turn
 
     def question(self, turn, current):
@@ -939,9 +941,9 @@ class Chat:
         if text.strip():
             self.stream(self.session.say(text, find=find or self.args.find))
 
-    def add_box(self, text):
+    def add_box(self, text, kind=""):
         session, numbers = self.session, re.sub(r"[\[\](),]", " ", text).split()
-        session.boxes.append(session.box(numbers, last_picture(session.media)))
+        session.boxes.append(session.box(numbers, last_picture(session.media), kind))
         return f"[{len(session.boxes) - 1}] is {spell(session.boxes[-1])}"
 
     def stream(self, pieces):
@@ -1039,7 +1041,7 @@ class Chat:
         return f"{self.args.weights}: {', '.join([*facts, *(what for what, can in able.items() if can)])}"
 
     def help(self, _):
-        hidden = {*KINDS} - {*self.session.model.cfg.reads}
+        hidden = {*KINDS, "region"} - {*self.session.model.cfg.reads}
         rows = [(f"/{name} {usage}", text) for name, (_, usage, text) in COMMANDS.items() if name not in hidden]
         return "\n".join(f"{left:22} {text}" for left, text in rows)
 
@@ -1051,6 +1053,7 @@ COMMANDS = {                            # name: what runs, usage, help
     **{kind: (lambda chat, text, kind=kind: chat.add(file_names(text), kind), "FILE ...", f"attach {kind} files")
        for kind in KINDS},
     "box": (Chat.add_box, "X1 Y1 X2 Y2", "a box for the next message, pixels; the first is [0]"),
+    "region": (lambda chat, text: chat.add_box(text, "region"), "X1 Y1 X2 Y2", "the same, known by what is in it"),
     "find": (lambda chat, text: chat.say(text, find=True), "QUESTION", "ask, and look for a box that answers"),
     "media": (Chat.list_media, "", "list what is attached"),
     "show": (lambda chat, text: chat.show(chat.medium(text)), "[#k|last]", "describe a medium and show its picture"),

@@ -6713,6 +6713,19 @@ def test_chat_masks_go_to_the_boxes_they_were_made_for(world, pointing, tmp_path
     assert looked.mask is None and len(pointed) == 2 and all(box.mask.shape == (40, 90) for box in pointed)
 
 
+def test_chat_boxes_and_regions_have_a_reader_each(pointing, world, tmp_path):
+    M.save(pointing_model("omni", world / "tokenizer.model"), tmp_path / "omni", [world / "tokenizer.model"])
+    session, picture, corners = pointing_session(tmp_path, "omni"), str(pointing / "wide.png"), (10, 5, 50, 30)
+    session.pending = [session.read(picture)]
+    session.boxes = [session.box(corners, session.pending[0], kind) for kind in ("", "region")]
+    "".join(session.say("what is [0] and [1] ?"))
+    given = session.last().given
+    assert [box.kind for box in given] == ["box", "region"] and not torch.equal(*map(session.encode, given))
+    session.save(tmp_path / "s.json"), session.load(tmp_path / "s.json")
+    for old, new in zip(given, session.last().given, strict=True):
+        assert new.kind == old.kind and torch.equal(new.tensor, old.tensor)
+
+
 def test_chat_boxes_of_an_answer_are_reused(pointing):
     session = pointing_session(pointing, "nextchat", HERE_IT_IS)
     session.ask("what is [0] ?", str(pointing / "wide.png"), [(10, 5, 50, 30)])
@@ -6789,7 +6802,7 @@ def test_chat_boxes_are_saved(pointing, tmp_path):
 
 def test_chat_saved_boxes_are_words_to_a_model_without_boxes(pointing, tmp_path):
     session, plain = pointing_session(pointing, "nextchat", HERE_IT_IS), chat_session()
-    plain.box_kind = None
+    plain.box_kinds = []
     session.ask("what is [0] ?", str(pointing / "wide.png"), [(10, 5, 50, 30)])
     session.save(tmp_path / "talk.json")
     plain.load(tmp_path / "talk.json")

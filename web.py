@@ -280,7 +280,7 @@ def example(visit, ability):
     if message is not wish:             # a wish is for something that does not exist yet
         session.pending.append(session.read(str(visit.folder / m.name)))
     if need in ("box", "region"):
-        session.boxes.append(session.box(shapes.box(m.things[0]), session.pending[-1]))
+        session.boxes.append(session.box(shapes.box(m.things[0]), session.pending[-1], need))
     return show(visit, text=message(m))
 
 
@@ -359,7 +359,7 @@ def main():
     p.add_argument("--quantize", choices=("int8", "int4"), default="", help="keep the language model in 8 or 4 bits")
     p.add_argument("--painters", metavar="FOLDER", help="holds a folder per painter (painters, in the weights folder)")
     args = p.parse_args()
-    with socket.create_server(("127.0.0.1", args.port)) as probe:       # one in use is an error before anything is loaded
+    with socket.create_server(("127.0.0.1", args.port)) as probe:       # one in use is an error now, not after loading
         free = probe.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="nanomni-") as folder:
         session = chat.open_session(args.weights, args.device, args.dtype, args.quantize, args.painters)

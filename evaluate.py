@@ -11,7 +11,8 @@ torchrun --standalone --nproc_per_node=N; ranks never talk, each writes a file o
 In order: metrics (exact match, ScienceQA, reviews by a judge), boxes and masks (REC, RES), answers (POPE, PointQA,
 GQA), captions (CIDEr-D, Vedantam et al., arXiv 1411.5726), tasks (what a row of predictions holds, and its figures),
 predictions (files that grow row by row and survive a kill), the run, answer files with ScienceQA and a judge.
-A question is right if the answer is the expected one but for case and blanks.
+A question is right if the answer is the expected one but for case and blanks. An answer to ScienceQA that commits to no
+choice is asked to go on, after "ANSWER:".
 """
 import argparse
 import hashlib
@@ -362,9 +363,12 @@ class Asker:
         return data.render(turns, self.tok, self.system, self.template, self.model.cfg.n_token, train=train)
 
     @torch.inference_mode()
-    def answer(self, turns, max_new_tokens=128):
-        """The greedy answer to turns (of strings, media, boxes) -> text, ids of all, hidden states it came from."""
+    def answer(self, turns, max_new_tokens=128, begun=""):
+        """The greedy answer to turns (of strings, media, boxes), or the rest of one that is begun -> text, ids of all,
+        hidden states it came from."""
         r, hidden, at = self.render([*turns, None]), [], next(iter(self.model.feeds), -1)
+        room = self.model.cfg.llm.max_len - len(r.ids)
+        r = r._replace(ids=r.ids + self.tok.encode(begun, bos=False)[-room:])
         embeds, mask = self.embed(r)
         stream, ids = data.TextStream(self.tok, (self.template.stop,)), list(r.ids)
         for id in M.generate(self.model, embeds, max_new_tokens=max_new_tokens, hidden=hidden, attn_mask=mask):
@@ -437,7 +441,10 @@ class Asker:
             return {"masks": self.segment(question, LENGTHS[task])}
         if task in ("rounds", "talks"):
             return {"replies": self.converse(sample.turns, LENGTHS[task])}
-        return {"text": self.answer([question], LENGTHS[task])[0]}
+        text = self.answer([question], LENGTHS[task])[0]
+        if task == "sqa" and len(choices(text)) != 1:           # parity: LLaVA's --answer-prompter asks after all reasoning
+            text += "\n The answer is " + self.answer([question], 64, f"{text} ###\nANSWER:")[0]
+        return {"text": text}
 
 
 def read_samples(args):                 # of a task's file
@@ -491,12 +498,18 @@ def ask_all(asker, args):               # ask the questions of a file, print how
 
 # ---- Answer files, ScienceQA, a judge
 
+def find_picture(media, name):          # parity: COCO's folders of 2014 put their own name before each, LLaVA's files do not
+    path = data.safe_join(media, name)
+    coco = path.with_name(f"COCO_{path.parent.name}_{path.name}")
+    return coco if coco.exists() else path
+
+
 def question_samples(path, media, read=dict):           # rows {question_id, image, text} -> Samples, pictures come last
     samples = []
     for i, record in enumerate(data.read_records(path)):
         with data.naming(path, i, record):
             row = read(record)
-            seen = ["\n", data.Medium("image", str(data.safe_join(media, row["image"])))] if row.get("image") else []
+            seen = ["\n", data.Medium("image", str(find_picture(media, row["image"])))] if row.get("image") else []
             samples.append(data.Sample([[row["text"], *seen]], str(row["question_id"]), row))
     return samples
 

@@ -5542,6 +5542,23 @@ def test_evaluate_asks_about_a_picture_below_its_question(science, world, pointi
     assert isinstance(asker.predict("vqa", sample)["text"], str) and sample.turns[0][2].tensor is not None
 
 
+def test_evaluate_finds_cocos_pictures_by_the_names_of_llavas_files(tmp_path):
+    (tmp_path / "val2014").mkdir()
+    for name in ("COCO_val2014_1.jpg", "COCO_val2014_2.jpg", "2.jpg"):
+        (tmp_path / "val2014" / name).touch()
+    found = [evaluate.find_picture(tmp_path / "val2014", name).name for name in ("1.jpg", "COCO_val2014_2.jpg", "3.jpg")]
+    assert found == ["COCO_val2014_1.jpg", "COCO_val2014_2.jpg", "3.jpg"]
+
+
+def test_evaluate_science_asks_for_a_choice_after_the_reasons(science, world, pointing, monkeypatch):
+    monkeypatch.setitem(evaluate.LENGTHS, "sqa", 3)
+    asker, sample = evaluate.Asker(pointing / "nextchat"), evaluate.science_samples(science / "science.json", world)[1]
+    said, answer = asker.predict("sqa", sample)["text"].split("\n The answer is ")
+    text, ids, hidden = asker.answer(sample.turns, 64, f"{said} ###\nANSWER:")
+    assert text == answer and "ANSWER:" in asker.tok.decode(ids[:len(ids) - len(hidden)]) and evaluate.choices(said) == []
+    assert len(asker.answer(sample.turns, 1, "word " * 9999)[1]) == asker.model.cfg.llm.max_len + 1
+
+
 JUDGE = """import json, sys
 for row in list(map(json.loads, sys.stdin))[:{n}][::-1]:
     print(json.dumps({{"id": row["id"], "content": "8 " + str(row["prompt"].count("one")) + "\\nGood."}}))"""

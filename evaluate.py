@@ -629,8 +629,8 @@ def main_review(argv):                  # write the requests to a judge, or have
     add("--judge", help="program that reads lines {id, prompt} and writes lines {id, content}; default: print requests")
     add("--out", "-o", type=Path, help="file of reviews")
     args = p.parse_args(argv)
-    if args.judge and not args.out:
-        p.error("--judge needs --out FILE")
+    if bool(args.judge) != bool(args.out):
+        p.error("--judge and --out FILE, for its reviews, go together")
     [rules], contexts = read(args.rules, lambda whole: [whole]), args.context and read(args.context)
     requests = review_requests(read(args.questions), map(read, args.answers), rules, contexts)
     if not requests:

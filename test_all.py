@@ -5612,6 +5612,13 @@ def test_evaluate_judge_is_not_asked_about_broken_files(name, text, fault, scien
         evaluate_main(*words, *["-c", science / name] * (name == "c.jsonl"))
 
 
+@pytest.mark.parametrize("flag", ("--judge", "--out"))
+def test_evaluate_judge_needs_a_file_and_a_file_a_judge(flag, science, capsys):
+    with pytest.raises(SystemExit):
+        evaluate_main(*review_words(science), flag, science / "x")
+    assert "go together" in capsys.readouterr().err and not (science / "x").exists()
+
+
 # ---- Shapes
 
 def check_answer(question, answer, things):

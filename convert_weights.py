@@ -38,7 +38,7 @@ examples:
     convert_weights.py nextchat-7b-336/ --out weights/nextchat-7b
     convert_weights.py mp_rank_00_model_states.pt clip-vit-large-patch14/ --out weights/chatterbox-13b
     convert_weights.py vicuna-7b-v0/ nextgpt_7b_tiva_v0/ imagebind_huge.pth --out weights/nextgpt-7b
-    convert_weights.py stable-diffusion-v1-5/ --out weights/sd15
+    convert_weights.py stable-diffusion-v1-5/ --out weights/nextgpt-7b/painters/sd15
   a model to train, from parts of others; what training makes is initialised and listed
     convert_weights.py --preset nextchat-7b-336 vicuna-7b/ clip-large-336/ sam_vit_h.pth --out weights/start
     convert_weights.py --preset omni-7b nextchat/ imagebind_huge.pth chatterbox.pt nextgpt/ --out weights/omni

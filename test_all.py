@@ -7217,6 +7217,8 @@ def test_chat_says_which_painter_is_missing(drawing, capsys):
     assert "no painter for a picture" in err and json.loads(out)["files"] == [] and "complete run" in err
     with pytest.raises(ValueError, match="vectors of 48 numbers, this model makes 8"):
         chat.find_painters(drawing / "weights/painters", {"img": G.ProjectionConfig(out_dim=8)})
+    with pytest.raises(ValueError, match="one: no painter; a folder for --painters"):
+        chat.find_painters(drawing, {})
 
 
 def test_chat_interrupted_drawing_keeps_the_session(drawing, monkeypatch):

@@ -1041,7 +1041,7 @@ class Recipe(NamedTuple):
                 self.targets[name] = Target(Made(model, name, model.get_parameter(name)), self.shapes[name], dtype)
                 rows.append(Row("no source", self.preset, "initialised", name, part, "to be trained"))
             else:
-                note = f"for {name}; {GIVEN_BY.get(part, 'a whole model')} has it"
+                note = f"for {name}; {GIVEN_BY.get(part, 'a whole model (to train one: --preset)')} has it"
                 rows.append(Row("", "", "MISSING", original(name) or name, part, note))
         return rows
 

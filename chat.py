@@ -211,6 +211,7 @@ class Session:
         self.model, self.tok, self.system, self.template, self.spec = model, tok, system, template, spec
         self.weight, self.parse_special = model.llm.embed.weight, parse_special     # weight: for its device and dtype
         self.box_kinds = [kind for kind in ("box", "region") if kind in model.cfg.reads]    # the first unless told
+        self.wishes = [name for name in model.cfg.writes if name not in ("at", "vg")]       # writers that want no picture
         self.max_len = min(context or model.cfg.llm.max_len, model.cfg.llm.max_len)         # tokens
         self.generator, self.settings = torch.Generator(self.weight.device), {}
         for name, row in SETTINGS.items():
@@ -494,8 +495,8 @@ class Session:
     def texts(self, parts):
         """The certain text of an answer, after each part and at the end, without blanks around it. Boxes are spelled in
         it; what it says to painters is no text."""
-        cfg, text, said, stream = self.model.cfg, "", "", data.TextStream(self.tok, [self.template.stop])
-        silent = {*self.model.feeds, *(id for name in cfg.projections for id in cfg.signal(name))}
+        text, said, stream = "", "", data.TextStream(self.tok, [self.template.stop])
+        silent = {*self.model.feeds, *(id for name in self.wishes for id in self.model.cfg.signal(name))}
         for part in chain(parts, [None]):               # None: the end, when all that was held back comes out
             if isinstance(part, data.Box):
                 said, stream = f"{text} {spell(part)}", data.TextStream(self.tok, [self.template.stop])
@@ -509,9 +510,9 @@ class Session:
                 return
 
     def write(self, turn, hidden):
-        """Let the writers of media make what the answer asks for; hidden: what the model thought at each place."""
+        """Let the writers make what the answer asks for; hidden: what the model thought at each place."""
         stray = []
-        for name in self.model.cfg.projections:
+        for name in self.wishes:
             prompts = read_out(self.model, [*turn.prompt, *turn.ids], hidden, name, len(turn.prompt))
             if prompts is not None:
                 turn.made[name] = prompts
@@ -974,7 +975,9 @@ class Chat:
         for drawing, name in zip(turn.drawn, files):
             log(f"{WHAT[drawing.kind]}: {name}")
             self.draw(drawing.picture)
-        if missing := " or a ".join(WHAT[name] for name in turn.made if name not in self.session.painters):
+        for name in turn.made.keys() - WHAT.keys():             # of a writer that is no painter's
+            log(f"{name}: {turn.made[name].tolist()}")
+        if missing := " or a ".join(WHAT[name] for name in WHAT if name in turn.made and name not in self.session.painters):
             log(f"no painter for a {missing}: put its folder into `painters` of the weights, or name --painters")
         self.show_boxes(turn)
         if turn.dropped:

@@ -18,6 +18,7 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -7391,7 +7392,8 @@ def test_docs_readme_rows_name_their_tests():
 
 
 @pytest.mark.slow
-def test_docs_recipes_make_a_system_that_trains(world, tmp_path):
+@pytest.mark.slow
+def test_docs_recipes_make_a_system_that_trains_and_talks(world, tmp_path):
     for path in HERE.glob("*.py"):
         shutil.copy(path, tmp_path)
     blocks = re.findall(r"```python\n# (\w+\.py), below: ([^\n]+)\n(.*?)```", HACKING, re.S)
@@ -7403,11 +7405,14 @@ def test_docs_recipes_make_a_system_that_trains(world, tmp_path):
     rows = [{"image": str(path.relative_to(world)), "rgb": [10 * i, 20, 30]} for i, path in enumerate(sorted(world.glob("pictures/*"))[:8])]
     (tmp_path / "colours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = re.search(r"^python (train\.py system=hues .*)$", HACKING, re.M)[1].replace("weights/tiny", str(HERE / "weights/tiny"))
-    words = [*command.split(), f"media={world}", "steps=2", "batch=4", "workers=0", "log_every=1"]
+    words = [*command.split(), f"media={world}", "steps=60", "batch=8", "workers=0", "log_every=1"]
     done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     losses = [json.loads(line)["hue_l2"] for line in (tmp_path / "runs/hues/metrics.jsonl").read_text().splitlines()]
-    assert len(losses) == 2 and 0 < losses[1] != losses[0]
+    assert len(losses) == 60 and 0 < losses[59] < losses[0]
+    command = re.search(r"^python (chat\.py runs/hues/.*)#", HACKING, re.M)[1].replace("0.png", str(world / rows[7]["image"]))
+    done = subprocess.run([sys.executable, *shlex.split(command)], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "This one:\n" and re.search(r"^hue: \[\[(0\.\d+(, )?){3}\]\]$", done.stderr, re.M), done.stderr
 
 
 def test_docs_readme_counts_lines_within_a_tenth():

@@ -7043,6 +7043,15 @@ def test_web_names_a_port_in_use(web, page, monkeypatch, capsys):
     assert re.fullmatch(rf"web: .*in use.* {page[0]}\)+\n", capsys.readouterr().err)
 
 
+@pytest.mark.slow
+def test_web_takes_its_folder_away(web, tmp_path):
+    with subprocess.Popen([sys.executable, HERE / "web.py", "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env=os.environ | {"TMPDIR": str(tmp_path)}, text=True) as server:
+        assert "Ctrl-C ends" in server.stdout.readline() and [*tmp_path.glob("nanomni-*")]
+        server.terminate()
+        assert server.wait(60) in (0, 130) and not [*tmp_path.glob("nanomni-*")]
+
+
 def test_web_names_a_port_that_is_none(web, monkeypatch, capsys):
     for port in ("-1", "65536", "http"):
         monkeypatch.setattr(sys, "argv", ["web.py", f"--port={port}"])

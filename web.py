@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+import signal
 import socket
 import tempfile
 import time
@@ -361,6 +362,7 @@ def main():
     args = p.parse_args()
     with socket.create_server(("127.0.0.1", args.port)) as probe:       # one in use is an error now, not after loading
         free = probe.getsockname()[1]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)           # so that the folder of uploads goes then, too
     with tempfile.TemporaryDirectory(prefix="nanomni-") as folder:
         session = chat.open_session(args.weights, args.device, args.dtype, args.quantize, args.painters)
         page = serve(session, Path(folder).resolve(), free)

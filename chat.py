@@ -211,7 +211,7 @@ class Session:
         self.model, self.tok, self.system, self.template, self.spec = model, tok, system, template, spec
         self.weight, self.parse_special = model.llm.embed.weight, parse_special     # weight: for its device and dtype
         self.box_kinds = [kind for kind in ("box", "region") if kind in model.cfg.reads]    # the first unless told
-        self.wishes = [name for name in model.cfg.writes if name not in ("at", "vg")]       # writers that want no picture
+        self.wishes = [name for name in model.writers if name not in ("at", "vg")]          # writers without a picture
         self.max_len = min(context or model.cfg.llm.max_len, model.cfg.llm.max_len)         # tokens
         self.generator, self.settings = torch.Generator(self.weight.device), {}
         for name, row in SETTINGS.items():
@@ -249,7 +249,7 @@ class Session:
         return medium
 
     def box(self, xyxy_px, picture, kind=""):
-        """The Box of a user's pixels in a picture. Raises ValueError if it is none, or if the model does not read it."""
+        """The Box of a user's pixels in a picture. Raises ValueError if it is none, or if the model reads no such."""
         if not (kinds := [one for one in self.box_kinds if kind in ("", one)]):
             raise ValueError(f"this model reads no {kind or 'boxe'}s")
         if picture is None:
@@ -977,7 +977,7 @@ class Chat:
             self.draw(drawing.picture)
         for name in turn.made.keys() - WHAT.keys():             # of a writer that is no painter's
             log(f"{name}: {turn.made[name].tolist()}")
-        if missing := " or a ".join(WHAT[name] for name in WHAT if name in turn.made and name not in self.session.painters):
+        if missing := " or a ".join(WHAT[name] for name in WHAT if name in {*turn.made} - {*self.session.painters}):
             log(f"no painter for a {missing}: put its folder into `painters` of the weights, or name --painters")
         self.show_boxes(turn)
         if turn.dropped:

@@ -442,7 +442,7 @@ class Asker:
         if task in ("rounds", "talks"):
             return {"replies": self.converse(sample.turns, LENGTHS[task])}
         text = self.answer([question], LENGTHS[task])[0]
-        if task == "sqa" and len(choices(text)) != 1:           # parity: LLaVA's --answer-prompter asks after all reasoning
+        if task == "sqa" and len(choices(text)) != 1:           # parity: LLaVA's --answer-prompter does so with all
             text += "\n The answer is " + self.answer([question], 64, f"{text} ###\nANSWER:")[0]
         return {"text": text}
 
@@ -498,7 +498,7 @@ def ask_all(asker, args):               # ask the questions of a file, print how
 
 # ---- Answer files, ScienceQA, a judge
 
-def find_picture(media, name):          # parity: COCO's folders of 2014 put their own name before each, LLaVA's files do not
+def find_picture(media, name):          # parity: COCO's folders of 2014 prefix theirs to names, LLaVA's files do not
     path = data.safe_join(media, name)
     coco = path.with_name(f"COCO_{path.parent.name}_{path.name}")
     return coco if coco.exists() else path

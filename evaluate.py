@@ -635,8 +635,12 @@ def main_review(argv):                  # write the requests to a judge, or have
     requests = review_requests(read(args.questions), map(read, args.answers), rules, contexts)
     if not requests:
         raise ValueError(f"{args.questions}: holds no questions")
-    rows = [summarise_reviews(review(requests, args.judge, args.out))] if args.judge else requests
-    print(*map(json.dumps, rows), sep="\n")
+    if not args.judge:
+        return print(*map(json.dumps, requests), sep="\n")
+    reviews = review(requests, args.judge, args.out)
+    print(json.dumps(summarise_reviews(reviews)))
+    if odd := [row["id"] for row in reviews if row["tuple"] == [-1, -1]]:
+        print(f"{len(odd)} reviews do not begin with two scores, first {odd[0]}; they count as -1", file=sys.stderr)
 
 
 def main(argv=None):

@@ -5560,6 +5560,13 @@ def test_evaluate_science_asks_for_a_choice_after_the_reasons(science, world, po
     assert len(asker.answer(sample.turns, 1, "word " * 9999)[1]) == asker.model.cfg.llm.max_len + 1
 
 
+def test_evaluate_judge_without_scores_is_told(science, capsys):
+    words = review_words(science)
+    (science / "judge2.py").write_text(JUDGE.format(n=9).replace('"8 "', '"Scores: "'))
+    evaluate_main(*words, "--judge", f"{sys.executable} {science}/judge2.py", "-o", science / "x.jsonl")
+    assert "3 reviews do not begin with two scores, first 3; they count as -1\n" in capsys.readouterr().err
+
+
 JUDGE = """import json, sys
 for row in list(map(json.loads, sys.stdin))[:{n}][::-1]:
     print(json.dumps({{"id": row["id"], "content": "8 " + str(row["prompt"].count("one")) + "\\nGood."}}))"""

@@ -7083,6 +7083,14 @@ def test_web_corners_belong_to_a_picture(web, tmp_path):
     assert "[0] is [20, 10, 30, 30]" in web.click(visit, Thing(index=(20, 10)))[2]
 
 
+def test_web_undo_takes_back_what_waits_first(web, tmp_path):
+    visit = visit_of(web, chat_session(), tmp_path)
+    [*web.say(visit, "hello", False)], web.example(visit, "name a box")
+    notes = [web.undo(visit)[2] for _ in range(4)]
+    assert re.fullmatch(r"taken back: \[.*\]; taken back: .*\.png; taken back: hello; nothing was said yet", "; ".join(notes))
+    assert not visit.session.boxes and not visit.session.pending and not visit.session.turns
+
+
 def test_web_search_without_a_picture_becomes_a_note(web, pointing, tmp_path):
     *_, (_, _, note, text) = web.say(visit_of(web, pointing_session(pointing, "chatterbox"), tmp_path), "where is it ?", True)
     assert "needs a picture" in note and text == "where is it ?"

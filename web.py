@@ -205,7 +205,15 @@ def click(visit, event: gr.SelectData):
     return f"[{len(session.boxes) - 1}] is {chat.spell(session.boxes[-1])}; name it so in the message"
 
 
-undo = guarded(lambda visit: f"taken back: {visit.session.undo().text}")
+@guarded
+def undo(visit):
+    """Take back the last box that waits to be sent, else the last file that does, else the last message."""
+    session = visit.session
+    if session.boxes:
+        return f"taken back: {chat.spell(session.boxes.pop())}"
+    return f"taken back: {Path(session.pending.pop().path).name if session.pending else session.undo().text}"
+
+
 clear = guarded(lambda visit: visit.session.clear())
 
 

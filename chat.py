@@ -211,7 +211,6 @@ class Session:
         self.model, self.tok, self.system, self.template, self.spec = model, tok, system, template, spec
         self.weight, self.parse_special = model.llm.embed.weight, parse_special     # weight: for its device and dtype
         self.box_kinds = [kind for kind in ("box", "region") if kind in model.cfg.reads]    # the first unless told
-        self.wishes = [name for name in model.writers if name not in ("at", "vg")]          # writers without a picture
         self.max_len = min(context or model.cfg.llm.max_len, model.cfg.llm.max_len)         # tokens
         self.generator, self.settings = torch.Generator(self.weight.device), {}
         for name, row in SETTINGS.items():
@@ -233,6 +232,11 @@ class Session:
     def media(self):
         """All media; users count them from 1."""
         return [medium for turn in self.turns for medium in turn.media] + self.pending
+
+    @property
+    def wishes(self):
+        """Names of the writers that need no picture."""
+        return [name for name in self.model.writers if name not in ("at", "vg")]
 
     def read(self, path, kind=""):
         """The Medium of a file, of the kind that its content suggests or of a given one. Raises MediaError."""

@@ -213,7 +213,7 @@ class Session:
         self.painters = dict(painters)                  # writer: folder of its painter, or the Painter once needed
         self.model, self.tok, self.system, self.template, self.spec = model, tok, system, template, spec
         self.weight, self.parse_special = model.llm.embed.weight, parse_special     # weight: for its device and dtype
-        self.box_kind = next((kind for kind in ("box", "region") if kind in model.cfg.reads), None)     # or none
+        self.box_kinds = [kind for kind in ("box", "region") if kind in model.cfg.reads]    # the first unless told
         self.max_len = min(context or model.cfg.llm.max_len, model.cfg.llm.max_len)         # tokens
         self.generator, self.settings = torch.Generator(self.weight.device), {}
         for name, row in SETTINGS.items():
@@ -241,6 +241,11 @@ class Session:
         """All media; users count them from 1."""
         return [medium for turn in self.turns for medium in turn.media] + self.pending
 
+    @property
+    def wishes(self):
+        """Names of the writers that need no picture."""
+        return [name for name in self.model.writers if name not in ("at", "vg")]
+
     def read(self, path, kind=""):
         """The Medium of a file, of the kind that its content suggests or of a given one. Raises MediaError."""
         path, reads = os.path.expanduser(path), self.model.cfg.reads
@@ -255,21 +260,22 @@ class Session:
         data.load_medium(medium, self.spec)
         return medium
 
-    def box(self, xyxy_px, picture):
-        """The Box of a user's pixels in a picture. Raises ValueError if it is none, or if the model reads no boxes."""
-        if self.box_kind is None:
-            raise ValueError("this model reads no boxes")
+    def box(self, xyxy_px, picture, kind=""):
+        """The Box of a user's pixels in a picture. Raises ValueError if it is none, or if the model reads no such."""
+        if not (kinds := [one for one in self.box_kinds if kind in ("", one)]):
+            raise ValueError(f"this model reads no {kind or 'boxe'}s")
         if picture is None:
             raise ValueError("a box needs a picture; attach one first")
-        box = data.Box(tuple(float(x) for x in xyxy_px), picture=picture, kind=self.box_kind)
+        box = data.Box(tuple(float(x) for x in xyxy_px), picture=picture, kind=kinds[0])
         data.place_boxes([box], data.Geometry(*picture.size, self.spec.square), self.spec)
         return box
 
-    def found(self, frame, picture):
+    def found(self, frame, picture, kind=""):
         """The Box of a place (4,) in the frame of a picture, where the model put it."""
         geometry = data.Geometry(*(picture.size if picture else (1, 1)), self.spec.square)  # without a picture: 0..1
         xyxy_px = tuple(geometry.to_pixels(frame.cpu()).tolist())
-        return data.Box(xyxy_px, tensor=frame, picture=picture, kind=self.box_kind)
+        kinds = [one for one in self.box_kinds if one == kind] or [*self.box_kinds, "box"]
+        return data.Box(xyxy_px, tensor=frame, picture=picture, kind=kinds[0])
 
     def last(self):
         """The last turn. Raises ValueError if there is none."""
@@ -335,7 +341,7 @@ class Session:
             return medium and os.path.abspath(medium.path)
 
         def rows(boxes):
-            return [{"frame": box.tensor.tolist(), "picture": place(box.picture)} for box in boxes]
+            return [{"frame": box.tensor.tolist(), "picture": place(box.picture), "kind": box.kind} for box in boxes]
         turns = [{"text": turn.text, "media": [{"path": place(m), "kind": m.kind} for m in turn.media],
                   "answer": turn.answer, "find": turn.find, "picture": place(turn.picture),
                   "given": rows(turn.given), "found": rows(turn.found)} for turn in self.turns]
@@ -367,8 +373,9 @@ class Session:
             return next(seen, None) or (self.read(str(path), "image") if path else None)
         turn.answer, turn.picture = str(row["answer"]), picture(row.get("picture"))
         turn.find = bool(row.get("find")) and "vg" in self.model.writers
-        turn.given, turn.found = ([self.found(torch.tensor(box["frame"]).float().view(4), picture(box["picture"]))
-                                   for box in row.get(key, ()) if self.box_kind] for key in ("given", "found"))
+        turn.given, turn.found = (
+            [self.found(torch.tensor(box["frame"]).float().view(4), picture(box["picture"]), box.get("kind"))
+             for box in row.get(key, ()) if self.box_kinds] for key in ("given", "found"))
         return turn
 
     def question(self, turn, current):
@@ -478,6 +485,7 @@ class Session:
         """Ids of an answer, as they are generated; beams give theirs at the end."""
         most = min(self.settings["max_new_tokens"], self.max_len - len(turn.prompt))
         if (beams := self.settings["beams"]) > 1:
+            turn.clock[2] = turn.clock[1]               # how long the first alone took, nobody knows
             return beam_search(self.model, embeds, n_beam=beams, max_new_tokens=most, hidden=hidden)
         how = {name: self.settings[name] for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
         if self.settings["graph"]:
@@ -506,8 +514,8 @@ class Session:
     def texts(self, parts):
         """The certain text of an answer, after each part and at the end, without blanks around it. Boxes are spelled in
         it; what it says to painters is no text."""
-        cfg, text, said, stream = self.model.cfg, "", "", data.TextStream(self.tok, [self.template.stop])
-        silent = {*self.model.feeds, *(id for name in cfg.projections for id in cfg.signal(name))}
+        text, said, stream = "", "", data.TextStream(self.tok, [self.template.stop])
+        silent = {*self.model.feeds, *(id for name in self.wishes for id in self.model.cfg.signal(name))}
         for part in chain(parts, [None]):               # None: the end, when all that was held back comes out
             if isinstance(part, data.Box):
                 said, stream = f"{text} {spell(part)}", data.TextStream(self.tok, [self.template.stop])
@@ -521,9 +529,9 @@ class Session:
                 return
 
     def write(self, turn, hidden):
-        """Let the writers of media make what the answer asks for; hidden: what the model thought at each place."""
+        """Let the writers make what the answer asks for; hidden: what the model thought at each place."""
         stray = []
-        for name in self.model.cfg.projections:
+        for name in self.wishes:
             prompts = read_out(self.model, [*turn.prompt, *turn.ids], hidden, name, len(turn.prompt))
             if prompts is not None:
                 turn.made[name] = prompts
@@ -910,9 +918,10 @@ class Chat:
             self.say(self.inline(text.removeprefix("/")))
 
     def block(self, text):
-        """Text up to three closing quotes, taken as it stands."""
-        while '"""' not in text:
-            text += "\n" + input(". " * self.interactive)
+        """Text up to three closing quotes or the end of the input, taken as it stands."""
+        with suppress(EOFError):
+            while '"""' not in text:
+                text += "\n" + input(". " * self.interactive)
         return text.partition('"""')[0].strip("\n")
 
     def command(self, name="", rest=""):
@@ -954,9 +963,9 @@ class Chat:
         if text.strip():
             self.stream(self.session.say(text, find=find or self.args.find))
 
-    def add_box(self, text):
+    def add_box(self, text, kind=""):
         session, numbers = self.session, re.sub(r"[\[\](),]", " ", text).split()
-        session.boxes.append(session.box(numbers, last_picture(session.media)))
+        session.boxes.append(session.box(numbers, last_picture(session.media), kind))
         return f"[{len(session.boxes) - 1}] is {spell(session.boxes[-1])}"
 
     def stream(self, pieces):
@@ -987,7 +996,9 @@ class Chat:
         for drawing, name in zip(turn.drawn, files):
             log(f"{WHAT[drawing.kind]}: {name}")
             self.draw(drawing.picture)
-        if missing := " or a ".join(WHAT[name] for name in turn.made if name not in self.session.painters):
+        for name in turn.made.keys() - WHAT.keys():             # of a writer that is no painter's
+            log(f"{name}: {turn.made[name].tolist()}")
+        if missing := " or a ".join(WHAT[name] for name in WHAT if name in {*turn.made} - {*self.session.painters}):
             log(f"no painter for a {missing}: put its folder into `painters` of the weights, or name --painters")
         self.show_boxes(turn)
         if turn.dropped:
@@ -1039,7 +1050,8 @@ class Chat:
     def stats(self, _):
         turn, n = self.session.last(), len(self.session.last().ids)
         encode, prefill, decode = (b - a for a, b in zip(turn.clock, turn.clock[1:]))
-        return (f"encode {encode:.2f} s, prefill {len(turn.prompt) - turn.reused} tokens in {prefill:.2f} s, "
+        when = f"in {prefill:.2f} s" if prefill else "at once with the answer"                 # of beams
+        return (f"encode {encode:.2f} s, prefill {len(turn.prompt) - turn.reused} tokens {when}, "
                 f"{turn.reused} reused, {n} new tokens at {max(n - 1, 0) / (decode or 1):.1f} tok/s, "
                 f"context {len(turn.prompt) + n} of {self.session.max_len}")
 
@@ -1053,7 +1065,7 @@ class Chat:
         return f"{self.args.weights}: {', '.join([*facts, *(what for what, can in able.items() if can)])}"
 
     def help(self, _):
-        hidden = {*KINDS} - {*self.session.model.cfg.reads}
+        hidden = {*KINDS, "region"} - {*self.session.model.cfg.reads}
         rows = [(f"/{name} {usage}", text) for name, (_, usage, text) in COMMANDS.items() if name not in hidden]
         return "\n".join(f"{left:22} {text}" for left, text in rows)
 
@@ -1065,6 +1077,7 @@ COMMANDS = {                            # name: what runs, usage, help
     **{kind: (lambda chat, text, kind=kind: chat.add(file_names(text), kind), "FILE ...", f"attach {kind} files")
        for kind in KINDS},
     "box": (Chat.add_box, "X1 Y1 X2 Y2", "a box for the next message, pixels; the first is [0]"),
+    "region": (lambda chat, text: chat.add_box(text, "region"), "X1 Y1 X2 Y2", "the same, known by what is in it"),
     "find": (lambda chat, text: chat.say(text, find=True), "QUESTION", "ask, and look for a box that answers"),
     "media": (Chat.list_media, "", "list what is attached"),
     "show": (lambda chat, text: chat.show(chat.medium(text)), "[#k|last]", "describe a medium and show its picture"),

@@ -38,7 +38,7 @@ examples:
     convert_weights.py nextchat-7b-336/ --out weights/nextchat-7b
     convert_weights.py mp_rank_00_model_states.pt clip-vit-large-patch14/ --out weights/chatterbox-13b
     convert_weights.py vicuna-7b-v0/ nextgpt_7b_tiva_v0/ imagebind_huge.pth --out weights/nextgpt-7b
-    convert_weights.py stable-diffusion-v1-5/ --out weights/sd15
+    convert_weights.py stable-diffusion-v1-5/ --out weights/nextgpt-7b/painters/sd15
   a model to train, from parts of others; what training makes is initialised and listed
     convert_weights.py --preset nextchat-7b-336 vicuna-7b/ clip-large-336/ sam_vit_h.pth --out weights/start
     convert_weights.py --preset chatterbox-13b llava-llama-2-13b/ clip-large/ groundingdino.pth --out weights/start
@@ -1000,7 +1000,7 @@ class Recipe(NamedTuple):
         if source.kind == "projector" and name == EMBED:
             return "merged", "rows of added tokens"
         if name not in self.shapes:
-            return NOT_NEEDED.get(name, ("UNEXPECTED", f"{self.preset or 'a model of these sizes'} has no {name}"))
+            return NOT_NEEDED.get(name, ("UNEXPECTED", f"{self.preset or 'a model of these sizes'} has no such tensor"))
         if name in self.targets:
             shared = any(other is x for other, *_ in self.targets[name].rows)
             return ("merged", "rows of added tokens") if shared else ("dropped", "another source gives it")

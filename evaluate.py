@@ -12,7 +12,8 @@ where it stopped, and shares the work under torchrun --standalone --nproc_per_no
 In order: metrics (exact match, ScienceQA, reviews by a judge), boxes and masks (REC, RES), answers (POPE, PointQA,
 GQA), captions (CIDEr-D, Vedantam et al., arXiv 1411.5726), tasks (what a row of predictions holds, and its figures),
 predictions (files that grow row by row and survive a kill), the run, answer files with ScienceQA and a judge.
-A question is right if the answer is the expected one but for case and blanks.
+A question is right if the answer is the expected one but for case and blanks. An answer to ScienceQA that commits to no
+choice is asked to go on, after "ANSWER:".
 """
 import argparse
 import hashlib
@@ -401,9 +402,12 @@ class Asker:
         return data.render(turns, self.tok, self.system, self.template, self.model.cfg.n_token, train=train)
 
     @torch.inference_mode()
-    def answer(self, turns, max_new_tokens=128):
-        """The greedy answer to turns (of strings, media, boxes) -> text, ids of all, hidden states it came from."""
+    def answer(self, turns, max_new_tokens=128, begun=""):
+        """The greedy answer to turns (of strings, media, boxes), or the rest of one that is begun -> text, ids of all,
+        hidden states it came from."""
         r, hidden, at = self.render([*turns, None]), [], next(iter(self.model.feeds), -1)
+        room = self.model.cfg.llm.max_len - len(r.ids)
+        r = r._replace(ids=r.ids + self.tok.encode(begun, bos=False)[-room:])
         embeds, mask = self.embed(r)
         stream, ids = data.TextStream(self.tok, (self.template.stop,)), list(r.ids)
         for id in M.generate(self.model, embeds, max_new_tokens=max_new_tokens, hidden=hidden, attn_mask=mask):
@@ -484,7 +488,10 @@ class Asker:
             return {"masks": self.segment(question, LENGTHS[task])}
         if task in ("rounds", "talks"):
             return {"replies": self.converse(sample.turns, LENGTHS[task])}
-        return {"text": self.answer([question], LENGTHS[task])[0]}
+        text = self.answer([question], LENGTHS[task])[0]
+        if task == "sqa" and len(choices(text)) != 1:           # parity: LLaVA's --answer-prompter does so with all
+            text += "\n The answer is " + self.answer([question], 64, f"{text} ###\nANSWER:")[0]
+        return {"text": text}
 
 
 def read_samples(args):                 # of a task's file
@@ -538,12 +545,18 @@ def ask_all(asker, args):               # ask the questions of a file, print how
 
 # ---- Answer files, ScienceQA, a judge
 
+def find_picture(media, name):          # parity: COCO's folders of 2014 prefix theirs to names, LLaVA's files do not
+    path = data.safe_join(media, name)
+    coco = path.with_name(f"COCO_{path.parent.name}_{path.name}")
+    return coco if coco.exists() else path
+
+
 def question_samples(path, media, read=dict):           # rows {question_id, image, text} -> Samples, pictures come last
     samples = []
     for i, record in enumerate(data.read_records(path)):
         with data.naming(path, i, record):
             row = read(record)
-            seen = ["\n", data.Medium("image", str(data.safe_join(media, row["image"])))] if row.get("image") else []
+            seen = ["\n", data.Medium("image", str(find_picture(media, row["image"])))] if row.get("image") else []
             samples.append(data.Sample([[row["text"], *seen]], str(row["question_id"]), row))
     return samples
 
@@ -663,14 +676,18 @@ def main_review(argv):                  # write the requests to a judge, or have
     add("--judge", help="program that reads lines {id, prompt} and writes lines {id, content}; default: print requests")
     add("--out", "-o", type=Path, help="file of reviews")
     args = p.parse_args(argv)
-    if args.judge and not args.out:
-        p.error("--judge needs --out FILE")
+    if bool(args.judge) != bool(args.out):
+        p.error("--judge and --out FILE, for its reviews, go together")
     [rules], contexts = read(args.rules, lambda whole: [whole]), args.context and read(args.context)
     requests = review_requests(read(args.questions), map(read, args.answers), rules, contexts)
     if not requests:
         raise ValueError(f"{args.questions}: holds no questions")
-    rows = [summarise_reviews(review(requests, args.judge, args.out))] if args.judge else requests
-    print(*map(json.dumps, rows), sep="\n")
+    if not args.judge:
+        return print(*map(json.dumps, requests), sep="\n")
+    reviews = review(requests, args.judge, args.out)
+    print(json.dumps(summarise_reviews(reviews)))
+    if odd := [row["id"] for row in reviews if row["tuple"] == [-1, -1]]:
+        print(f"{len(odd)} reviews do not begin with two scores, first {odd[0]}; they count as -1", file=sys.stderr)
 
 
 def main(argv=None):

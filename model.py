@@ -895,6 +895,8 @@ def read_config(folder, cls=ModelConfig):
         raise ValueError(f"{path}: format {version} is newer than this code understands ({FORMAT}); update the code")
     if "unet" in values and cls is ModelConfig:
         raise ValueError(f"{folder}: a painter, no model to talk with; a model takes it with --painters")
+    if "unet" not in values and cls is not ModelConfig:
+        raise ValueError(f"{folder}: no painter; a folder for --painters holds theirs alone")
     return to_config(cls, values, path)
 
 

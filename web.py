@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+import signal
 import socket
 import tempfile
 import time
@@ -204,7 +205,15 @@ def click(visit, event: gr.SelectData):
     return f"[{len(session.boxes) - 1}] is {chat.spell(session.boxes[-1])}; name it so in the message"
 
 
-undo = guarded(lambda visit: f"taken back: {visit.session.undo().text}")
+@guarded
+def undo(visit):
+    """Take back the last box that waits to be sent, else the last file that does, else the last message."""
+    session = visit.session
+    if session.boxes:
+        return f"taken back: {chat.spell(session.boxes.pop())}"
+    return f"taken back: {Path(session.pending.pop().path).name if session.pending else session.undo().text}"
+
+
 clear = guarded(lambda visit: visit.session.clear())
 
 
@@ -280,7 +289,7 @@ def example(visit, ability):
     if message is not wish:             # a wish is for something that does not exist yet
         session.pending.append(session.read(str(visit.folder / m.name)))
     if need in ("box", "region"):
-        session.boxes.append(session.box(shapes.box(m.things[0]), session.pending[-1]))
+        session.boxes.append(session.box(shapes.box(m.things[0]), session.pending[-1], need))
     return show(visit, text=message(m))
 
 
@@ -323,6 +332,7 @@ def build(session, folder):
         buttons["stop"].click(stop, visit, None, **private)             # beside the answer that it stops
         for name, act in {"retry": retry, "undo": undo, "clear": clear}.items():
             buttons[name].click(act, visit, view, **one)
+        talk.clear(clear, visit, view, **one)           # the bin that Gradio puts above it
         for name, button in abilities.items():
             button.click(partial(example, ability=name), visit, view, **one)
         files.upload(attach, [visit, files], view, **one).then(lambda: None, None, files, **private)    # empties the box
@@ -340,23 +350,30 @@ def serve(session, folder, port=None):
     blocks = build(session, folder).queue(max_size=16)
     blocks.launch(server_name="127.0.0.1", server_port=port, share=False, ssr_mode=False, enable_monitoring=False,
                   run_history=False, footer_links=[], max_file_size=BIGGEST[f"{API}/upload"], quiet=True,
+                  css="[aria-label=Share] {display: none}",             # it would send to a site of Gradio's
                   prevent_thread_lock=True, app_kwargs={"middleware": [Middleware(Guard, folder=folder)]})
     return blocks
+
+
+def port(text):                         # 0: any that is free
+    return range(1 << 16).index(int(text))
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("weights", nargs="?", default=chat.TINY, help="weights folder (weights/tiny)")
-    p.add_argument("--port", type=int, default=7860, help="default %(default)s")
+    p.add_argument("--port", type=port, default=7860, help="default %(default)s")
     p.add_argument("--device", help="cuda, mps, cpu ... (the best there is)")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights")
     p.add_argument("--quantize", choices=("int8", "int4"), default="", help="keep the language model in 8 or 4 bits")
     p.add_argument("--painters", metavar="FOLDER", help="holds a folder per painter (painters, in the weights folder)")
     args = p.parse_args()
-    socket.create_server(("127.0.0.1", args.port)).close()      # a port in use is an error before anything is loaded
+    with socket.create_server(("127.0.0.1", args.port)) as probe:       # one in use is an error now, not after loading
+        free = probe.getsockname()[1]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)           # so that the folder of uploads goes then, too
     with tempfile.TemporaryDirectory(prefix="nanomni-") as folder:
         session = chat.open_session(args.weights, args.device, args.dtype, args.quantize, args.painters)
-        page = serve(session, Path(folder).resolve(), args.port)
+        page = serve(session, Path(folder).resolve(), free)
         print(f"the page is at http://127.0.0.1:{page.server_port}; Ctrl-C ends", flush=True)
         page.block_thread()
 

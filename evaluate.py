@@ -545,18 +545,12 @@ def ask_all(asker, args):               # ask the questions of a file, print how
 
 # ---- Answer files, ScienceQA, a judge
 
-def find_picture(media, name):          # parity: COCO's folders of 2014 prefix theirs to names, LLaVA's files do not
-    path = data.safe_join(media, name)
-    coco = path.with_name(f"COCO_{path.parent.name}_{path.name}")
-    return coco if coco.exists() else path
-
-
 def question_samples(path, media, read=dict):           # rows {question_id, image, text} -> Samples, pictures come last
     samples = []
     for i, record in enumerate(data.read_records(path)):
         with data.naming(path, i, record):
             row = read(record)
-            seen = ["\n", data.Medium("image", str(find_picture(media, row["image"])))] if row.get("image") else []
+            seen = ["\n", data.Medium("image", str(data.safe_join(media, row["image"])))] if row.get("image") else []
             samples.append(data.Sample([[row["text"], *seen]], str(row["question_id"]), row))
     return samples
 

@@ -7162,6 +7162,12 @@ def test_chat_says_which_painter_is_missing(drawing, capsys):
         chat.find_painters(drawing / "weights/painters", {"img": G.ProjectionConfig(out_dim=8)})
 
 
+def test_chat_finds_painters_beside_other_models(drawing, tmp_path):
+    for path in (drawing / "plain", drawing / "weights/painters/image"):
+        shutil.copytree(path, tmp_path / path.name)
+    assert chat.find_painters(tmp_path, {}) == {"img": tmp_path / "image"}
+
+
 def test_chat_interrupted_drawing_keeps_the_session(drawing, monkeypatch):
     session = drawing_session(drawing, SIGNALS["img"])
     with monkeypatch.context() as patch:

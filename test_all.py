@@ -2394,6 +2394,8 @@ NEXTGPT_RECORDS = {                     # record, its turns: texts, an upper-cas
     "llava": ({"image": "a.jpg", "conversations": say("<image>\nWhat?", "A dog")}, [["I", "What?"], ["A dog"]]),
     "t2m": ({"mm_name": "x/b.wav", "conversation": [{"from": "human", "value": "Bark", "input_modality": "text"},
              {"from": "gpt", "value": "Here.", "output_modality": "audio"}]}, [["Bark"], ["Here.", "a"]]),
+    "t2m as made": ({"image_name": "b.wav", "conversation": [{"from": "human", "value": "Bark", "input_modality": "text"},
+                     {"from": "gpt", "value": "Here.", "output_modality": "audio"}]}, [["Bark"], ["Here.", "a"]]),
     "later": ({"output_audio": "b.wav", "conversations": say("Bark", "Here <audio>")}, [["Bark"], ["Here", "a"]]),
     "mosit": ({"image_list": [{"image_name": "a.jpg", "caption": "a dog"}], "video_list": [],
                "audio_list": [{"audio_name": "b.wav", "caption": "woof"}],

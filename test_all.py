@@ -3639,10 +3639,22 @@ def test_golden_diffusion_converted(tmp_path, name, vae_keys, layout):
     same(tmp_path / "out", tmp_path / "again")
 
 
+def test_convert_padding_is_what_the_tokenizer_says(tmp_path):
+    """In one of two files, of which the first wins: a word, or an object with all that is known of it."""
+    hub_folder(tmp_path / "hub", "zeroscope")
+    word, other = {"content": "!", "lstrip": False, "special": True}, "<|endoftext|>"
+    for first, second, zero in ((word, other, True), (None, "!", True), (None, word, True), (other, "!", False), (None, None, False)):
+        for name, pad in (("special_tokens_map", first), ("tokenizer_config", second)):
+            (tmp_path / f"hub/tokenizer/{name}.json").write_text(json.dumps({"pad_token": pad} if pad else {}))
+        text = cw.plan_weights([tmp_path / "hub"]).cfg.text
+        assert text.pad == (0 if zero else text.end)
+
+
 def test_convert_refuses_diffusion(tmp_path):
     hub_folder(tmp_path / "hub", "audioldm")
     llama, = put(tmp_path / "llm", llama_state())
     refused([tmp_path / "hub", llama], tmp_path / "out", match="convert it alone")
+    refused([tmp_path / "hub"], tmp_path / "out", preset="omni-7b", match="convert it alone")
     path = tmp_path / "hub/scheduler/scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"trained_betas": [0.1]}))
     refused([tmp_path / "hub"], tmp_path / "out", match="trained_betas")

@@ -4389,6 +4389,7 @@ def test_train_nextgpt_stage_2_learns_to_draw(tmp_path, width):
     train.main(flags)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [set(row) >= {"lm", "img_l2"} for row in rows] == [True, True] and rows[0]["lr"] == 4e-4 and rows[1]["lr"] == 0
+    assert json.loads((tmp_path / "run/settings.json").read_text())["max_len"] == 512
     old, new = (weights_of(folder) for folder in (tmp_path / "init", tmp_path / "run/weights"))
     changed = {key.split(".proj.")[0] for key in old if not torch.equal(old[key], new[key])}
     assert changed == {"llm.embed.weight", "llm.lm_head.weight", "writers.img"}

@@ -979,7 +979,7 @@ class Recipe(NamedTuple):
         if source.kind == "projector" and name == EMBED:
             return "merged", "rows of added tokens"
         if name not in self.shapes:
-            return NOT_NEEDED.get(name, ("UNEXPECTED", f"{self.preset or 'a model of these sizes'} has no {name}"))
+            return NOT_NEEDED.get(name, ("UNEXPECTED", f"{self.preset or 'a model of these sizes'} has no such tensor"))
         if name in self.targets:
             shared = any(other is x for other, *_ in self.targets[name].rows)
             return ("merged", "rows of added tokens") if shared else ("dropped", "another source gives it")

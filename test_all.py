@@ -3738,7 +3738,7 @@ def test_convert_omni_vocabulary(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("system", ("nextchat", "chatterbox", "nextgpt", "chatbind"))
-def test_convert_preset_of_bases(tmp_path, system):
+def test_convert_preset_of_bases(tmp_path, system, capsys):
     """A preset of one system begins from the bases it was trained from; only what training makes is initialised."""
     bases = {"nextchat": ("nextchat-7b-336", "vicuna-7b-v1.5", "clip-vit-large-patch14-336", "sam_vit_h"),
              "chatterbox": ("chatterbox-13b", "llama-2-13b-hf", "clip-vit-large-patch14", "groundingdino_swinb_cogcoor"),
@@ -3752,6 +3752,8 @@ def test_convert_preset_of_bases(tmp_path, system):
     assert plan.cfg == M.PRESETS[preset] and plan.files["model"][cw.EMBED].shape[0] == plan.cfg.llm.vocab_size
     parts = {row.part for row in plan.report if row.fate == "initialised"}
     assert parts and not [part for part in parts if part.endswith(("tower", ".sam", "locator"))]
+    cw.show(plan)
+    assert len(capsys.readouterr().out.splitlines()) < 40       # counts, not a line for each of a thousand keys
 
 
 def test_convert_preset_takes_the_numbers_of_its_language_model(tmp_path, monkeypatch):

@@ -455,7 +455,7 @@ class Session:
             new, turn.answer = text[len(turn.answer):], text
             if new:
                 yield new
-        self.write(turn, hidden)
+        self.write(turn, hidden[:len(turn.ids)])        # beams went on behind what ends the answer
         self.outline(turn, places[len(turn.prompt):], hidden)
         self.paint(turn)
 

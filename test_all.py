@@ -7179,6 +7179,17 @@ def test_chat_says_which_painter_is_missing(drawing, capsys):
         chat.find_painters(drawing / "weights/painters", {"img": G.ProjectionConfig(out_dim=8)})
 
 
+def test_chat_beams_prompt_painters_as_without(drawing):
+    """Also where they went on behind the words that end an answer."""
+    made = []
+    for beams in (1, 2):
+        session = drawing_session(drawing, SIGNALS["img"] + " END of it", beams=beams, painters="")
+        session.template = replace(session.template, stop="END")
+        session.ask("Draw a dog.")
+        made.append(session.last().made["img"])
+    assert (made[0] - made[1]).abs().max() < 1e-4 * made[0].abs().max()
+
+
 def test_chat_finds_painters_beside_other_models(drawing, tmp_path):
     for path in (drawing / "plain", drawing / "weights/painters/image"):
         shutil.copytree(path, tmp_path / path.name)

@@ -477,7 +477,7 @@ class Session:
             new, turn.answer = text[len(turn.answer):], text
             if new:
                 yield new
-        self.write(turn, hidden)
+        self.write(turn, hidden[:len(turn.ids)])        # beams went on behind what ends the answer
         self.outline(turn, places[len(turn.prompt):], hidden)
         self.paint(turn)
 
@@ -609,13 +609,14 @@ class Session:
 def find_painters(folder, projections):
     """{writer: folder} of painters in a folder that may not be there. Raises ValueError for one that does not fit."""
     found = {}
-    for path in sorted(Path(folder).glob("*/config.json")):
-        cfg = read_config(path.parent, PainterConfig)
+    configs = sorted(Path(folder).glob("*/config.json"))
+    for path in (path.parent for path in configs if b'"unet"' in path.read_bytes()):            # others may lie there, too
+        cfg = read_config(path, PainterConfig)
         wants = cfg.unet.context_dim or cfg.unet.class_dim                      # width of its prompts
         proj = projections.get(cfg.kind)
         if proj and proj.out_dim != wants:
-            raise ValueError(f"{path.parent}: paints from vectors of {wants} numbers, this model makes {proj.out_dim}")
-        found[cfg.kind] = path.parent
+            raise ValueError(f"{path}: paints from vectors of {wants} numbers, this model makes {proj.out_dim}")
+        found[cfg.kind] = path
     return found
 
 

@@ -642,7 +642,7 @@ def check_parts(parts, preset):
                       f"convert_weights.py {base} {path} --out DIR")
     if additions and not preset and len(additions) + (llm.kind != "llama") > 1:         # only a bare LLaMA brings none
         raise Refused(f"{llm.path} and {additions[0].path}: the projector would be given twice; leave one of them out")
-    if "painter" in parts and len(parts) > 1:
+    if "painter" in parts and (preset or len(parts) > 1):
         raise Refused(f"{parts['painter'].path}: a diffusion model makes a weights folder of its own; convert it alone")
 
 
@@ -771,6 +771,7 @@ def painter_files(source):                              # {subfolder: values} of
     for part in ("unet", "vae", "text_encoder", "scheduler"):
         if not files[part]:
             raise Refused(f"{source.path}: MISSING {part}/{PAINTER_FILES[part]}; download the whole folder again")
+    files["tokenizer"] = source.json("tokenizer/tokenizer_config.json") | files["tokenizer"]    # which wins
     return files
 
 
@@ -794,7 +795,8 @@ def painter_config(files, where):                       # files: {subfolder: val
         return M.to_config(cls, values | more, f"{where}: {part}")
     text, schedule, vocoder = files["text_encoder"], files["scheduler"], None
     end, pad = text["vocab_size"] - 1, files.get("tokenizer", {}).get("pad_token")
-    ids = {"start": end - 1, "end": end, "pad": 0 if pad in ("!", {"content": "!"}) else end}       # "!": ZeroScope's
+    pad = pad["content"] if isinstance(pad, dict) else pad
+    ids = {"start": end - 1, "end": end, "pad": 0 if pad == "!" else end}       # "!": ZeroScope's
     if files.get("vocoder"):                            # sounds are prompted by a RoBERTa
         ids = {"start": 0, "end": 2, "pad": 1, "out_dim": text["projection_dim"]}
         vocoder = read(G.VocoderConfig, "vocoder", VOCODER_FIELDS)

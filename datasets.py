@@ -735,11 +735,11 @@ def untagged(text):
 
 def file_of(row, kind, i):
     """The file that turn i of a record shows or, in an answer, asks for; each data set has its own key for it."""
-    given = f"{kind}_name", f"input_{kind}", kind, "mm_name"
-    asked = "mm_name", f"output_{kind}", f"{kind}_name"
+    given = f"{kind}_name", f"input_{kind}", kind, "mm_name", "image_name"      # the last: of any kind (PandaGPT)
+    asked = "mm_name", f"output_{kind}", f"{kind}_name", "image_name"
     name = next((row[key] for key in (asked if i % 2 else given) if key in row), None)
     if kind not in WRITERS or name is None:
-        raise DataError(f"turn {i + 1}: no file of the kind {kind!r:.40}; there are {', '.join(WRITERS)}")
+        raise DataError(f"turn {i + 1}: {kind!r:.40} is none of {', '.join(WRITERS)}, or the record names no file for it")
     return name
 
 

@@ -2405,6 +2405,8 @@ NEXTGPT_RECORDS = {                     # record, its turns: texts, an upper-cas
     "llava": ({"image": "a.jpg", "conversations": say("<image>\nWhat?", "A dog")}, [["I", "What?"], ["A dog"]]),
     "t2m": ({"mm_name": "x/b.wav", "conversation": [{"from": "human", "value": "Bark", "input_modality": "text"},
              {"from": "gpt", "value": "Here.", "output_modality": "audio"}]}, [["Bark"], ["Here.", "a"]]),
+    "t2m as made": ({"image_name": "b.wav", "conversation": [{"from": "human", "value": "Bark", "input_modality": "text"},
+                     {"from": "gpt", "value": "Here.", "output_modality": "audio"}]}, [["Bark"], ["Here.", "a"]]),
     "later": ({"output_audio": "b.wav", "conversations": say("Bark", "Here <audio>")}, [["Bark"], ["Here", "a"]]),
     "mosit": ({"image_list": [{"image_name": "a.jpg", "caption": "a dog"}], "video_list": [],
                "audio_list": [{"audio_name": "b.wav", "caption": "woof"}],
@@ -3727,10 +3729,22 @@ def test_golden_diffusion_converted(tmp_path, name, vae_keys, layout):
     same(tmp_path / "out", tmp_path / "again")
 
 
+def test_convert_padding_is_what_the_tokenizer_says(tmp_path):
+    """In one of two files, of which the first wins: a word, or an object with all that is known of it."""
+    hub_folder(tmp_path / "hub", "zeroscope")
+    word, other = {"content": "!", "lstrip": False, "special": True}, "<|endoftext|>"
+    for first, second, zero in ((word, other, True), (None, "!", True), (None, word, True), (other, "!", False), (None, None, False)):
+        for name, pad in (("special_tokens_map", first), ("tokenizer_config", second)):
+            (tmp_path / f"hub/tokenizer/{name}.json").write_text(json.dumps({"pad_token": pad} if pad else {}))
+        text = cw.plan_weights([tmp_path / "hub"]).cfg.text
+        assert text.pad == (0 if zero else text.end)
+
+
 def test_convert_refuses_diffusion(tmp_path):
     hub_folder(tmp_path / "hub", "audioldm")
     llama, = put(tmp_path / "llm", llama_state())
     refused([tmp_path / "hub", llama], tmp_path / "out", match="convert it alone")
+    refused([tmp_path / "hub"], tmp_path / "out", preset="omni-7b", match="convert it alone")
     path = tmp_path / "hub/scheduler/scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"trained_betas": [0.1]}))
     refused([tmp_path / "hub"], tmp_path / "out", match="trained_betas")
@@ -3817,7 +3831,7 @@ def test_convert_omni_vocabulary(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("system", ("nextchat", "chatterbox", "nextgpt", "chatbind"))
-def test_convert_preset_of_bases(tmp_path, system):
+def test_convert_preset_of_bases(tmp_path, system, capsys):
     """A preset of one system begins from the bases it was trained from; only what training makes is initialised."""
     bases = {"nextchat": ("nextchat-7b-336", "vicuna-7b-v1.5", "clip-vit-large-patch14-336", "sam_vit_h"),
              "chatterbox": ("chatterbox-13b", "llama-2-13b-hf", "clip-vit-large-patch14", "groundingdino_swinb_cogcoor"),
@@ -3831,6 +3845,8 @@ def test_convert_preset_of_bases(tmp_path, system):
     assert plan.cfg == M.PRESETS[preset] and plan.files["model"][cw.EMBED].shape[0] == plan.cfg.llm.vocab_size
     parts = {row.part for row in plan.report if row.fate == "initialised"}
     assert parts and not [part for part in parts if part.endswith(("tower", ".sam", "locator"))]
+    cw.show(plan)
+    assert len(capsys.readouterr().out.splitlines()) < 40       # counts, not a line for each of a thousand keys
 
 
 def test_convert_preset_takes_the_numbers_of_its_language_model(tmp_path, monkeypatch):
@@ -4553,6 +4569,7 @@ def test_train_nextgpt_stage_2_learns_to_draw(tmp_path, width):
     train.main(flags)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [set(row) >= {"lm", "img_l2"} for row in rows] == [True, True] and rows[0]["lr"] == 4e-4 and rows[1]["lr"] == 0
+    assert json.loads((tmp_path / "run/settings.json").read_text())["max_len"] == 512
     old, new = (weights_of(folder) for folder in (tmp_path / "init", tmp_path / "run/weights"))
     changed = {key.split(".proj.")[0] for key in old if not torch.equal(old[key], new[key])}
     assert changed == {"llm.embed.weight", "llm.lm_head.weight", "writers.img"}
@@ -5805,14 +5822,6 @@ def test_evaluate_asks_about_a_picture_below_its_question(science, world, pointi
     monkeypatch.setitem(evaluate.LENGTHS, "vqa", 3)
     asker, sample = evaluate.Asker(pointing / "nextchat"), evaluate.question_samples(science / "questions.jsonl", world)[0]
     assert isinstance(asker.predict("vqa", sample)["text"], str) and sample.turns[0][2].tensor is not None
-
-
-def test_evaluate_finds_cocos_pictures_by_the_names_of_llavas_files(tmp_path):
-    (tmp_path / "val2014").mkdir()
-    for name in ("COCO_val2014_1.jpg", "COCO_val2014_2.jpg", "2.jpg"):
-        (tmp_path / "val2014" / name).touch()
-    found = [evaluate.find_picture(tmp_path / "val2014", name).name for name in ("1.jpg", "COCO_val2014_2.jpg", "3.jpg")]
-    assert found == ["COCO_val2014_1.jpg", "COCO_val2014_2.jpg", "3.jpg"]
 
 
 def test_evaluate_science_asks_for_a_choice_after_the_reasons(science, world, pointing, monkeypatch):
@@ -7522,6 +7531,23 @@ def test_chat_says_which_painter_is_missing(drawing, capsys):
         chat.find_painters(drawing, {})
 
 
+def test_chat_beams_prompt_painters_as_without(drawing):
+    """Also where they went on behind the words that end an answer."""
+    made = []
+    for beams in (1, 2):
+        session = drawing_session(drawing, SIGNALS["img"] + " END of it", beams=beams, painters="")
+        session.template = replace(session.template, stop="END")
+        session.ask("Draw a dog.")
+        made.append(session.last().made["img"])
+    assert (made[0] - made[1]).abs().max() < 1e-4 * made[0].abs().max()
+
+
+def test_chat_finds_painters_beside_other_models(drawing, tmp_path):
+    for path in (drawing / "plain", drawing / "weights/painters/image"):
+        shutil.copytree(path, tmp_path / path.name)
+    assert chat.find_painters(tmp_path, {}) == {"img": tmp_path / "image"}
+
+
 def test_chat_interrupted_drawing_keeps_the_session(drawing, monkeypatch):
     session = drawing_session(drawing, SIGNALS["img"])
     with monkeypatch.context() as patch:
@@ -7591,7 +7617,7 @@ OURS = {"attention": set(), "quantize": set(), "vision": {"attention"}, "locate"
         "convert_weights": {"model", "generate", "locate", "vision"}, "ranks": {"model"},
         "train": {"model", "data", "datasets", "ranks"},
         "evaluate": {"model", "data", "datasets", "chat"}, "chat": {"model", "generate", "data", "datasets"}, "web": {"chat", "data", "shapes"},
-        "paint": {"model", "generate", "data", "shapes", "chat"}}
+        "paint": {"model", "generate", "data", "datasets", "shapes", "chat"}}
 README, HACKING = ((HERE / name).read_text() for name in ("README.md", "HACKING.md"))
 
 

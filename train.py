@@ -125,7 +125,7 @@ CHATTERBOX = Stage(rf"{TOKENS}|{LORA}|readers\.region\..*|{LOCATOR}", lr=3e-5, b
                    hush="vg_")
 # parity: all of the embedding and of lm_head learn in every stage, and the first update has a rate of its own
 NEXTGPT = Stage(f"{TOKENS}|{PROJECTOR}", lr=5e-4, batch=18, schedule="logarithmic", warmup=0.1, first_lr=4e-4,
-                weight_decay=1e-3, beta2=0.95, turns=True)
+                weight_decay=1e-3, beta2=0.95, max_len=512, turns=True)
 # The union: first what stands between the parts, then the language model too, then what outlines and what finds.
 OMNI_JOINTS = rf"{TOKENS}|{PROJECTOR}|{BOXES}|readers\.region\..*|writers\.vg\.query\..*|{SIGNALS}"
 OMNI = Stage(OMNI_JOINTS, lr=5e-4, batch=64, weights=NEXTCHAT.weights | CHATTERBOX.weights | {"vid_l2": 2})

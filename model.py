@@ -896,7 +896,7 @@ def read_config(folder, cls=ModelConfig):
     if "unet" in values and cls is ModelConfig:
         raise ValueError(f"{folder}: a painter, no model to talk with; a model takes it with --painters")
     if "unet" not in values and cls is not ModelConfig:
-        raise ValueError(f"{folder}: no painter; a folder for --painters holds theirs alone")
+        raise ValueError(f"{folder}: no painter")
     return to_config(cls, values, path)
 
 

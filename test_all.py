@@ -6651,7 +6651,7 @@ ESCAPES = ("\x1b[31m", "\x1b]52;c;eA==\x07", "\x9b2J", "\x1b]0;t\x1b\\", "\x1bP1
 def test_chat_control_characters_never_reach_the_terminal(capsys):
     talker = chat.Chat(Thing(last=lambda: Thing(dropped=0, text="", answer="", media=[], ids=[], clock=[0] * 4, found=[], boxes=[], find=False,
                                         picture=None, stray=[], drawn=[], made={}),
-                             settings={"seed": 0}), Thing(prompt=None, pictures="off", json=False, weights=""))
+                             settings={"seed": 0}, painters={}), Thing(prompt=None, pictures="off", json=False, weights="", no_draw=False))
     for text in ESCAPES:
         text = f"a\tb\n{text}c{text}"
         for cut in range(len(text)):
@@ -7527,8 +7527,8 @@ def test_chat_says_which_painter_is_missing(drawing, capsys):
     assert "no painter for a picture" in err and json.loads(out)["files"] == [] and "complete run" in err
     with pytest.raises(ValueError, match="vectors of 48 numbers, this model makes 8"):
         chat.find_painters(drawing / "weights/painters", {"img": G.ProjectionConfig(out_dim=8)})
-    with pytest.raises(ValueError, match="one: no painter; a folder for --painters"):
-        chat.find_painters(drawing, {})
+    with pytest.raises(ValueError, match="one: no painter"):
+        M.load_painter(drawing / "one")
 
 
 def test_chat_beams_prompt_painters_as_without(drawing):

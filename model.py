@@ -205,7 +205,7 @@ class Linear(nn.Linear):
         rows, few = x.numel() // self.in_features, 256 if x.dtype == torch.bfloat16 else 1
         if rows > few or x.device.type != "cpu" or torch.is_grad_enabled():
             return super().forward(x)
-        y = torch.mv(self.weight, x.flatten()) if rows == 1 else (self.weight @ x.flatten(0, -2).T).T       # (rows, N)
+        y = self.weight @ x.flatten() if rows == 1 else (self.weight @ x.flatten(0, -2).T).T                # (rows, N)
         return y.view(*x.shape[:-1], self.out_features)     # lies as (N, rows), which the next product likes
 
 
@@ -716,7 +716,8 @@ class Replay:
     """Steps of one token each as a CUDA graph, which launches at once what Python launches in a thousand pieces.
 
     A graph knows no Python numbers, so the place of a step is a tensor and the length is that of a whole run of places,
-    of which those ahead are hidden. Without a GPU the same steps run without a graph.
+    of which those ahead are hidden. It reads memory, not names: weights and cache have to stay where they are (so make it
+    after fuse). Without a GPU the same steps run without a graph.
     """
     RUN = 512                           # places a graph serves: what reading keys in vain costs, against one more graph
 
@@ -724,6 +725,7 @@ class Replay:
         self.llm, self.cache, self.end, self.step = llm, cache, 0, None
         self.x = llm.embed.weight.new_empty(1, 1, llm.cfg.dim)
         self.at = torch.zeros(1, dtype=torch.long, device=self.x.device)
+        self.rope = llm.positions(0, cache.max_len, self.x.device)      # held, for the model may replace its table
 
     def append(self, layer, k, v):      # as the cache does
         self.cache.k[layer].index_copy_(2, self.at, k)
@@ -731,17 +733,13 @@ class Replay:
         return self.cache.k[layer, :, :, :self.end], self.cache.v[layer, :, :, :self.end]   # (1, nkv, end, hd)
 
     def run(self):
-        rope = [table[self.at].to(self.x.dtype) for table in self.llm.positions(0, self.end, self.x.device)]    # (1, hd)
+        rope = [table[self.at].to(self.x.dtype) for table in self.rope]                     # (1, hd)
         ahead = torch.arange(self.end, device=self.x.device) > self.at
         bias = self.x.new_zeros(1, 1, 1, self.end).masked_fill(ahead, torch.finfo(self.x.dtype).min)
         self.h = self.llm.layers(self.x, rope, self, bias=bias)                             # (1, 1, C)
 
     def captured(self):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):   # once before, so that kernels are compiled and libraries have their memory
-            self.run()
-        torch.cuda.current_stream().wait_stream(side)
+        self.run()                      # once before, so that kernels are compiled and libraries are ready
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.run()
@@ -751,8 +749,8 @@ class Replay:
         pos = self.cache.pos
         self.x.copy_(x)
         self.at.fill_(pos)
-        if pos >= self.end:
-            self.end = min(pos // self.RUN * self.RUN + self.RUN, self.cache.max_len)
+        if pos >= self.end or not self.step:            # no step: Ctrl-C came while it was made
+            self.step, self.end = None, min(pos // self.RUN * self.RUN + self.RUN, self.cache.max_len)
             for held in self.cache.k, self.cache.v:
                 held[:, :, :, pos:self.end] = 0     # what lay there may be no number, and 0 times that is none either
             self.step = self.captured() if x.is_cuda else self.run
@@ -1023,7 +1021,7 @@ BIG = 2 << 30                           # bytes
 def usual_dtype(folder, device):
     """The type to talk in: bfloat16 on a GPU, and for big weights on a CPU that multiplies it; else float32."""
     big = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) > BIG
-    quick = torch.cpu.get_capabilities().get("amx_bf16") or torch.cpu.get_capabilities().get("avx512_bf16")
+    quick = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
     return torch.bfloat16 if torch.device(device).type == "cuda" or big and quick else torch.float32
 
 

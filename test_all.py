@@ -1836,6 +1836,29 @@ def test_llm_replayed_steps_equal_plain_ones(monkeypatch):
             assert torch.allclose(torch.cat(states, 1), torch.cat(want, 1), atol=1e-5)
 
 
+@torch.inference_mode()
+def test_llm_replay_reads_what_lay_there_at_first():
+    """A graph holds its table of positions, whatever becomes of the model's."""
+    _, ours = peer_llm("mha", 0)
+    cache, x = M.KVCache(ours.llm, 1, 9), ours.llm.embed(torch.tensor([[3]]))
+    replay = M.Replay(ours.llm, cache)
+    want, cache.pos = replay(x), 0
+    ours.llm.rope = [torch.full_like(table, torch.nan) for table in ours.llm.rope]
+    assert torch.equal(replay(x), want) and torch.isfinite(want).all()
+
+
+def test_llm_replay_that_was_interrupted_starts_afresh():
+    _, ours = peer_llm("mha", 0)
+    cache, x = M.KVCache(ours.llm, 1, 9), ours.llm.embed(torch.tensor([[3]])).detach()
+    replay, want = M.Replay(ours.llm, cache), ours.llm(x)
+    cache.k = None                      # as if Ctrl-C came
+    with torch.inference_mode(), pytest.raises(TypeError):
+        replay(x)
+    cache.k = torch.zeros_like(cache.v)
+    with torch.inference_mode():
+        assert torch.allclose(replay(x), want, atol=1e-5)
+
+
 def test_llm_lora_starts_as_base_and_merges():
     cfg = M.LLMConfig(dim=32, n_layer=2, n_head=2, n_kv_head=2, mlp_dim=48, vocab_size=50)
     model = M.Model(M.ModelConfig(llm=M.replace(cfg, lora_rank=4, lora_targets="wq wv down")))
@@ -1863,6 +1886,13 @@ def test_llm_one_row_is_multiplied_like_many(dtype, tol):
         with torch.no_grad():
             want, one = layer(x), torch.cat([layer(row[None]) for row in x])
         assert one.shape == want.shape and (one - want).abs().max() <= tol * want.abs().max().clamp(min=1)
+
+
+@torch.no_grad()
+def test_llm_rows_of_another_type_go_through_autocast():
+    for rows in (1, 3):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert M.Linear(8, 5)(torch.ones(rows, 8).bfloat16()).dtype == torch.bfloat16
 
 
 def test_llm_loss_in_chunks_equals_the_whole():

@@ -1115,9 +1115,11 @@ def test_golden_diffusion_captions_embedded(kind, name, of, tmp_path):
     text = replace(paint.PAINTERS[kind].text, vocab_size=n, max_len=ids.shape[1] + 2 * sound, start=start, end=end, pad=pad)
     painter = G.Painter(replace(paint.PAINTERS[kind], text=text))
     M.save(painter, tmp_path / "painter")
-    put_merges(meta, of, tmp_path / "painter")
     rows = [{"caption": caption, f"{kind}_name": f"{i}.x"} for i, caption in enumerate(meta["strings"])]
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    with pytest.raises(FileNotFoundError, match="painter/merges.txt is missing; copy it"):
+        paint.main([f"{tmp_path}/pairs.json", "--embed", f"{tmp_path}/painter"])
+    put_merges(meta, of, tmp_path / "painter")
     paint.main([f"{tmp_path}/pairs.json", "--embed", f"{tmp_path}/painter"])
     if kind == "image":
         tok = data.CLIPTokenizer(tmp_path / "painter/merges.txt", meta[name]["pad_token"])
@@ -7557,8 +7559,8 @@ def test_chat_says_which_painter_is_missing(drawing, capsys):
     assert "no painter for a picture" in err and json.loads(out)["files"] == [] and "complete run" in err
     with pytest.raises(ValueError, match="vectors of 48 numbers, this model makes 8"):
         chat.find_painters(drawing / "weights/painters", {"img": G.ProjectionConfig(out_dim=8)})
-    with pytest.raises(ValueError, match="one: no painter; a folder for --painters"):
-        chat.find_painters(drawing, {})
+    with pytest.raises(ValueError, match="plain: no painter"):
+        M.load_painter(drawing / "plain")
 
 
 def test_chat_beams_prompt_painters_as_without(drawing):
@@ -7606,6 +7608,21 @@ def test_paint_refuses_painters_of_other_media(flag, drawing, world, tmp_path):
     for file, words in (("audio_pairs", "paints no audio"), ("clips", "no caption pairs"), ("image_comprehension", "no caption pairs")):
         with pytest.raises(ValueError, match="asks for nothing|record 0" if flag == "--embed" else words):
             paint.main([f"{world}/{file}.json", flag, str(drawing / "weights/painters/image"), "--out", str(tmp_path)])
+
+
+def test_paint_takes_a_tokenizer_of_any_name(world, tmp_path):
+    shutil.copy(world / "tokenizer.model", tmp_path / "words.model")
+    args = "--steps", "1", "--batch", "1", "--tokenizer", str(tmp_path / "words.model")
+    paint.main([f"{world}/drawings.json", "--out", str(tmp_path / "a"), *args])
+    assert (tmp_path / "a/tokenizer.model").exists()
+
+
+def test_paint_embed_wants_a_text_tower(drawing, world, tmp_path):
+    painter = M.load_painter(drawing / "weights/painters/image")
+    painter.text, painter.cfg = None, replace(painter.cfg, text=None)
+    M.save(painter, tmp_path / "a")
+    with pytest.raises(ValueError, match="a: this painter has no text tower"):
+        paint.main([f"{world}/drawings_wishes.json", "--embed", str(tmp_path / "a")])
 
 
 def test_paint_goes_on_from_a_painter_whose_text_tower_stays(drawing, world, tmp_path):

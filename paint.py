@@ -292,7 +292,7 @@ def page(made, captions, columns=4):    # tiles with their captions below, as on
 def embed(args):
     """What a text tower makes of the captions of all media of its kind that answers of a file ask for, in any format of
     NExT-GPT's: embed/NAME.npy beside the file, as its training wants them."""
-    painter, captions = M.load_painter(args.embed), {}
+    painter, captions = M.load(args.embed, build=G.Painter, cls=G.PainterConfig), {}    # mapped: only its text is read
     if not painter.text:
         raise ValueError(f"{args.embed}: this painter has no text tower")
     for i, row in enumerate(data.read_records(args.data)):

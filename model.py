@@ -1019,7 +1019,7 @@ BIG = 2 << 30                           # bytes
 
 def usual_dtype(folder, device):
     """The type to talk in: bfloat16 on a GPU, and for big weights on a CPU that multiplies it; else float32."""
-    big = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) > BIG
+    big = sum(path.stat().st_size for path in Path(folder).glob("model*.safetensors")) > BIG
     quick = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
     return torch.bfloat16 if torch.device(device).type == "cuda" or big and quick else torch.float32
 

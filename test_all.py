@@ -6638,8 +6638,11 @@ def test_chat_files_dragged_in_before_words_are_attached(monkeypatch, capsys, ch
 
 
 @pytest.mark.parametrize("able", [{}, {"amx_bf16": True}, {"avx512_bf16": True}])
-def test_chat_big_weights_take_16_bits_where_a_cpu_multiplies_them(able, monkeypatch):
+def test_chat_big_weights_take_16_bits_where_a_cpu_multiplies_them(able, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    with open(tmp_path / "imagebind.safetensors", "wb") as file:            # not what would be loaded
+        file.truncate(M.BIG + 1)
+    assert M.usual_dtype(tmp_path, "cpu") == torch.float32
     assert chat_session().weight.dtype == torch.float32 and M.usual_dtype(CHAT_WEIGHTS, "cuda:1") == torch.bfloat16
     monkeypatch.setattr(M, "BIG", 1000)
     assert chat_session().weight.dtype == (torch.bfloat16 if able else torch.float32)

@@ -23,7 +23,6 @@ if torch.cuda.is_available() or "TRITON_INTERPRET" in os.environ:       # elsewh
         import triton
         import triton.language as tl
         from triton.language import constexpr
-
 jit = triton.jit if triton else lambda kernel: kernel
 
 
@@ -49,7 +48,7 @@ def relative_bias(rel_h, rel_w):
 # ---- Reference
 
 def reference_attention(q, k, v, *, causal=False, bias=None, segments=None, rel=None, wide=None):
-    """The formula, softmax(q k^T / sqrt(hd) + bias) v, in float32 or better, or in a type `wide`. Obvious: tests lean on it."""
+    """softmax(q k^T / sqrt(hd) + bias) v, in float32 or better, or in a type `wide`. Obvious: tests lean on it."""
     B, nh, T, hd = q.shape
     wide = wide or torch.promote_types(q.dtype, torch.float32)
     k, v = (x.to(wide).repeat_interleave(nh // x.shape[1], dim=1) for x in (k, v))          # (B, nh, S, hd)
@@ -114,8 +113,7 @@ def store2(x, offset, ok, tile, HD: constexpr, D1: constexpr, D2: constexpr):
 
 
 @jit
-def zeros2(rows: constexpr, D1: constexpr, D2: constexpr):
-    """Where sums of two tiles begin."""
+def zeros2(rows: constexpr, D1: constexpr, D2: constexpr):             # where sums of two tiles begin
     return tl.zeros([rows, D1], tl.float32), tl.zeros([rows, D2 if D2 > 0 else D1], tl.float32)
 
 
@@ -336,8 +334,9 @@ def launch(kernel, grid, tensors, strided, numbers, tile, causal):
     """Run a kernel on tensors, the strides of some of them (without the last, which is 1) and numbers."""
     hd, strides, (BM, BN, warps, stages) = tensors[0].shape[-1], tuple(x.stride()[:-1] for x in strided), tile
     D1, D2 = channels(hd)
-    kernel[grid](*tensors, strides, *numbers, hd ** -0.5 / math.log(2), HD=hd, D1=D1, D2=D2, BM=BM, BN=BN,
-                 CAUSAL=causal, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+    with torch.cuda.device_of(tensors[0]):                      # Triton launches on the current GPU, wherever q lies
+        kernel[grid](*tensors, strides, *numbers, hd ** -0.5 / math.log(2), HD=hd, D1=D1, D2=D2, BM=BM, BN=BN,
+                     CAUSAL=causal, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
 
 
 def spans(segments, size):
@@ -396,12 +395,12 @@ def decode(q, k, v, bias=None):
     chunk = triton.cdiv(max(SPLIT, triton.cdiv(S, triton.cdiv(wanted, B * nkv))), t[1]) * t[1]
     n_split = triton.cdiv(S, chunk)
     parts, lse = (q.new_empty(n_split, B, nkv, group, n, dtype=torch.float32) for n in (hd, 1))
-    bias = None if bias is None else bias.expand(B, nkv, group, S)
-    extras = bias, None if bias is None else bias.stride(), *[None] * 5
+    extras = (None,) * 7 if bias is None else (x := bias.expand(B, nkv, group, S), x.stride(), *[None] * 5)
     launch(forward_kernel, (B * nkv * triton.cdiv(group, t[0]), n_split), (rows, k, v, parts, lse),
            (rows, k, v, parts), (extras, (None, None), nkv, 1, group, S, chunk), t, False)
     o, D, N = q.new_empty(B, nh, 1, hd), triton.next_power_of_2(hd), triton.next_power_of_2(n_split)
-    join_kernel[(B * nh,)](parts, lse, o, n_split, B * nh, HD=hd, D=D, N=N, enable_fp_fusion=True)
+    with torch.cuda.device_of(q):
+        join_kernel[(B * nh,)](parts, lse, o, n_split, B * nh, HD=hd, D=D, N=N, enable_fp_fusion=True)
     return o
 
 
@@ -411,10 +410,11 @@ def triton_attention(q, k, v, *, causal=False, bias=None, segments=None, rel=Non
     if learns or q.shape[-1] > MAX_HEAD_DIM or q.element_size() == 8 or not (q.is_cuda or INTERPRETED):
         return torch_attention(q, k, v, causal=causal, bias=bias, segments=segments, rel=rel)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    plain, one = segments is None and rel is None, bias is None or bias.shape[1:3] == (1, 1)
-    if plain and one and q.shape[2] == 1 and not (torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))):
+    plain, alike = segments is None and rel is None, bias is None or bias.shape[1:3] == (1, 1)      # for all heads
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    if plain and alike and q.shape[2] == 1 and not trained:
         return decode(q, k, v, bias)
-    if plain and bias is None and q.shape[2] == k.shape[2] <= SHORT:        # temporal attention: thousands of short samples, packed
+    if plain and bias is None and q.shape[2] == k.shape[2] <= SHORT:    # attention in time: thousands of samples
         B, T = q.shape[0], q.shape[2]
         q, k, v = (x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for x in (q, k, v))    # (1, nh, B * T, hd)
         segments = torch.arange(B * T, device=q.device, dtype=torch.int32)[None] // T
@@ -446,5 +446,5 @@ def attention(q, k, v, *, causal=False, bias=None, segments=None, rel=None):
     if segments is not None and not segments.shape == (B, T) == (B, S):
         raise ValueError(f"segments {tuple(segments.shape)} must be (B, T) = {B, T} with as many keys, here {S}")
     if rel is not None and (bias is not None or nh != nkv or S != rel[0].shape[-1] * rel[1].shape[-1]):
-        raise ValueError(f"rel of {rel[0].shape[-1]} x {rel[1].shape[-1]} places needs as many keys, not {S}, nkv = nh and no bias")
+        raise ValueError(f"rel needs {rel[0].shape[-1]} x {rel[1].shape[-1]} keys, not {S}, nkv = nh and no bias")
     return BACKENDS[backend](q, k, v, causal=causal, bias=bias, segments=segments, rel=rel)

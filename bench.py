@@ -6,9 +6,9 @@
 
 In order: sizes, checkpoints, cases, measuring, the report. Random checkpoints of the sizes below are written once to
 --folder by transformers and converted like anybody's; painters and SAM hold the same random tensors on both sides. Each
-side has a process of its own, whose peak memory is told. A share is what the machine's own limit would take (weights read
-at the speed of a matrix-vector product, operations at that of a large matrix product, both measured first) over what we
-took. With one thread of a CPU, time is the processor's, which other programs do not lengthen. Results go to BENCHMARKS.md.
+side has a process of its own, whose peak memory is told. A share is what the machine's own limit would take (weights
+read at the speed of a matrix-vector product, operations at that of a large matrix product, both measured first) over
+what we took. With one thread of a CPU, time is the processor's, which others do not lengthen. It writes BENCHMARKS.md.
 """
 import argparse
 import datetime
@@ -61,8 +61,8 @@ CLIP = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_
             patch_size=14)
 SAM = vision.SAMConfig()
 SAM_NAMES = [(r"^", "vision_encoder."), ("blocks", "layers"), (r"\.norm(\d)", r".layer_norm\1"),
-             ("neck.0", "neck.conv1"), ("neck.1", "neck.layer_norm1"), ("neck.2", "neck.conv2"), ("neck.3", "neck.layer_norm2"),
-             ("patch_embed.proj", "patch_embed.projection")]            # ours to transformers'
+             ("neck.0", "neck.conv1"), ("neck.1", "neck.layer_norm1"), ("neck.2", "neck.conv2"),
+             ("neck.3", "neck.layer_norm2"), ("patch_embed.proj", "patch_embed.projection")]    # ours to transformers'
 AUDIO = dict(in_channels=8, out_channels=8, block_out_channels=(256, 512, 768, 1280), attention_head_dim=8,
              cross_attention_dim=(256, 512, 768, 1280), class_embed_type="simple_projection",
              class_embeddings_concat=True, projection_class_embeddings_input_dim=512,
@@ -181,7 +181,7 @@ def answer(model, ids, n, side, replay=None):           # greedy answer of exact
     return list(M.generate(model, model.llm.embed(ids), max_new_tokens=n, cache=replay and replay.cache, replay=replay))
 
 
-def decode(side, s, quantize="", graph=False):       # peers stay in floats, which is what their users have without a further package
+def decode(side, s, quantize="", graph=False):          # peers stay in floats: all that comes without another package
     ids = tokens(s, 1, 8)
     if side != "ours":
         model = load(s, "llm", side)
@@ -415,7 +415,7 @@ def seconds(job, s, n=1):               # of one run, over n of them
 
 
 def limits(s):
-    """Bytes per second of the product of a vector and a matrix of 1 GiB, which no cache holds; operations per second."""
+    """Bytes per second of a product of vector and matrix (1 GiB, which no cache holds); operations per second."""
     n = 2048 if s.device == "cpu" else 8192
     weights = torch.ones(2 ** 30 // s.dtype.itemsize // n, n, device=s.device, dtype=s.dtype)
     read = Job(lambda: weights.mv(weights[0]), 1)

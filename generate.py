@@ -127,7 +127,7 @@ ZEROSCOPE = PainterConfig(
     unet=UNetConfig(n_head=(5, 10, 20, 20), context_dim=1024, video=True),
     text=TextConfig(dim=1024, n_layer=23, n_head=16, mlp_dim=4096, act="gelu", pad=0),
     proj=ProjectionConfig(n_signal=24, out_dim=1024), scheduler="ddim")
-AUDIOLDM = PainterConfig(               # parity: 8 heads on every level, as converted; it was trained with heads 64 wide
+AUDIOLDM = PainterConfig(               # parity: 8 heads on every level, as converted; trained were heads 64 wide
     unet=UNetConfig(channels=8, widths=(256, 512, 768, 1280), attends=(False, True, True, True), context_dim=0,
                     class_dim=512),
     vae=VAEConfig(channels=1, latent=8, widths=(128, 256, 512), scale=0.9654927849769592),
@@ -196,7 +196,7 @@ class CLAPText(nn.Module):
 # ---- Convolutions
 
 def channels_last(model):
-    """Lay the weights of convolutions out with channels innermost, as CPUs and tensor cores want them; what they compute
+    """Lay the weights of convolutions out with channels innermost, as CPUs and tensor cores want them; what they make
     then lies so too, (N, H, W, C) in memory, through all layers. Values and shapes stay."""
     for p in model.parameters():
         if p.ndim > 3:
@@ -205,8 +205,8 @@ def channels_last(model):
 
 
 class GroupNorm(nn.GroupNorm):
-    """torch's. Its kernel for channels that lie innermost squares before it takes the mean off: in float32 that mean has
-    to be near 0 already."""
+    """torch's. Its kernel for channels that lie innermost squares before it takes the mean off: in float32 that mean
+    has to be near 0 already."""
 
     def forward(self, x):
         if x.dtype == torch.float32 and x.device.type == "cpu" and not x.is_contiguous():
@@ -329,7 +329,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(dim, 2 * mlp_dim)
 
     def forward(self, x):
-        halves = zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2))    # of one product they would lie apart in memory
+        halves = zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2))    # of one product they would lie apart
         x, gate = (F.linear(x, *half) for half in halves)
         return F.gelu(gate).mul_(x)                             # in place: these are the widest of all
 

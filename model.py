@@ -205,7 +205,7 @@ class Linear(nn.Linear):
         rows, few = x.numel() // self.in_features, 256 if x.dtype == torch.bfloat16 else 1
         if rows > few or x.device.type != "cpu" or torch.is_grad_enabled():
             return super().forward(x)
-        y = torch.mv(self.weight, x.flatten()) if rows == 1 else (self.weight @ x.flatten(0, -2).T).T       # (rows, N)
+        y = self.weight @ x.flatten() if rows == 1 else (self.weight @ x.flatten(0, -2).T).T                # (rows, N)
         return y.view(*x.shape[:-1], self.out_features)     # lies as (N, rows), which the next product likes
 
 
@@ -599,7 +599,7 @@ class Model(nn.Module):
         whole, part = ((look[:, None].to(x.dtype) @ x[of])[:, 0] for look in (share, one))
         told = self.writers["at"](self.llm.norm(torch.cat([whole, part])))                  # as from the last block
         losses = {f"at_{name}": loss for name, loss in box_loss(told, torch.cat([boxes, boxes])).items()}
-        end = torch.where(F.pad(at[1:] == at[:-1], (0, 1)), start.roll(-1), T)              # next box of the row, if any
+        end = torch.where(F.pad(at[1:] == at[:-1], (0, 1)), start.roll(-1), T)              # next box of the row
         place = torch.arange(T, device=at.device)
         inside = (place >= start[:, None]) & (place < end[:, None])
         return (whole, part), batch.labels[at].where(inside, -100), losses
@@ -716,7 +716,8 @@ class Replay:
     """Steps of one token each as a CUDA graph, which launches at once what Python launches in a thousand pieces.
 
     A graph knows no Python numbers, so the place of a step is a tensor and the length is that of a whole run of places,
-    of which those ahead are hidden. Without a GPU the same steps run without a graph.
+    of which those ahead are hidden. It reads memory, not names: weights and cache must stay where they are, so make it
+    after fuse. Without a GPU the same steps run without a graph.
     """
     RUN = 512                           # places a graph serves: what reading keys in vain costs, against one more graph
 
@@ -724,6 +725,7 @@ class Replay:
         self.llm, self.cache, self.end, self.step = llm, cache, 0, None
         self.x = llm.embed.weight.new_empty(1, 1, llm.cfg.dim)
         self.at = torch.zeros(1, dtype=torch.long, device=self.x.device)
+        self.rope = llm.positions(0, cache.max_len, self.x.device)      # held, for the model may replace its table
 
     def append(self, layer, k, v):      # as the cache does
         self.cache.k[layer].index_copy_(2, self.at, k)
@@ -731,17 +733,13 @@ class Replay:
         return self.cache.k[layer, :, :, :self.end], self.cache.v[layer, :, :, :self.end]   # (1, nkv, end, hd)
 
     def run(self):
-        rope = [table[self.at].to(self.x.dtype) for table in self.llm.positions(0, self.end, self.x.device)]    # (1, hd)
+        rope = [table[self.at].to(self.x.dtype) for table in self.rope]                     # (1, hd)
         ahead = torch.arange(self.end, device=self.x.device) > self.at
         bias = self.x.new_zeros(1, 1, 1, self.end).masked_fill(ahead, torch.finfo(self.x.dtype).min)
         self.h = self.llm.layers(self.x, rope, self, bias=bias)                             # (1, 1, C)
 
     def captured(self):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):   # once before, so that kernels are compiled and libraries have their memory
-            self.run()
-        torch.cuda.current_stream().wait_stream(side)
+        self.run()                      # once before, so that kernels are compiled and libraries are ready
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.run()
@@ -751,8 +749,8 @@ class Replay:
         pos = self.cache.pos
         self.x.copy_(x)
         self.at.fill_(pos)
-        if pos >= self.end:
-            self.end = min(pos // self.RUN * self.RUN + self.RUN, self.cache.max_len)
+        if pos >= self.end or not self.step:            # no step: Ctrl-C came while it was made
+            self.step, self.end = None, min(pos // self.RUN * self.RUN + self.RUN, self.cache.max_len)
             for held in self.cache.k, self.cache.v:
                 held[:, :, :, pos:self.end] = 0     # what lay there may be no number, and 0 times that is none either
             self.step = self.captured() if x.is_cuda else self.run
@@ -805,7 +803,7 @@ def beam_search(model, embeds, *, n_beam=5, max_new_tokens=512, hidden=None):
         steps.append(llm(embeds, cache))
         h = steps[-1][:, -1]                                                                # (n_beam, C)
         total = llm.lm_head(h).float().log_softmax(-1) + scores                             # (n_beam, V)
-        best, index = total.flatten().topk((1 + max(len(eos), 1)) * n_beam)                 # as many as may end, and n_beam
+        best, index = total.flatten().topk((1 + max(len(eos), 1)) * n_beam)                 # what may end, and n_beam
         row, id = index // total.shape[1], index % total.shape[1]
         candidates = list(zip(best.tolist(), row.tolist(), id.tolist()))                    # best first
         ended = [(score / step, beams[row] + [(id, row)]) for score, row, id in candidates[:n_beam] if id in eos]
@@ -893,15 +891,14 @@ def read_config(folder, cls=ModelConfig):
         raise ValueError(error) from None
     if version > FORMAT:
         raise ValueError(f"{path}: format {version} is newer than this code understands ({FORMAT}); update the code")
-    if "unet" in values and cls is ModelConfig:
-        raise ValueError(f"{folder}: a painter, no model to talk with; a model takes it with --painters")
-    if "unet" not in values and cls is not ModelConfig:
-        raise ValueError(f"{folder}: no painter")
+    if ("unet" in values) == (cls is ModelConfig):
+        what = "a painter, no model to talk with; a model takes it with --painters" if "unet" in values else "no painter"
+        raise ValueError(f"{folder}: {what}")
     return to_config(cls, values, path)
 
 
 def stored_in(path):
-    """{tensor name: (type, shape, byte where it begins)} of a safetensors file. If damaged, it raises nearly anything."""
+    """{tensor name: (type, shape, byte where it begins)} of a safetensors file. Damaged, it raises nearly anything."""
     # The library checks sizes, overlaps, gaps and types; with "pt" it would ask for as much memory as the file is long.
     with open(path, "rb") as f, safe_open(path, "np"):
         n = int.from_bytes(f.read(8), "little")         # length of the header, which the numbers follow
@@ -930,7 +927,7 @@ def mapped(path):
 
 
 def tensors_in(folder):
-    """{tensor name: tensor} of a weights folder, mapped. Raises ValueError if a shard is no plain name of a file there."""
+    """{tensor name: tensor} of a weights folder, mapped. Raises ValueError if a shard is no name of a file there."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
@@ -957,8 +954,8 @@ class WithoutNumbers(TorchFunctionMode):
 
 
 def skeleton(folder, build=Model, cls=ModelConfig):
-    """build(config), a Model, of a weights folder on meta, in the stored types, and {name: tensor} as stored, mapped. Raises
-    FileNotFoundError, ValueError naming the folder and key that do not fit."""
+    """build(config), a Model, of a weights folder on meta, in the stored types, and {name: tensor} as stored, mapped.
+    Raises FileNotFoundError, ValueError naming the folder and key that do not fit."""
     cfg = read_config(folder, cls)
     quantized = getattr(cfg, "quantized", "")
     try:
@@ -1022,8 +1019,8 @@ BIG = 2 << 30                           # bytes
 
 def usual_dtype(folder, device):
     """The type to talk in: bfloat16 on a GPU, and for big weights on a CPU that multiplies it; else float32."""
-    big = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors")) > BIG
-    quick = torch.cpu.get_capabilities().get("amx_bf16") or torch.cpu.get_capabilities().get("avx512_bf16")
+    big = sum(path.stat().st_size for path in Path(folder).glob("model*.safetensors")) > BIG
+    quick = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16"))
     return torch.bfloat16 if torch.device(device).type == "cuda" or big and quick else torch.float32
 
 
@@ -1066,7 +1063,8 @@ def new_folder(out):
     """A folder that takes the name `out` when the block ends well and its files are on disk, and else disappears."""
     out = out.resolve()                                     # of a link the folder that it means
     if os.path.ismount(out) or out.is_file():               # could not take the name: said before hours of work
-        raise OSError(f"{out} cannot be replaced: it is a {'file' if out.is_file() else 'mount point'}; name a folder in it")
+        kind = "file" if out.is_file() else "mount point"
+        raise OSError(f"{out} cannot be replaced: it is a {kind}; name a folder in it")
     new, old = (out.with_name(f"{out.name}.tmp-{os.getpid()}{end}") for end in ("", "-old"))
     for left in new, old:
         shutil.rmtree(left, ignore_errors=True)
@@ -1102,7 +1100,8 @@ def save(model, folder, extra=(), values=None):
         raise ValueError("a fused model is not for saving: save it before, or load it again")
     folder = Path(folder)
     config = folder / "config.json"                             # others' folders have one too
-    if folder.is_dir() and any(folder.iterdir()) and not (config.is_file() and b'"format_version"' in config.read_bytes()):
+    ours = config.is_file() and b'"format_version"' in config.read_bytes()
+    if folder.is_dir() and any(folder.iterdir()) and not ours:
         raise ValueError(f"{folder} holds other things than weights, which would be lost; name a new folder")
     state = tensors_of(model)
     with new_folder(folder) as new:

@@ -3,7 +3,7 @@
     python paint.py shapes/drawings.json --out weights/tiny/painters/image
     python paint.py shapes/video_pairs.json --out weights/tiny/painters/video --fast
     python paint.py shapes/audio_pairs.json --out weights/tiny/painters/audio
-    python paint.py unseen/drawings.json --judge weights/tiny/painters/image --known shapes/drawings.json --page page.png
+    python paint.py unseen/drawings.json --judge weights/tiny/painters/image --known shapes/drawings.json --page a.png
     python paint.py shapes/drawings_wishes.json --embed weights/tiny/painters/image     # captions as a writer's targets
     python paint.py cc3m.json --embed weights/sd15          # likewise for NExT-GPT, by its own painters
     python paint.py weights/tiny --writers weights/tiny/painters --out runs/writers     # then stage 2 of train.py, and
@@ -11,8 +11,8 @@
 
 In order: painters, media, vocoder, UNet and text tower, captions, judging, writers, the command.
 Letters: as in generate.py. Papers: diffusion that predicts clean patches (Li and He 2025, Back to basics), loss weights
-(Hang et al. 2023, min-SNR), mel frames as the loss of a vocoder (Kong et al. 2020, HiFi-GAN). Files are caption pairs, as
-shapes.py writes them.
+(Hang et al. 2023, min-SNR), mel frames as the loss of a vocoder (Kong et al. 2020, HiFi-GAN). Files are caption pairs,
+as shapes.py writes them.
 """
 import argparse
 import json
@@ -188,25 +188,30 @@ def fit_unet(painter, learned, media, ids, nothing, fast, *how):
 # ---- Captions
 
 def encode_captions(painter, folder, captions):
-    """What a painter's text tower makes of captions: (n, T, C) or (n, C). Its tokenizer lies in the painter's folder."""
-    ids = caption_ids(painter.cfg.text, folder, captions)
-    if painter.cfg.text.out_dim:        # CLAP does not look at padding
-        ids = ids[:, :(ids != painter.cfg.text.pad).sum(1).max()]
-    return torch.cat([painter.text(some.to(painter.text.embed.weight.device)).cpu() for some in ids.split(64)])
+    """What a painter's text tower makes of captions: (n, T, C) or (n, C). Its tokenizer lies beside the weights."""
+    cfg, device = painter.cfg.text, painter.text.embed.weight.device
+    ids = caption_ids(cfg, splitter(cfg, folder), captions)
+    if cfg.out_dim:                     # CLAP does not look at padding
+        ids = ids[:, :(ids != cfg.pad).sum(1).max()]
+    return torch.cat([painter.text(some.to(device)).cpu() for some in ids.split(64)])
 
 
 @lru_cache
 def splitter(cfg, folder):              # text -> ids, by the tokenizer that lies beside a painter's weights
-    if (Path(folder) / "tokenizer.model").exists():
-        return data.Tokenizer(Path(folder) / "tokenizer.model").sp.encode
+    folder = Path(folder)
+    if (folder / "tokenizer.model").exists():
+        return data.Tokenizer(folder / "tokenizer.model").sp.encode
+    for name in ["merges.txt", "vocab.json"][:2 if cfg.out_dim else 1]:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing; copy it from the tokenizer of the original")
     if cfg.out_dim:
         return data.RobertaTokenizer(folder).encode
-    return data.CLIPTokenizer(Path(folder) / "merges.txt", "<|endoftext|>" if cfg.pad else "!").encode
+    return data.CLIPTokenizer(folder / "merges.txt", "<|endoftext|>" if cfg.pad else "!").encode
 
 
-def caption_ids(cfg, folder, captions):
-    """Captions as sentences of a text tower, (n, T): start, pieces, end, padding."""
-    encode, length = splitter(cfg, folder), cfg.max_len - (cfg.pad + 1 if cfg.out_dim else 0)   # CLAP counts from there
+def caption_ids(cfg, encode, captions):
+    """Captions as sentences of a text tower, (n, T): start, pieces, end, padding. encode: text -> ids."""
+    length = cfg.max_len - (cfg.pad + 1 if cfg.out_dim else 0)                              # CLAP counts from there
     # parity: of a long caption NExT-GPT's pictures, padded with the end token, keep the end; all others the start
     part = slice(2 - length, None) if cfg.pad == cfg.end else slice(length - 2)
     rows = [[cfg.start, *encode(text)[part], cfg.end] for text in captions]
@@ -287,14 +292,16 @@ def page(made, captions, columns=4):    # tiles with their captions below, as on
 def embed(args):
     """What a text tower makes of the captions of all media of its kind that answers of a file ask for, in any format of
     NExT-GPT's: embed/NAME.npy beside the file, as its training wants them."""
-    painter, captions = M.load_painter(args.embed), {}
+    painter, captions = M.load(args.embed, build=G.Painter, cls=G.PainterConfig), {}    # mapped: only its text is read
+    if not painter.text:
+        raise ValueError(f"{args.embed}: this painter has no text tower")
     for i, row in enumerate(data.read_records(args.data)):
         with data.naming(args.data, i, row):
             turns = datasets.turns_of(row, args.data.parent, draw=True)
-            found = {one.path: one.caption for one in data.parts_of(turns, data.Signal) if one.writer == painter.cfg.kind}
-            if None in found.values():
+            signals = [one for one in data.parts_of(turns, data.Signal) if one.writer == painter.cfg.kind]
+            if any(one.caption is None for one in signals):
                 raise data.DataError("no caption for what it asks for")
-        captions |= found
+        captions |= {one.path: one.caption for one in signals}
     if not captions:
         raise ValueError(f"{args.data}: asks for nothing that {args.embed} paints")
     painter.text.float().to("cuda" if torch.cuda.is_available() else "cpu")
@@ -359,7 +366,8 @@ def train(args):                        # a painter from caption pairs to its we
         media = torch.stack([log_mel(x, cfg.vocoder) for x in media])[:, None]              # (n, 1, T, mel_bins)
         if not args.init:
             fit_vocoder(painter.vocoder, media[:, 0], cfg.vocoder, args.steps, 4, 2e-3, "vocoder")
-    ids, nothing = (caption_ids(cfg.text, tokenizer.parent, texts) for texts in (captions, [""]))
+    encode = data.Tokenizer(tokenizer).sp.encode
+    ids, nothing = (caption_ids(cfg.text, encode, texts) for texts in (captions, [""]))
 
     def save():
         M.save(small(painter), args.out, [tokenizer])
@@ -401,7 +409,7 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--init",
                    help="a painter to go on from; text tower and vocoder stay, so that who prompts it still can")
-    p.add_argument("--fast", action="store_true", help="bfloat16, compiled: for clips, where AMX and a C++ compiler are")
+    p.add_argument("--fast", action="store_true", help="bfloat16, compiled; for clips, with AMX and a C++ compiler")
     p.add_argument("--judge", help="a painter to judge by captions, instead of training one; or a model, by wishes")
     p.add_argument("--embed", help="a painter whose text tower reads all captions, instead")
     p.add_argument("--writers", help="folder of painters for which a model gets new signal tokens and writers, instead")

@@ -5,7 +5,7 @@ Letters: N output channels, K input channels, G channels of a group, g groups = 
 Decoding reads every weight once per token, so half or a quarter of the bytes is up to 2 or 4 times the speed. On a CPU
 torch multiplies the packed integers; elsewhere, and as the reference, weights are expanded and multiplied as usual.
 Where the CPU has instructions for products of bytes (VNNI), vectors are cut into bytes too: two digits each, so that
-they keep 16 bits and the result is that of weights alone in 8 bits. The second digit costs no time: reading weights does.
+they keep 16 bits and only the weights have 8. The second digit costs no time: reading weights does.
 """
 import copy
 from dataclasses import replace
@@ -37,7 +37,7 @@ def to_int4(weight, group):
 
 
 def digits(x):
-    """(M, K) floats -> int8 (2 M, K), high digits and then low ones, and steps (M, 1): x = step * (high + low / 254)."""
+    """(M, K) floats -> int8 (2 M, K), high digits, then low ones, and steps (M, 1): x = step * (high + low / 254)."""
     step = x.abs().amax(1, keepdim=True).clamp_(min=1e-30) / 127
     x = x / step
     high = x.round()
@@ -96,7 +96,7 @@ class QuantLinear(nn.Module):
             high, low = y.chunk(2)
             y = torch.add(high, low, alpha=1 / 254) * step
         elif self.bits == 8:
-            if self.weight.data_ptr() % 64:                     # out of a file, where torch's product may stumble over it
+            if self.weight.data_ptr() % 64:                     # out of a file: torch's product may stumble over it
                 self.weight = self.weight.clone()
             y = torch._weight_int8pack_mm(flat.bfloat16(), self.weight, scale)
         else:
@@ -109,10 +109,9 @@ class QuantLinear(nn.Module):
 
 def join(layers):
     """Several that read the same as one, none of which has multiplied yet."""
-    one = copy.copy(layers[0])
-    one._buffers = {name: None if x is None else torch.cat([getattr(layer, name) for layer in layers], -2 if x.dim() > 1 else 0)
-                    for name, x in one._buffers.items()}
-    one.out_features = len(one.weight)
+    one, parts = copy.copy(layers[0]), zip(*[(layer.weight, layer.scale) for layer in layers])
+    weight, scale = (torch.cat(some, -2 if some[0].dim() > 1 else 0) for some in parts)     # along N
+    one._buffers, one.out_features = {"weight": weight, "scale": scale, "packed": None}, len(weight)
     return one
 
 

@@ -352,15 +352,17 @@ def clip_questions(t, way, rng):
     return [("colour", "What colour is the moving shape?", f"The {t.shape} is {t.colour}."),
             ("shape", rng.choice(["What is moving?", "Which shape moves?"]), f"{a(t.name).capitalize()} is moving."),
             ("way", rng.choice(["Which way does it move?", "Where does the shape go?"]), f"The {t.shape} moves {to}."),
-            ("caption", rng.choice(["Describe the clip.", "What happens in the clip?"]), f"A {t.full_name} moves {to}.")]
+            ("caption", rng.choice(["Describe the clip.", "What happens in the clip?"]),
+             f"A {t.full_name} moves {to}.")]
 
 
 def sound_questions(count, pitch, voice, rng):
     beeps = f"{counted(count, f'{pitch} beep')} of {a(voice)}"
-    return [("count", rng.choice(["How many beeps do you hear?", "How many beeps are there?"]), there_are(count, "beep")),
-            ("pitch", rng.choice(["How high is the sound?", "Is the sound low, middle or high?"]), f"The sound is {pitch}."),
-            ("voice", rng.choice(["What makes the sound?", "Which instrument do you hear?"]), f"It is a {voice}."),
-            ("caption", rng.choice(["Describe the sound.", "What do you hear?"]), beeps.capitalize() + ".")]
+    ask = rng.choice
+    return [("count", ask(["How many beeps do you hear?", "How many beeps are there?"]), there_are(count, "beep")),
+            ("pitch", ask(["How high is the sound?", "Is the sound low, middle or high?"]), f"The sound is {pitch}."),
+            ("voice", ask(["What makes the sound?", "Which instrument do you hear?"]), f"It is a {voice}."),
+            ("caption", ask(["Describe the sound.", "What do you hear?"]), beeps.capitalize() + ".")]
 
 
 # ---- Pointing

@@ -1115,9 +1115,11 @@ def test_golden_diffusion_captions_embedded(kind, name, of, tmp_path):
     text = replace(paint.PAINTERS[kind].text, vocab_size=n, max_len=ids.shape[1] + 2 * sound, start=start, end=end, pad=pad)
     painter = G.Painter(replace(paint.PAINTERS[kind], text=text))
     M.save(painter, tmp_path / "painter")
-    put_merges(meta, of, tmp_path / "painter")
     rows = [{"caption": caption, f"{kind}_name": f"{i}.x"} for i, caption in enumerate(meta["strings"])]
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    with pytest.raises(FileNotFoundError, match="painter/merges.txt is missing; copy it"):
+        paint.main([f"{tmp_path}/pairs.json", "--embed", f"{tmp_path}/painter"])
+    put_merges(meta, of, tmp_path / "painter")
     paint.main([f"{tmp_path}/pairs.json", "--embed", f"{tmp_path}/painter"])
     if kind == "image":
         tok = data.CLIPTokenizer(tmp_path / "painter/merges.txt", meta[name]["pad_token"])
@@ -1836,6 +1838,29 @@ def test_llm_replayed_steps_equal_plain_ones(monkeypatch):
             assert torch.allclose(torch.cat(states, 1), torch.cat(want, 1), atol=1e-5)
 
 
+@torch.inference_mode()
+def test_llm_replay_reads_what_lay_there_at_first():
+    """A graph holds its table of positions, whatever becomes of the model's."""
+    _, ours = peer_llm("mha", 0)
+    cache, x = M.KVCache(ours.llm, 1, 9), ours.llm.embed(torch.tensor([[3]]))
+    replay = M.Replay(ours.llm, cache)
+    want, cache.pos = replay(x), 0
+    ours.llm.rope = [torch.full_like(table, torch.nan) for table in ours.llm.rope]
+    assert torch.equal(replay(x), want) and torch.isfinite(want).all()
+
+
+def test_llm_replay_that_was_interrupted_starts_afresh():
+    _, ours = peer_llm("mha", 0)
+    cache, x = M.KVCache(ours.llm, 1, 9), ours.llm.embed(torch.tensor([[3]])).detach()
+    replay, want = M.Replay(ours.llm, cache), ours.llm(x)
+    cache.k = None                      # as if Ctrl-C came
+    with torch.inference_mode(), pytest.raises(TypeError):
+        replay(x)
+    cache.k = torch.zeros_like(cache.v)
+    with torch.inference_mode():
+        assert torch.allclose(replay(x), want, atol=1e-5)
+
+
 def test_llm_lora_starts_as_base_and_merges():
     cfg = M.LLMConfig(dim=32, n_layer=2, n_head=2, n_kv_head=2, mlp_dim=48, vocab_size=50)
     model = M.Model(M.ModelConfig(llm=M.replace(cfg, lora_rank=4, lora_targets="wq wv down")))
@@ -1863,6 +1888,13 @@ def test_llm_one_row_is_multiplied_like_many(dtype, tol):
         with torch.no_grad():
             want, one = layer(x), torch.cat([layer(row[None]) for row in x])
         assert one.shape == want.shape and (one - want).abs().max() <= tol * want.abs().max().clamp(min=1)
+
+
+@torch.no_grad()
+def test_llm_rows_of_another_type_go_through_autocast():
+    for rows in (1, 3):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert M.Linear(8, 5)(torch.ones(rows, 8).bfloat16()).dtype == torch.bfloat16
 
 
 def test_llm_loss_in_chunks_equals_the_whole():
@@ -6606,8 +6638,11 @@ def test_chat_files_dragged_in_before_words_are_attached(monkeypatch, capsys, ch
 
 
 @pytest.mark.parametrize("able", [{}, {"amx_bf16": True}, {"avx512_bf16": True}])
-def test_chat_big_weights_take_16_bits_where_a_cpu_multiplies_them(able, monkeypatch):
+def test_chat_big_weights_take_16_bits_where_a_cpu_multiplies_them(able, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    with open(tmp_path / "imagebind.safetensors", "wb") as file:            # not what would be loaded
+        file.truncate(M.BIG + 1)
+    assert M.usual_dtype(tmp_path, "cpu") == torch.float32
     assert chat_session().weight.dtype == torch.float32 and M.usual_dtype(CHAT_WEIGHTS, "cuda:1") == torch.bfloat16
     monkeypatch.setattr(M, "BIG", 1000)
     assert chat_session().weight.dtype == (torch.bfloat16 if able else torch.float32)
@@ -7527,8 +7562,8 @@ def test_chat_says_which_painter_is_missing(drawing, capsys):
     assert "no painter for a picture" in err and json.loads(out)["files"] == [] and "complete run" in err
     with pytest.raises(ValueError, match="vectors of 48 numbers, this model makes 8"):
         chat.find_painters(drawing / "weights/painters", {"img": G.ProjectionConfig(out_dim=8)})
-    with pytest.raises(ValueError, match="one: no painter"):
-        M.load_painter(drawing / "one")
+    with pytest.raises(ValueError, match="plain: no painter"):
+        M.load_painter(drawing / "plain")
 
 
 def test_chat_beams_prompt_painters_as_without(drawing):
@@ -7576,6 +7611,21 @@ def test_paint_refuses_painters_of_other_media(flag, drawing, world, tmp_path):
     for file, words in (("audio_pairs", "paints no audio"), ("clips", "no caption pairs"), ("image_comprehension", "no caption pairs")):
         with pytest.raises(ValueError, match="asks for nothing|record 0" if flag == "--embed" else words):
             paint.main([f"{world}/{file}.json", flag, str(drawing / "weights/painters/image"), "--out", str(tmp_path)])
+
+
+def test_paint_takes_a_tokenizer_of_any_name(world, tmp_path):
+    shutil.copy(world / "tokenizer.model", tmp_path / "words.model")
+    args = "--steps", "1", "--batch", "1", "--tokenizer", str(tmp_path / "words.model")
+    paint.main([f"{world}/drawings.json", "--out", str(tmp_path / "a"), *args])
+    assert (tmp_path / "a/tokenizer.model").exists()
+
+
+def test_paint_embed_wants_a_text_tower(drawing, world, tmp_path):
+    painter = M.load_painter(drawing / "weights/painters/image")
+    painter.text, painter.cfg = None, replace(painter.cfg, text=None)
+    M.save(painter, tmp_path / "a")
+    with pytest.raises(ValueError, match="a: this painter has no text tower"):
+        paint.main([f"{world}/drawings_wishes.json", "--embed", str(tmp_path / "a")])
 
 
 def test_paint_goes_on_from_a_painter_whose_text_tower_stays(drawing, world, tmp_path):

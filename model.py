@@ -294,6 +294,12 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
+def as_multiplied(x):
+    """x in the type of autocast's products: one copy to keep for the backward pass, where each would make its own."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 class LLMBlock(nn.Module):
     def __init__(self, cfg, layer):
         super().__init__()
@@ -315,8 +321,8 @@ class LLMBlock(nn.Module):
         self.mlp.down.weight.mul_(0.2)
 
     def forward(self, x, rope, cache, **hides):
-        x = x + self.attn(self.attn_norm(x), rope, cache, **hides)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attn(as_multiplied(self.attn_norm(x)), rope, cache, **hides)
+        return x + self.mlp(as_multiplied(self.mlp_norm(x)))
 
 
 def places(segments):

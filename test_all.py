@@ -6,6 +6,7 @@ comes from the fixtures. Vocabularies of others are there, too, or found through
 import ast
 import ctypes
 import enum
+import gc
 import importlib
 import io
 import itertools
@@ -5030,8 +5031,9 @@ def test_ranks_hold_only_their_part_of_a_model(mini, tmp_path, world, monkeypatc
 
     def measure(rank, load=train.load_model):
         def measured(*args, fill=train.fill):
-            M.skeleton(args[0].init)            # what torch imports for it, 35 MB
-            ctypes.CDLL(None).malloc_trim(0)    # free pages of earlier tests would hide what is taken now
+            load(*args)                         # what torch imports and keeps for it is no part of a model: 60 MB
+            gc.collect()                        # that model, and what earlier tests left, which would go while we measure
+            ctypes.CDLL(None).malloc_trim(0)    # free pages would hide what is taken now
             before = own()
 
             def watched(*args):

@@ -2641,6 +2641,15 @@ def test_data_lines_in_a_json_file_are_read(tmp_path):
     assert [rows[i].meta for i in range(3)] == [row] * 3
 
 
+def test_data_files_are_read_once():
+    for text in (b'[{"id": 1}]', b'{"id": 1}\n{"id": 2}\n'):
+        end, pipe = os.pipe()
+        os.write(pipe, text)
+        os.close(pipe)
+        assert data.read_records(f"/dev/fd/{end}")[0] == {"id": 1}
+        os.close(end)
+
+
 def test_data_files_with_a_mark_before_them_are_read(tmp_path):
     row = {"image_name": "a.png", "caption": "Ein Stück 写"}
     for name, text in (("a.json", json.dumps([row], ensure_ascii=False)), ("b.jsonl", json.dumps(row, ensure_ascii=False) + "\n")):

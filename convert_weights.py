@@ -77,7 +77,7 @@ def parse_args():
     add("--dry-run", action="store_true", help="stop after the report: write nothing")
     add("--verbose", action="store_true", help="list every key in the report, not the first 20")
     add("--report", type=Path, metavar="FILE", help="also write the report as JSON")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()               # a source may come behind a flag
     if bool(args.sources) == bool(args.export):
         parser.error("name the sources to convert, or --export WEIGHTS_DIR")
     if args.export and (args.quantize or args.preset or args.merge_lora):

@@ -4337,6 +4337,11 @@ def test_convert_help_is_instant():
     assert "examples:" in subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout
 
 
+def test_convert_sources_may_stand_behind_flags(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["convert_weights.py", "a", "--preset", "omni-7b", "b", "--out", "c", "d"])
+    assert cw.parse_args().sources == ["a", "b", "d"]
+
+
 def test_convert_interrupted(tmp_path, monkeypatch):
     """Ctrl-C: no folder, no traceback, the exit status of shells; sizes may be in megabytes."""
     def interrupt(*args):

@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import struct
 import sys
 import zipfile
@@ -1305,6 +1306,7 @@ def main(args):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)           # so that an unfinished folder goes then, too
     try:
         main(ARGS)
     except KeyboardInterrupt:

@@ -4342,15 +4342,15 @@ def test_convert_sources_may_stand_behind_flags(monkeypatch):
     assert cw.parse_args().sources == ["a", "b", "d"]
 
 
-def test_convert_interrupted(tmp_path, monkeypatch):
-    """Ctrl-C: no folder, no traceback, the exit status of shells; sizes may be in megabytes."""
-    def interrupt(*args):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(M, "write_tensors", interrupt)
+@pytest.mark.parametrize("name", ("SIGINT", "SIGTERM"))
+def test_convert_interrupted(tmp_path, name):
+    """No folder, no traceback, the exit status of shells; sizes may be in megabytes."""
+    code = f"import os, runpy, signal; import model as M; M.write_tensors = lambda *args: os.kill(os.getpid(), signal.{name}); " \
+           "runpy.run_path('convert_weights.py', run_name='__main__')"
     folder, = put(tmp_path / "a", llama_state())
-    monkeypatch.setattr(sys, "argv", ["convert_weights.py", str(folder), "--out", str(tmp_path / "out"), "--max-shard", "500MB"])
-    with pytest.raises(SystemExit, match="130"):
-        runpy.run_path(str(HERE / "convert_weights.py"), run_name="__main__")
+    done = subprocess.run([sys.executable, "-c", code, folder, "--out", tmp_path / "out", "--max-shard", "500MB"], cwd=HERE,
+                          capture_output=True, text=True)
+    assert done.returncode == 130 and not done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert [cw.size(text) for text in ("5GB", "500mb", "2")] == [5e9, 5e8, 2e9]
 

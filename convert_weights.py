@@ -1078,7 +1078,8 @@ def check_base(base, delta, cfg):
     if base.size() != delta.size():
         raise Refused(f"{base.path} ({base.size()}) is not the base of {delta.path} ({delta.size()}); name that")
     rows, new = base.shape(EMBED)[0], cfg.llm.vocab_size
-    if cfg.added_tokens and new - rows != sum(i >= rows for i in cfg.added_tokens.values()):
+    fresh = {token for token, i in cfg.added_tokens.items() if i >= rows}       # no base has those around media
+    if cfg.added_tokens and (new - rows != len(fresh) or cfg.added_tokens.keys() & {*TOKENS[1:]} - fresh):
         raise Refused(f"{base.path} has {rows} embedding rows, {delta.path} {new}, which its added tokens "
                       f"({', '.join(cfg.added_tokens)}) do not explain; name the base it was made against")
 

@@ -4070,6 +4070,7 @@ REFUSALS = {    # sources as (state, added tokens), and what the message says
     "other depth": ([(llama_state(n_layer=3), None), (llama_state(norm=0), None)], "3 layers.*2 layers"),
     "too many rows": ([(llama_state(130), None), (llama_state(norm=0), None)], "120, 32. in the delta, .130, 32"),
     "too few rows": ([(llama_state(110), None), (llama_state(123, norm=0, projector=16), IM_TOKENS)], "110 embedding rows"),
+    "a row of theirs": ([(llama_state(121), None), (llama_state(123, norm=0, projector=16), IM_TOKENS)], "121 embedding rows"),
     "no tokens": ([(llama_state(123, projector=16), None)], "added_tokens.json"),
     "tokens outside": ([(llama_state(120, projector=16), IM_TOKENS)], "added_tokens.json"),
     "missing": ([(without(llama_state(), Q), None)], f"MISSING.*{Q}"),

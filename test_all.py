@@ -5147,6 +5147,11 @@ def test_train_signals_to_the_whole_group_save_and_leave(world, tmp_path, number
     assert run.returncode == 0 and len(list(tmp_path.glob("step_*"))) == 1, told[-2000:]
 
 
+def test_train_names_a_device_that_is_not_there():
+    with pytest.raises(SystemExit, match="no device mtia here"):
+        train.main(["device=mtia", f"init={HERE / 'weights/tiny'}"])
+
+
 def test_train_ends_with_an_error_of_ours(world, tmp_path):
     """Loader workers, which heed no signal, end too: Python waits for them."""
     code = "import sys, train; train.update = None; train.main(sys.argv[1:])"

@@ -5147,6 +5147,11 @@ def test_train_signals_to_the_whole_group_save_and_leave(world, tmp_path, number
     assert run.returncode == 0 and len(list(tmp_path.glob("step_*"))) == 1, told[-2000:]
 
 
+def test_train_says_where_a_published_projector_goes():
+    with pytest.raises(SystemExit, match="convert_weights.py vicuna-7b/ mm_projector.bin"):
+        train.main([f"init={HERE / 'weights/tiny'}", "projector=mm_projector.bin", "device=cpu"])
+
+
 def test_train_names_a_device_that_is_not_there():
     with pytest.raises(SystemExit, match="no device mtia here"):
         train.main(["device=mtia", f"init={HERE / 'weights/tiny'}"])

@@ -430,6 +430,9 @@ def batches(prepared, s, stage, start):
 
 def lay_over(model, path):
     """Read the tensors that another run learned into a model."""
+    if Path(path).suffix != ".safetensors":
+        raise SystemExit(f"train: {path}: projector takes model.safetensors of a checkpoint; a published projector goes "
+                         f"into init: convert_weights.py vicuna-7b/ {path} imagebind_huge.pth --out FOLDER")
     stored = M.mapped(path)
     named = {name: p for name, p in model.named_parameters() if name in stored}
     if unknown := stored.keys() - named.keys():

@@ -4759,6 +4759,13 @@ def test_train_settings_reject_what_they_do_not_know(capsys):
     assert "--steps int, --steps" not in capsys.readouterr().out        # each name once
 
 
+def test_train_settings_of_zero_are_not_the_stages_own():
+    for flags, warmup in ((("warmup=0", "weight_decay=0"), 0), ((), 0.05)):
+        s = train.parse_settings(["stage=2", f"init={HERE / 'weights/tiny'}", "device=cpu", *flags])
+        s, *_ = train.begin(s)
+        assert (s.warmup, s.weight_decay, s.lr) == (warmup, 0, 1e-3)
+
+
 def test_train_settings_come_from_a_file(tmp_path):
     (tmp_path / "s.json").write_text(json.dumps(train.asdict(train.Settings(lr=1e-5, out="a=b c", micro=2, stage=3))))
     s = train.parse_settings([f"config={tmp_path}/s.json", "micro=4"])

@@ -4759,6 +4759,15 @@ def test_train_settings_reject_what_they_do_not_know(capsys):
     assert "--steps int, --steps" not in capsys.readouterr().out        # each name once
 
 
+def test_train_settings_take_whole_numbers_and_switches_as_people_write_them(capsys):
+    s = train.parse_settings(["steps=1e3", "compile=true", "front=False", "batch=1_024"])
+    assert (s.steps, s.compile, s.front, s.batch) == (1000, 1, 0, 1024) and type(s.steps) is int
+    for wrong in ("steps=1.5", "steps=inf", "steps=nan", "compile=yes"):
+        with pytest.raises(SystemExit):
+            train.parse_settings([wrong])
+        assert f"invalid integer value: '{wrong.split('=')[1]}'" in capsys.readouterr().err
+
+
 def test_train_settings_of_zero_are_not_the_stages_own():
     for flags, warmup in ((("warmup=0", "weight_decay=0"), 0), ((), 0.05)):
         s = train.parse_settings(["stage=2", f"init={HERE / 'weights/tiny'}", "device=cpu", *flags])

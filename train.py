@@ -170,6 +170,14 @@ def stage_of(s):
     return STAGES[s.system, s.stage]
 
 
+def integer(text):
+    """An int, written 1000 or 1e3, or a switch, true or false."""
+    number = float({"true": 1, "false": 0}.get(text.lower(), text))
+    if not number.is_integer():
+        raise ValueError
+    return int(number)
+
+
 def parse_settings(argv):
     """Settings from the command line; --help lists every field. An unknown name ends with the nearest known ones."""
     notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", Path(__file__).read_text(), re.M))
@@ -178,7 +186,7 @@ def parse_settings(argv):
     for f in fields(Settings):
         note = f"{notes.get(f.name, '')} (default {f.default!r})".replace("%", "%%")
         p.add_argument(*dict.fromkeys(f"--{f.name.replace('_', by)}" for by in "-_"), dest=f.name, help=note,
-                       default=f.default, type=f.type, metavar=f.type.__name__,
+                       default=f.default, type=integer if f.type is int else f.type, metavar=f.type.__name__,
                        choices=CHOICES.get(f.name))
     argv = [a if a.startswith("-") or "=" not in a else f"--{a}" for a in argv]
     if path := p.parse_known_args(argv)[0].config:

@@ -234,7 +234,7 @@ def save_checkpoint(out, step, learned, opt, settings, keep):
                  "sha256": {p.name: sha256(p) for p in sorted(folder.iterdir())}}
         state["self"] = hashlib.sha256(json.dumps(state).encode()).hexdigest()
         (folder / "state.json").write_text(json.dumps(state, allow_nan=False))
-    # Damaged ones, and later ones of a run that went on from here another way, neither count nor go.
+    # Damaged ones, which those of later steps all are, neither count nor go.
     complete = [p for p in checkpoints(out) if step_of(p) <= step and valid(p, contents=False)]
     for old in complete[:-keep]:
         try:

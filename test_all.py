@@ -4661,6 +4661,14 @@ def test_resume_keeps_the_newest_k_and_drops_leftovers(world, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_000004", "step_000005"]
 
 
+def test_resume_elsewhere_is_refused_where_a_run_came_further(world, tmp_path):
+    run_train(world, tmp_path, "steps=3", "save_every=1", "stop_after=2")
+    for flag in ("resume=none", f"resume={tmp_path}/step_000001"):
+        with pytest.raises(SystemExit, match="step_000002 is of a run that came further"):
+            run_train(world, tmp_path, "steps=3", flag)
+    run_train(world, tmp_path, "steps=3", f"resume={tmp_path}/step_000002")
+
+
 def test_train_stops_before_a_nonfinite_update(world, tmp_path):
     s, stage, model, prepared = train.prepare(train.parse_settings(
         [f"data={world}/conversations.json", f"tokenizer={world}/tokenizer.model", "batch=2", "steps=1", "workers=0"]))

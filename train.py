@@ -35,8 +35,8 @@ from tqdm import tqdm
 import data
 import datasets
 import model as M
-from ranks import (FULL, fill, find_checkpoint, gather_once, join, leave_ranks, local, plan, ranks, restore, rows,
-                   save_checkpoint, shard, share, whole)
+from ranks import (FULL, checkpoints, fill, find_checkpoint, gather_once, join, leave_ranks, local, plan, ranks,
+                   restore, rows, save_checkpoint, shard, share, step_of, whole)
 
 
 # ---- Settings and stages
@@ -600,6 +600,9 @@ def train(s):
     start = restore(folder, learned, opt) if folder else 0
     if start > s.steps:
         raise SystemExit(f"train: {folder} is beyond steps={s.steps}; export=FOLDER makes weights of it")
+    if s.resume != "auto" and (later := [p for p in checkpoints(out) if step_of(p) > start]):
+        raise SystemExit(f"train: {later[-1]} is of a run that came further, from which one without resume would go on; "
+                         "remove it, or name another out=")
     if rank == 0:
         open_run(out, s, model, prepared, start, folder)
     loader, since, seen, done, skipped = iter(batches(prepared, s, stage, start)), time.time(), [], start, 0

@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import struct
 import sys
 import zipfile
@@ -77,7 +78,7 @@ def parse_args():
     add("--dry-run", action="store_true", help="stop after the report: write nothing")
     add("--verbose", action="store_true", help="list every key in the report, not the first 20")
     add("--report", type=Path, metavar="FILE", help="also write the report as JSON")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()               # a source may come behind a flag
     if bool(args.sources) == bool(args.export):
         parser.error("name the sources to convert, or --export WEIGHTS_DIR")
     if args.export and (args.quantize or args.preset or args.merge_lora):
@@ -1077,7 +1078,8 @@ def check_base(base, delta, cfg):
     if base.size() != delta.size():
         raise Refused(f"{base.path} ({base.size()}) is not the base of {delta.path} ({delta.size()}); name that")
     rows, new = base.shape(EMBED)[0], cfg.llm.vocab_size
-    if cfg.added_tokens and new - rows != sum(i >= rows for i in cfg.added_tokens.values()):
+    fresh = {token for token, i in cfg.added_tokens.items() if i >= rows}       # no base has those around media
+    if cfg.added_tokens and (new - rows != len(fresh) or cfg.added_tokens.keys() & {*TOKENS[1:]} - fresh):
         raise Refused(f"{base.path} has {rows} embedding rows, {delta.path} {new}, which its added tokens "
                       f"({', '.join(cfg.added_tokens)}) do not explain; name the base it was made against")
 
@@ -1305,6 +1307,7 @@ def main(args):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)           # so that an unfinished folder goes then, too
     try:
         main(ARGS)
     except KeyboardInterrupt:

@@ -1276,14 +1276,17 @@ def safe_join(root, name):
 
 def read_records(path, unpack=None):
     """The list in a .json file, after `unpack` of what it holds, or the lines of a .jsonl file. Raises DataError."""
-    path, rows = Path(path), []
-    lines = path.suffix == ".jsonl" or b"}\n{" in path.read_bytes()         # POPE's lines lie in .json files
+    path, rows, lines = Path(path), [], None
+    if path.suffix == ".jsonl":
+        lines = path.open("rb")                                 # bytes: json knows UTF-8 and a mark before it
+    elif b"}\n{" in (whole := path.read_bytes()):               # POPE's lines lie in .json files
+        lines = whole.splitlines()
     try:
         if lines:
-            for line in path.open("rb"):                        # bytes: json knows UTF-8 and a mark before it
+            for line in lines:
                 rows.append(json.loads(line))
         else:
-            rows = json.loads(path.read_bytes())
+            rows = json.loads(whole)
             rows = unpack(rows) if unpack else rows
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         where = f"line {len(rows) + 1}: " if lines else ""

@@ -36,6 +36,9 @@ def ranks():
 
 def join(device):
     """Meet the other processes if torchrun started some; each takes the GPU of its number."""
+    best = torch.accelerator.current_accelerator(check_available=True)
+    if device.split(":")[0] not in ("cpu", best and best.type):
+        raise SystemExit(f"train: there is no device {device} here; leave it out to take the best there is")
     if int(os.environ.get("WORLD_SIZE", 1)) <= 1:
         return
     # torchrun keeps one store through all its restarts, with the addresses of the dead in it. So rank 0 gives every
@@ -231,7 +234,7 @@ def save_checkpoint(out, step, learned, opt, settings, keep):
                  "sha256": {p.name: sha256(p) for p in sorted(folder.iterdir())}}
         state["self"] = hashlib.sha256(json.dumps(state).encode()).hexdigest()
         (folder / "state.json").write_text(json.dumps(state, allow_nan=False))
-    # Damaged ones, and later ones of a run that went on from here another way, neither count nor go.
+    # Damaged ones, which those of later steps all are, neither count nor go.
     complete = [p for p in checkpoints(out) if step_of(p) <= step and valid(p, contents=False)]
     for old in complete[:-keep]:
         try:

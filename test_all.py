@@ -6,6 +6,7 @@ comes from the fixtures. Vocabularies of others are there, too, or found through
 import ast
 import ctypes
 import enum
+import gc
 import importlib
 import io
 import itertools
@@ -2672,6 +2673,15 @@ def test_data_lines_in_a_json_file_are_read(tmp_path):
     assert [rows[i].meta for i in range(3)] == [row] * 3
 
 
+def test_data_files_are_read_once():
+    for text in (b'[{"id": 1}]', b'{"id": 1}\n{"id": 2}\n'):
+        end, pipe = os.pipe()
+        os.write(pipe, text)
+        os.close(pipe)
+        assert data.read_records(f"/dev/fd/{end}")[0] == {"id": 1}
+        os.close(end)
+
+
 def test_data_files_with_a_mark_before_them_are_read(tmp_path):
     row = {"image_name": "a.png", "caption": "Ein Stück 写"}
     for name, text in (("a.json", json.dumps([row], ensure_ascii=False)), ("b.jsonl", json.dumps(row, ensure_ascii=False) + "\n")):
@@ -4092,6 +4102,7 @@ REFUSALS = {    # sources as (state, added tokens), and what the message says
     "other depth": ([(llama_state(n_layer=3), None), (llama_state(norm=0), None)], "3 layers.*2 layers"),
     "too many rows": ([(llama_state(130), None), (llama_state(norm=0), None)], "120, 32. in the delta, .130, 32"),
     "too few rows": ([(llama_state(110), None), (llama_state(123, norm=0, projector=16), IM_TOKENS)], "110 embedding rows"),
+    "a row of theirs": ([(llama_state(121), None), (llama_state(123, norm=0, projector=16), IM_TOKENS)], "121 embedding rows"),
     "no tokens": ([(llama_state(123, projector=16), None)], "added_tokens.json"),
     "tokens outside": ([(llama_state(120, projector=16), IM_TOKENS)], "added_tokens.json"),
     "missing": ([(without(llama_state(), Q), None)], f"MISSING.*{Q}"),
@@ -4359,15 +4370,20 @@ def test_convert_help_is_instant():
     assert "examples:" in subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True).stdout
 
 
-def test_convert_interrupted(tmp_path, monkeypatch):
-    """Ctrl-C: no folder, no traceback, the exit status of shells; sizes may be in megabytes."""
-    def interrupt(*args):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(M, "write_tensors", interrupt)
+def test_convert_sources_may_stand_behind_flags(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["convert_weights.py", "a", "--preset", "omni-7b", "b", "--out", "c", "d"])
+    assert cw.parse_args().sources == ["a", "b", "d"]
+
+
+@pytest.mark.parametrize("name", ("SIGINT", "SIGTERM"))
+def test_convert_interrupted(tmp_path, name):
+    """No folder, no traceback, the exit status of shells; sizes may be in megabytes."""
+    code = f"import os, runpy, signal; import model as M; M.write_tensors = lambda *args: os.kill(os.getpid(), signal.{name}); " \
+           "runpy.run_path('convert_weights.py', run_name='__main__')"
     folder, = put(tmp_path / "a", llama_state())
-    monkeypatch.setattr(sys, "argv", ["convert_weights.py", str(folder), "--out", str(tmp_path / "out"), "--max-shard", "500MB"])
-    with pytest.raises(SystemExit, match="130"):
-        runpy.run_path(str(HERE / "convert_weights.py"), run_name="__main__")
+    done = subprocess.run([sys.executable, "-c", code, folder, "--out", tmp_path / "out", "--max-shard", "500MB"], cwd=HERE,
+                          capture_output=True, text=True)
+    assert done.returncode == 130 and not done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert [cw.size(text) for text in ("5GB", "500mb", "2")] == [5e9, 5e8, 2e9]
 
@@ -4677,6 +4693,14 @@ def test_resume_keeps_the_newest_k_and_drops_leftovers(world, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("step_*")) == ["step_000004", "step_000005"]
 
 
+def test_resume_elsewhere_is_refused_where_a_run_came_further(world, tmp_path):
+    run_train(world, tmp_path, "steps=3", "save_every=1", "stop_after=2")
+    for flag in ("resume=none", f"resume={tmp_path}/step_000001"):
+        with pytest.raises(SystemExit, match="step_000002 is of a run that came further"):
+            run_train(world, tmp_path, "steps=3", flag)
+    run_train(world, tmp_path, "steps=3", f"resume={tmp_path}/step_000002")
+
+
 def test_train_stops_before_a_nonfinite_update(world, tmp_path):
     s, stage, model, prepared = train.prepare(train.parse_settings(
         [f"data={world}/conversations.json", f"tokenizer={world}/tokenizer.model", "batch=2", "steps=1", "workers=0"]))
@@ -4773,6 +4797,22 @@ def test_train_settings_reject_what_they_do_not_know(capsys):
     with pytest.raises(SystemExit):
         train.parse_settings(["--help"])
     assert "--steps int, --steps" not in capsys.readouterr().out        # each name once
+
+
+def test_train_settings_take_whole_numbers_and_switches_as_people_write_them(capsys):
+    s = train.parse_settings(["steps=1e3", "compile=true", "front=False", "batch=1_024"])
+    assert (s.steps, s.compile, s.front, s.batch) == (1000, 1, 0, 1024) and type(s.steps) is int
+    for wrong in ("steps=1.5", "steps=inf", "steps=nan", "compile=yes"):
+        with pytest.raises(SystemExit):
+            train.parse_settings([wrong])
+        assert f"invalid integer value: '{wrong.split('=')[1]}'" in capsys.readouterr().err
+
+
+def test_train_settings_of_zero_are_not_the_stages_own():
+    for flags, warmup in ((("warmup=0", "weight_decay=0"), 0), ((), 0.05)):
+        s = train.parse_settings(["stage=2", f"init={HERE / 'weights/tiny'}", "device=cpu", *flags])
+        s, *_ = train.begin(s)
+        assert (s.warmup, s.weight_decay, s.lr) == (warmup, 0, 1e-3)
 
 
 def test_train_settings_come_from_a_file(tmp_path):
@@ -5062,8 +5102,9 @@ def test_ranks_hold_only_their_part_of_a_model(mini, tmp_path, world, monkeypatc
 
     def measure(rank, load=train.load_model):
         def measured(*args, fill=train.fill):
-            M.skeleton(args[0].init)            # what torch imports for it, 35 MB
-            ctypes.CDLL(None).malloc_trim(0)    # free pages of earlier tests would hide what is taken now
+            load(*args)                         # what torch imports and keeps for it is no part of a model: 60 MB
+            gc.collect()                        # that model, and what earlier tests left, which would go while we measure
+            ctypes.CDLL(None).malloc_trim(0)    # free pages would hide what is taken now
             before = own()
 
             def watched(*args):
@@ -5160,6 +5201,16 @@ def test_train_signals_to_the_whole_group_save_and_leave(world, tmp_path, number
         os.killpg(run.pid, number)
         told = run.communicate()[1]
     assert run.returncode == 0 and len(list(tmp_path.glob("step_*"))) == 1, told[-2000:]
+
+
+def test_train_says_where_a_published_projector_goes():
+    with pytest.raises(SystemExit, match="convert_weights.py vicuna-7b/ mm_projector.bin"):
+        train.main([f"init={HERE / 'weights/tiny'}", "projector=mm_projector.bin", "device=cpu"])
+
+
+def test_train_names_a_device_that_is_not_there():
+    with pytest.raises(SystemExit, match="no device mtia here"):
+        train.main(["device=mtia", f"init={HERE / 'weights/tiny'}"])
 
 
 def test_train_ends_with_an_error_of_ours(world, tmp_path):

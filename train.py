@@ -35,8 +35,8 @@ from tqdm import tqdm
 import data
 import datasets
 import model as M
-from ranks import (FULL, fill, find_checkpoint, gather_once, join, leave_ranks, local, plan, ranks, restore, rows,
-                   save_checkpoint, shard, share, whole)
+from ranks import (FULL, checkpoints, fill, find_checkpoint, gather_once, join, leave_ranks, local, plan, ranks,
+                   restore, rows, save_checkpoint, shard, share, step_of, whole)
 
 
 # ---- Settings and stages
@@ -55,11 +55,11 @@ class Settings:
     projector: str = ""                 # stage 1's learned tensors (its model.safetensors), laid over init
     out: str = "runs/tiny"              # checkpoints, metrics.jsonl and, at the end, the folder `weights`
     export: str = ""                    # write the model, as the newest checkpoint has it, as this folder, and leave
-    epochs: float = 0                   # this and the next eight: 0 = the stage's own
+    epochs: float = 0                   # this and the next eight: the default = the stage's own
     batch: int = 0                      # samples per update, whatever the number of processes
     lr: float = 0.0
-    warmup: float = 0.0                 # share of steps in which lr rises
-    weight_decay: float = 0.0
+    warmup: float = -1.0                # share of steps in which lr rises
+    weight_decay: float = -1.0
     beta2: float = 0.0                  # of AdamW
     save_every: int = 0
     keep: int = 0                       # newest checkpoints kept
@@ -170,6 +170,14 @@ def stage_of(s):
     return STAGES[s.system, s.stage]
 
 
+def integer(text):
+    """An int, written 1000 or 1e3, or a switch, true or false."""
+    number = float({"true": 1, "false": 0}.get(text.lower(), text))
+    if not number.is_integer():
+        raise ValueError
+    return int(number)
+
+
 def parse_settings(argv):
     """Settings from the command line; --help lists every field. An unknown name ends with the nearest known ones."""
     notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", Path(__file__).read_text(), re.M))
@@ -177,8 +185,9 @@ def parse_settings(argv):
                                 allow_abbrev=False)
     for f in fields(Settings):
         note = f"{notes.get(f.name, '')} (default {f.default!r})".replace("%", "%%")
-        p.add_argument(*dict.fromkeys(f"--{f.name.replace('_', by)}" for by in "-_"), dest=f.name, type=f.type,
-                       default=f.default, choices=CHOICES.get(f.name), metavar=f.type.__name__, help=note)
+        p.add_argument(*dict.fromkeys(f"--{f.name.replace('_', by)}" for by in "-_"), dest=f.name, help=note,
+                       default=f.default, type=integer if f.type is int else f.type, metavar=f.type.__name__,
+                       choices=CHOICES.get(f.name))
     argv = [a if a.startswith("-") or "=" not in a else f"--{a}" for a in argv]
     if path := p.parse_known_args(argv)[0].config:
         argv = [f"--{name}={value}" for name, value in json.loads(Path(path).read_text()).items()] + argv
@@ -186,7 +195,8 @@ def parse_settings(argv):
     if unknown:
         near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], asdict(s))
         p.error(f"there is no {unknown[0]}; near it: {', '.join(near) or 'nothing'}")
-    if odd := [f"{name}={x}" for name, x in asdict(s).items() if not isinstance(x, str) and not 0 <= x < math.inf]:
+    if odd := [f"{name}={x}" for name, x in asdict(s).items()
+               if not isinstance(x, str) and x != getattr(Settings, name) and not 0 <= x < math.inf]:
         p.error(f"{odd[0]}: give a number from 0 on")
     s.device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return s
@@ -430,6 +440,9 @@ def batches(prepared, s, stage, start):
 
 def lay_over(model, path):
     """Read the tensors that another run learned into a model."""
+    if Path(path).suffix != ".safetensors":
+        raise SystemExit(f"train: {path}: projector takes model.safetensors of a checkpoint; a published one goes into "
+                         f"init: convert_weights.py vicuna-7b/ {path} imagebind_huge.pth --out FOLDER")
     stored = M.mapped(path)
     named = {name: p for name, p in model.named_parameters() if name in stored}
     if unknown := stored.keys() - named.keys():
@@ -446,7 +459,7 @@ def begin(s):
         raise SystemExit("train: name weights to start from, init=FOLDER, or for a new model tokenizer=FILE")
     torch.manual_seed(s.seed)
     random.seed(s.seed)
-    s = replace(s, **{name: getattr(s, name) or getattr(stage, name) for name in OWN},
+    s = replace(s, **{name: getattr(stage, name) for name in OWN if getattr(s, name) == getattr(Settings, name)},
                 tokenizer=s.tokenizer or f"{s.init}/tokenizer.model",
                 precision=s.precision or ("fp32" if s.device == "cpu" else "bf16"))
     spread = partial(shard, device=s.device, bf16=s.precision == "bf16", recompute=s.checkpoint, compile=s.compile)
@@ -587,6 +600,9 @@ def train(s):
     start = restore(folder, learned, opt) if folder else 0
     if start > s.steps:
         raise SystemExit(f"train: {folder} is beyond steps={s.steps}; export=FOLDER makes weights of it")
+    if s.resume != "auto" and (later := [p for p in checkpoints(out) if step_of(p) > start]):
+        raise SystemExit(f"train: {later[-1]} is of a run that came further, from which one without resume would go on; "
+                         "remove it, or name another out=")
     if rank == 0:
         open_run(out, s, model, prepared, start, folder)
     loader, since, seen, done, skipped = iter(batches(prepared, s, stage, start)), time.time(), [], start, 0

@@ -6567,7 +6567,7 @@ def test_chat_one_shot_reads_real_media(monkeypatch, capsys):
         code, out, err = chat_main(monkeypatch, capsys, "-p", "What is this?", f"--{kind}", str(path), "--json")
         row = json.loads(out)
         assert code == 0 and f"#1 {kind} {path.name} " in err and row["media"] == [str(path)]
-        assert set(row) == {"prompt", "text", "media", "boxes", "masks", "files", "tokens", "seconds", "seed", "model"} and row["tokens"] > 0
+        assert set(row) == {"prompt", "text", "media", "boxes", "masks", "files", "fault", "tokens", "seconds", "seed", "model"} and row["tokens"] > 0
     assert files
 
 
@@ -6650,7 +6650,7 @@ ESCAPES = ("\x1b[31m", "\x1b]52;c;eA==\x07", "\x9b2J", "\x1b]0;t\x1b\\", "\x1bP1
 
 def test_chat_control_characters_never_reach_the_terminal(capsys):
     talker = chat.Chat(Thing(last=lambda: Thing(dropped=0, text="", answer="", media=[], ids=[], clock=[0] * 4, found=[], boxes=[], find=False,
-                                        picture=None, stray=[], drawn=[], made={}),
+                                        picture=None, stray=[], drawn=[], made={}, fault=""),
                              settings={"seed": 0}, painters={}), Thing(prompt=None, pictures="off", json=False, weights="", no_draw=False))
     for text in ESCAPES:
         text = f"a\tb\n{text}c{text}"
@@ -7529,6 +7529,19 @@ def test_chat_says_which_painter_is_missing(drawing, capsys):
         chat.find_painters(drawing / "weights/painters", {"img": G.ProjectionConfig(out_dim=8)})
     with pytest.raises(ValueError, match="one: no painter"):
         M.load_painter(drawing / "one")
+
+
+def test_chat_answer_stands_when_a_painter_fails(drawing, tmp_path, capsys, monkeypatch):
+    session = drawing_session(drawing, "Here: " + "".join(SIGNALS.values()))
+    session.painters["vid"], args = tmp_path / "gone", Thing(prompt=None, pictures="off", json=True, weights="", out=tmp_path, find=False)
+    with pytest.raises(ValueError, match="gone"):               # so that -p ends with an error, too
+        chat.Chat(session, args).say("Draw a dog.")
+    row, turn = json.loads(capsys.readouterr().out), session.last()
+    assert row["text"] == "Here:" and "gone" in row["fault"] and len(row["files"]) == len(turn.drawn) == 1
+    monkeypatch.setitem(chat.DRAW, "img", lambda *args, **how: torch.empty(10 ** 15))
+    with pytest.raises(ValueError, match="out of memory"):
+        session.ask("Draw a cat.")
+    assert session.last().text == "Draw a cat." and session.last().answer == "Here:" and not session.cache
 
 
 def test_chat_beams_prompt_painters_as_without(drawing):

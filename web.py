@@ -240,7 +240,7 @@ def stream(visit, before, turn, ask):
             else:
                 visit.stopped = False                   # too late: all was said and drawn
         visit.keep(visit.session.last())
-        yield show(visit, "stopped" * visit.stopped)
+        yield show(visit, visit.session.last().fault or "stopped" * visit.stopped)
     except data.FAULTS as error:
         yield show(visit, f"{error!s:.500}", text=turn.text)
 

@@ -989,9 +989,9 @@ class Chat:
         masks = [mask_rle(box.mask) for box in turn.found if box.mask is not None]
         return json.dumps({
             "prompt": turn.text, "text": turn.answer, "media": [medium.path for medium in turn.media],
-            "boxes": turn.boxes, "masks": masks, "files": files, "fault": turn.fault, "tokens": len(turn.ids),
-            "seconds": round(turn.clock[3] - turn.clock[0], 3), "seed": self.session.settings["seed"],
-            "model": str(self.args.weights)})
+            "boxes": turn.boxes, "score": turn.score if turn.find else None, "masks": masks, "files": files,
+            "fault": turn.fault, "tokens": len(turn.ids), "seconds": round(turn.clock[3] - turn.clock[0], 3),
+            "seed": self.session.settings["seed"], "model": str(self.args.weights)})
 
     def remark(self, turn, files):
         """Say what came of an answer beside its text."""

@@ -6567,7 +6567,7 @@ def test_chat_one_shot_reads_real_media(monkeypatch, capsys):
         code, out, err = chat_main(monkeypatch, capsys, "-p", "What is this?", f"--{kind}", str(path), "--json")
         row = json.loads(out)
         assert code == 0 and f"#1 {kind} {path.name} " in err and row["media"] == [str(path)]
-        assert set(row) == {"prompt", "text", "media", "boxes", "masks", "files", "fault", "tokens", "seconds", "seed", "model"} and row["tokens"] > 0
+        assert set(row) == {"prompt", "text", "media", "boxes", "score", "masks", "files", "fault", "tokens", "seconds", "seed", "model"} and row["tokens"] > 0
     assert files
 
 
@@ -7177,7 +7177,8 @@ def test_chat_one_shot_with_a_box(pointing, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["chat.py", str(pointing / system), "--device", "cpu", "--max-new-tokens", "8", *words])
         assert chat.main(chat.parse_args()) == 0
         out, err = capsys.readouterr()
-        assert json.loads(out)["prompt"] == "what is [0] ?" and ("score" in err) == (system == "chatterbox")
+        row = json.loads(out)
+        assert row["prompt"] == "what is [0] ?" and (row["score"] is not None) == ("score" in err) == (system == "chatterbox")
 
 
 def test_chat_overlay_draws_any_box(pointing):

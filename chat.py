@@ -1002,7 +1002,8 @@ class Chat:
             self.draw(drawing.picture)
         for name in turn.made.keys() - WHAT.keys():             # of a writer that is no painter's
             log(f"{name}: {turn.made[name].tolist()}")
-        if missing := " or a ".join(WHAT[name] for name in WHAT if name in {*turn.made} - {*self.session.painters}):
+        missing = " or a ".join(WHAT[name] for name in WHAT if name in {*turn.made} - {*self.session.painters})
+        if missing and not self.args.no_draw:
             log(f"no painter for a {missing}: put its folder into `painters` of the weights, or name --painters")
         self.show_boxes(turn)
         if turn.dropped:

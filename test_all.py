@@ -7523,9 +7523,11 @@ def test_chat_films_show_the_frames(tmp_path):
 
 def test_chat_says_which_painter_is_missing(drawing, capsys):
     session = drawing_session(drawing, SIGNALS["img"] + "[VID0]", painters="")
-    chat.Chat(session, Thing(prompt=None, pictures="off", json=True, weights="", out=None, find=False)).say("Draw a dog.")
-    out, err = capsys.readouterr()
-    assert "no painter for a picture" in err and json.loads(out)["files"] == [] and "complete run" in err
+    for no_draw in (False, True):
+        args = Thing(prompt=None, pictures="off", json=True, weights="", out=None, find=False, no_draw=no_draw)
+        chat.Chat(session, args).say("Draw a dog.")
+        out, err = capsys.readouterr()
+        assert ("no painter for a picture" in err) != no_draw and json.loads(out)["files"] == [] and "complete run" in err
     with pytest.raises(ValueError, match="vectors of 48 numbers, this model makes 8"):
         chat.find_painters(drawing / "weights/painters", {"img": G.ProjectionConfig(out_dim=8)})
     with pytest.raises(ValueError, match="one: no painter"):

@@ -1048,7 +1048,8 @@ class Chat:
         def show(ids):
             for id, run in groupby(ids):
                 n = len(list(run))
-                yield f"{id}{tok.names.get(id) or tok.sp.id_to_piece(id)!r}" + f"*{n}" * (n > 1)
+                piece = tok.sp.id_to_piece(id) if id < len(tok.sp) else ""      # a model may have spare rows
+                yield f"{id}{tok.names.get(id, piece)!r}" + f"*{n}" * (n > 1)
         turn, tok = self.session.last(), self.session.tok
         return f"prompt: {' '.join(show(turn.prompt))}\nanswer: {' '.join(show(turn.ids))}"
 

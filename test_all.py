@@ -6620,6 +6620,12 @@ def test_chat_info_counts_what_lies_in_memory():
     assert 15 < sizes[0] < 25 and 8 < sizes[1] < 11 and sizes[2] < sizes[1]
 
 
+def test_chat_raw_shows_rows_without_a_token():
+    session = chat_session()
+    session.turns = [chat.Turn("", [], prompt=[1, 9999, 9999], ids=[2])]
+    assert chat.Chat(session, Thing(prompt="", pictures="off")).raw("") == "prompt: 1'<s>' 9999''*2\nanswer: 2'</s>'"
+
+
 def test_chat_stats_of_beams_time_all_of_the_search():
     session = chat_session(max_new_tokens=20, beams=3)
     "".join(session.say("what colour is the circle?"))

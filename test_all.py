@@ -5783,10 +5783,11 @@ def test_evaluate_says_what_is_missing(words, pointing, world, tmp_path):
         evaluate_main(pointing / "nextchat", name, "--task", "rec")
 
 
-def test_evaluate_names_file_and_record_of_a_wrong_mask(pointing, world, tmp_path):
+@pytest.mark.parametrize("key, value, fault", [("height", shapes.SIDE + 2, "a mask of"), ("img_path", "gone.png", r"gone\.png: no such file")])
+def test_evaluate_names_file_and_record_of_a_fault(key, value, fault, pointing, world, tmp_path):
     row = json.loads((world / "RES_train.jsonl").read_text().splitlines()[0])
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"height": row["height"] + 2}))
-    with pytest.raises(ValueError, match=r"rows\.jsonl: record 0 .*a mask of"):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row | {key: value}))
+    with pytest.raises(ValueError, match=rf"rows\.jsonl: record 0 .*{fault}"):
         evaluate_main(pointing / "nextchat", tmp_path / "rows.jsonl", "--task", "res", "--images", world, "--out", tmp_path / "out")
 
 

@@ -499,7 +499,10 @@ def read_samples(args):                 # of a task's file
     media = args.media or args.questions.parent
     if args.task in SOURCES:
         return SOURCES[args.task](args.questions, media)
-    return datasets.Rows(args.questions, {"caption": "reg"}.get(args.task, args.task), media, prompts, args.seed)
+    format = {"caption": "reg"}.get(args.task, args.task)
+    if format == "rounds" and args.questions.name.startswith("CB-refcoco"):     # in these boxes end in width and height
+        format = "refcoco-rounds"
+    return datasets.Rows(args.questions, format, media, prompts, args.seed)
 
 
 def run_task(asker, args):              # this rank's share; prints and writes the figures once all is there

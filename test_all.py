@@ -2902,7 +2902,7 @@ def test_golden_nextchat_datasets():
             masks = [part.mask for turn in got.turns for part in turn if getattr(part, "mask", None) is not None]
             assert [{"shape": list(m.shape), "sum": m.sum()} for m in masks] == out.get("target", {}).get("masks", [])
         seen.add(name)
-    absent = {"recs", "regs", "rounds", "clevr-a", "clevr-s", "ground", "refer"}            # ours, and of no fixture
+    absent = {"recs", "regs", "rounds", "refcoco-rounds", "clevr-a", "clevr-s", "ground", "refer"}            # ours, and of no fixture
     assert seen == set(datasets.FORMATS) - set(datasets.CHATTERBOX) - absent
 
 
@@ -5672,6 +5672,14 @@ def test_evaluate_rounds_count_texts_boxes_and_dialogues():
     box, other = (data.Box((), tensor=torch.tensor(corners)) for corners in ([0, 0, 1, 1.0], [0, 0, 1, 0.5]))
     assert evaluate.grounding([box, "a", other], [box, other]) == 1 and evaluate.grounding([box, box], [box, other]) == 0.5
     assert evaluate.grounding([box], [box, other]) == evaluate.grounding([], [box]) == 0
+
+
+@pytest.mark.parametrize("name, box", [("CB_MRG.json", (10, 12, 40, 36)), ("CB-refcoco-REF.json", (10, 12, 50, 48))])
+def test_evaluate_rounds_read_the_boxes_of_each_file(name, box, tmp_path):
+    talk = shapes.turns("What is <it>? <cup:[10, 12, 40, 36]>", "A cup. <cup:[10, 12, 40, 36]>")
+    (tmp_path / name).write_text(json.dumps({"data": [{"image": "a.png", "conversation": talk}]}))
+    args = Thing(task="rounds", questions=tmp_path / name, media=tmp_path, templates=None, seed=0)
+    assert [part.xyxy_px for part in data.parts_of(evaluate.read_samples(args)[0].turns, data.Box)] == [box] * 2
 
 
 @pytest.mark.parametrize("system, says", [("nextchat", "a <at> <boxes> ."), ("chatterbox", "a .")])

@@ -5753,6 +5753,17 @@ def test_evaluate_names_a_question_that_cannot_be_asked(text, fault, pointing, t
     assert len(evaluate.whole_lines(tmp_path / "out/predictions-0.jsonl")[0]) == 2
 
 
+def test_evaluate_asks_in_the_template_that_is_named(pointing, world, tmp_path, monkeypatch):
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 0, "text": "What?"}))
+    asked, answer = [], evaluate.Asker.answer
+    monkeypatch.setattr(evaluate.Asker, "answer", lambda self, *args: asked.append(self.template) or answer(self, *args))
+    words = pointing / "nextchat", tmp_path / "q.jsonl", "--task", "vqa", "--out", tmp_path / "out", "--device", "cpu"
+    evaluate_main(*words, "--template", "llava_v1")
+    assert asked == [data.TEMPLATES["llava_v1"]]
+    with pytest.raises(ValueError, match="predictions of another run"):
+        evaluate_main(*words)
+
+
 def test_evaluate_points_as_the_fixed_ids_do(pointing, world):
     asker, row = evaluate.Asker(pointing / "nextchat"), datasets.Rows(world / "REC_train.jsonl", "rec", world)[0]
     data.load_media(row.turns, asker.spec)
@@ -7358,6 +7369,13 @@ def test_web_takes_its_folder_away(web, tmp_path):
         assert "Ctrl-C ends" in server.stdout.readline() and [*tmp_path.glob("nanomni-*")]
         server.terminate()
         assert server.wait(60) in (0, 130) and not [*tmp_path.glob("nanomni-*")]
+
+
+def test_web_names_a_template_that_is_none(web, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["web.py", "--port=0", "--template=none"]), monkeypatch.setattr(web.signal, "signal", lambda *args: None)
+    with pytest.raises(SystemExit):
+        data.program(web.main)
+    assert capsys.readouterr().err.startswith("web: no template 'none'; there are tiny, ")
 
 
 def test_web_names_a_port_that_is_none(web, monkeypatch, capsys):

@@ -7456,6 +7456,8 @@ def test_web_page_in_a_browser(page, web, tmp_path):
             tab.locator("#picture img").click(position={"x": place, "y": place})
             tab.wait_for_function("document.querySelector('#note textarea').value")
         tab.wait_for_function("document.querySelector('#note textarea').value.startsWith('[0] is')")
+        turned = "[...document.images].filter(one => getComputedStyle(one).imageOrientation != 'none').length"
+        assert tab.locator(".user img").count() and not tab.evaluate(turned)    # as models see a photo that lies on its side
         tab.screenshot(path=tmp_path / "two clicks.png")
         text.fill("<img src=x onerror=alert(1)><b>bold</b>")
         text.press("Enter")

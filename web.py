@@ -350,7 +350,8 @@ def serve(session, folder, port=None):
     blocks = build(session, folder).queue(max_size=16)
     blocks.launch(server_name="127.0.0.1", server_port=port, share=False, ssr_mode=False, enable_monitoring=False,
                   run_history=False, footer_links=[], max_file_size=BIGGEST[f"{API}/upload"], quiet=True,
-                  css="[aria-label=Share] {display: none}",             # it would send to a site of Gradio's
+                  # Share would send to a site of Gradio's; models, and so boxes, know no EXIF rotation
+                  css="[aria-label=Share] {display: none} img {image-orientation: none}",
                   prevent_thread_lock=True, app_kwargs={"middleware": [Middleware(Guard, folder=folder)]})
     return blocks
 

@@ -157,6 +157,7 @@ class Turn:
     ids: list = ()                      # generated
     made: dict = field(default_factory=dict)            # writer: what it made of its signal tokens among them
     drawn: list = field(default_factory=list)           # Drawings of that, one after another
+    fault: str = ""                     # why a painter failed; what was said and drawn before stands
     stray: list = ()                    # signal tokens that came in no complete run, so nothing was made of them
     reused: int = 0                     # prompt tokens whose keys and values were there already
     dropped: int = 0                    # oldest turns that went to make room
@@ -206,7 +207,7 @@ def name_boxes(text, boxes):
 
 class Session:
     """A conversation. `say` and `retry` yield the answer in pieces; at their end the turn stands in `turns`.
-    What fails raises (one of data.FAULTS where the user can mend it) and changes nothing."""
+    What fails raises (one of data.FAULTS where the user can mend it) and changes nothing, but for Turn.fault."""
 
     def __init__(self, model, tok, system, template, spec=data.MediaSpec(), context=0, parse_special=False, painters=(),
                  **settings):
@@ -311,6 +312,8 @@ class Session:
             picture.convert("RGB").save(image)
         "".join(self.say(text, [self.read(image)] if image else [], boxes, find))
         turn = self.last()
+        if turn.fault:
+            raise ValueError(turn.fault)
         return turn.answer, turn.boxes, turn.masks, overlay(turn)
 
     def retry(self):
@@ -440,15 +443,13 @@ class Session:
             if turn.answer or turn.made:
                 self.keep(kept)
             raise
-        except data.FAULTS:
-            if turn.made:               # what it said stands, though a painter failed
-                self.keep(kept)
-            raise
-        except RuntimeError as error:                   # torch's class for it, or the words of a CPU's allocator
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-                raise
-            self.cache = self.replay = None             # the largest thing that can be given back
-            raise MemoryError("out of memory: lower --context, attach less, or try --dtype bfloat16") from None
+        except (*data.FAULTS, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):    # a CPU's words for it
+                self.cache = self.replay = None         # the largest thing that can be given back
+                error = MemoryError("out of memory: lower --context, attach less, or try --dtype bfloat16")
+            if not turn.made:
+                raise error from None
+            turn.fault = str(error) or repr(error)
         finally:
             self.held = places[:self.cache.pos] if self.cache else []
         self.keep(kept)
@@ -981,14 +982,16 @@ class Chat:
         files = [str(write_drawing(drawing, self.args.out or "drawn")) for drawing in turn.drawn]
         print(clean(self.report(turn, files)) if self.args.json else "", flush=True)
         self.remark(turn, files)
+        if turn.fault:
+            raise ValueError(turn.fault)
 
     def report(self, turn, files):      # for programs, as JSON
         masks = [mask_rle(box.mask) for box in turn.found if box.mask is not None]
         return json.dumps({
             "prompt": turn.text, "text": turn.answer, "media": [medium.path for medium in turn.media],
-            "boxes": turn.boxes, "masks": masks, "files": files, "tokens": len(turn.ids),
-            "seconds": round(turn.clock[3] - turn.clock[0], 3), "seed": self.session.settings["seed"],
-            "model": str(self.args.weights)})
+            "boxes": turn.boxes, "score": turn.score if turn.find else None, "masks": masks, "files": files,
+            "fault": turn.fault, "tokens": len(turn.ids), "seconds": round(turn.clock[3] - turn.clock[0], 3),
+            "seed": self.session.settings["seed"], "model": str(self.args.weights)})
 
     def remark(self, turn, files):
         """Say what came of an answer beside its text."""
@@ -999,7 +1002,8 @@ class Chat:
             self.draw(drawing.picture)
         for name in turn.made.keys() - WHAT.keys():             # of a writer that is no painter's
             log(f"{name}: {turn.made[name].tolist()}")
-        if missing := " or a ".join(WHAT[name] for name in WHAT if name in {*turn.made} - {*self.session.painters}):
+        missing = " or a ".join(WHAT[name] for name in WHAT if name in {*turn.made} - {*self.session.painters})
+        if missing and not self.args.no_draw:
             log(f"no painter for a {missing}: put its folder into `painters` of the weights, or name --painters")
         self.show_boxes(turn)
         if turn.dropped:
@@ -1044,7 +1048,8 @@ class Chat:
         def show(ids):
             for id, run in groupby(ids):
                 n = len(list(run))
-                yield f"{id}{tok.names.get(id) or tok.sp.id_to_piece(id)!r}" + f"*{n}" * (n > 1)
+                piece = tok.sp.id_to_piece(id) if id < len(tok.sp) else ""      # a model may have spare rows
+                yield f"{id}{tok.names.get(id, piece)!r}" + f"*{n}" * (n > 1)
         turn, tok = self.session.last(), self.session.tok
         return f"prompt: {' '.join(show(turn.prompt))}\nanswer: {' '.join(show(turn.ids))}"
 

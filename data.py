@@ -1358,8 +1358,6 @@ def naming(path, i, record):
     """Whatever is wrong with record i of a file becomes a DataError that says where."""
     try:
         yield
-    except MediaError:
-        raise
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         name = record.get("id", "") if isinstance(record, dict) else repr(record)
         what = f"no {error}" if isinstance(error, KeyError) else error

@@ -1012,10 +1012,10 @@ def named(text, given):
     return parts
 
 
-def cb_rounds(row, ask):
+def cb_rounds(row, ask, read=check_box):
     """A whole talk for models that say boxes: those of questions in their places or behind the names, those of answers
     at their end."""
-    whole = rounds(row, cut=False)
+    whole = rounds(row, read, cut=False)
     asked = (placed(r, "box") if says_places(r) else named(PLACE.sub(r"\1", r.question), r.given) for r in whole)
     shown = ([r.answer, *(Box(box) for _, box in r.shown)] for r in whole)
     return talk(zip(asked, shown), FRONT, ask.picture)
@@ -1193,6 +1193,7 @@ CHATTERBOX = {
         "vg": partial(by_region, label=own_caption), "flickr30k": flickr_regions}.items()
 } | {"llava-instruct": Format(llava, picture="image")}
 FORMATS |= CHATTERBOX | {"rounds": Format(cb_rounds, picture="image", unpack=itemgetter("data"))}
+FORMATS["refcoco-rounds"] = FORMATS["rounds"]._replace(turns=partial(cb_rounds, read=corners_of))
 FORMATS |= {"ground": Format(cb_where, picture="filename"), "refer": Format(cb_what, picture="file_name")}
 
 GROUNDING = {"cb-refcoco-gnd": 5, "cb-coco-gnd": 8, "cb-gnd": 1, "cb-lc-gnd": 1}            # how often each is drawn

@@ -381,12 +381,12 @@ MIN_SCORE = 0.3                                                 # of a box that 
 class Asker:
     """A model of a weights folder, with what it takes to ask it. Raises OSError or ValueError naming the fault."""
 
-    def __init__(self, folder, device="cpu", dtype="float32"):
+    def __init__(self, folder, device="cpu", dtype="float32", template=""):
         self.model = M.load(folder, device, getattr(torch, dtype))
         cfg, self.weight = self.model.cfg, self.model.llm.embed.weight          # weight: for its device and dtype
         self.system, self.spec = data.SYSTEMS[cfg.system], data.MediaSpec(**cfg.media)
         self.tok = data.tokenizer_of(folder / "tokenizer.model", cfg)
-        self.template = data.TEMPLATES[cfg.template or self.system.template]
+        self.template = data.TEMPLATES[template or cfg.template or self.system.template]
         self.signals = {id for name in cfg.projections for id in cfg.signal(name)}
 
     def embed(self, rendered):          # embeddings (1, T, C) of a prompt, and its attn_mask or None
@@ -499,7 +499,10 @@ def read_samples(args):                 # of a task's file
     media = args.media or args.questions.parent
     if args.task in SOURCES:
         return SOURCES[args.task](args.questions, media)
-    return datasets.Rows(args.questions, {"caption": "reg"}.get(args.task, args.task), media, prompts, args.seed)
+    format = {"caption": "reg"}.get(args.task, args.task)
+    if format == "rounds" and args.questions.name.startswith("CB-refcoco"):     # in these boxes end in width and height
+        format = "refcoco-rounds"
+    return datasets.Rows(args.questions, format, media, prompts, args.seed)
 
 
 def run_task(asker, args):              # this rank's share; prints and writes the figures once all is there
@@ -514,6 +517,7 @@ def run_task(asker, args):              # this rank's share; prints and writes t
     made = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]                 # weights may be replaced
     run = {"task": args.task, "weights": str(args.weights), "file": digest, "templates": str(args.templates or ""),
            "seed": args.seed, "dtype": args.dtype, "media": str(args.media or ""), "made": hashlib.sha256(repr(made).encode()).hexdigest()}
+    run |= {"template": args.template} if args.template else {}         # runs without it go on as before
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
     predict_all(samples, partial(asker.predict, args.task), args.task, args.out, run, rank, world)
     if (done := len(read_predictions(args.out, run))) < len(samples):
@@ -695,6 +699,7 @@ def main(argv=None):
     p.add_argument("--media", "--images", type=Path, help="folder of the media, default: beside the questions")
     p.add_argument("--out", type=Path, help="of a task: folder of predictions and figures; else jsonl file of answers")
     p.add_argument("--templates", type=Path, help="prompts: JSON or folder of the originals, or v0; default: ours")
+    p.add_argument("--template", choices=data.TEMPLATES, metavar="NAME", help="row of data.TEMPLATES, default: its own")
     p.add_argument("--seed", type=int, default=0, help="draws prompts and expressions, default %(default)s")
     p.add_argument("--device", help="default: the best there is, one for each rank")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
@@ -705,7 +710,7 @@ def main(argv=None):
     if args.out and not args.task and not args.out.parent.is_dir():
         p.error(f"--out: {args.out.parent} is no folder")
     device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    (run_task if args.task else ask_all)(Asker(args.weights, device, args.dtype), args)
+    (run_task if args.task else ask_all)(Asker(args.weights, device, args.dtype, args.template), args)
 
 
 if __name__ == "__main__":

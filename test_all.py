@@ -2944,7 +2944,7 @@ def test_golden_nextchat_datasets():
             masks = [part.mask for turn in got.turns for part in turn if getattr(part, "mask", None) is not None]
             assert [{"shape": list(m.shape), "sum": m.sum()} for m in masks] == out.get("target", {}).get("masks", [])
         seen.add(name)
-    absent = {"recs", "regs", "rounds", "clevr-a", "clevr-s", "ground", "refer"}            # ours, and of no fixture
+    absent = {"recs", "regs", "rounds", "refcoco-rounds", "clevr-a", "clevr-s", "ground", "refer"}            # ours, and of no fixture
     assert seen == set(datasets.FORMATS) - set(datasets.CHATTERBOX) - absent
 
 
@@ -5757,6 +5757,14 @@ def test_evaluate_rounds_count_texts_boxes_and_dialogues():
     assert evaluate.grounding([box], [box, other]) == evaluate.grounding([], [box]) == 0
 
 
+@pytest.mark.parametrize("name, box", [("CB_MRG.json", (10, 12, 40, 36)), ("CB-refcoco-REF.json", (10, 12, 50, 48))])
+def test_evaluate_rounds_read_the_boxes_of_each_file(name, box, tmp_path):
+    talk = shapes.turns("What is <it>? <cup:[10, 12, 40, 36]>", "A cup. <cup:[10, 12, 40, 36]>")
+    (tmp_path / name).write_text(json.dumps({"data": [{"image": "a.png", "conversation": talk}]}))
+    args = Thing(task="rounds", questions=tmp_path / name, media=tmp_path, templates=None, seed=0)
+    assert [part.xyxy_px for part in data.parts_of(evaluate.read_samples(args)[0].turns, data.Box)] == [box] * 2
+
+
 @pytest.mark.parametrize("system, says", [("nextchat", "a <at> <boxes> ."), ("chatterbox", "a .")])
 def test_evaluate_rounds_go_on_from_the_models_own_replies(pointing, world, system, says, monkeypatch):
     monkeypatch.setattr(evaluate, "MIN_SCORE", 0)
@@ -5828,6 +5836,17 @@ def test_evaluate_names_a_question_that_cannot_be_asked(text, fault, pointing, t
     assert len(evaluate.whole_lines(tmp_path / "out/predictions-0.jsonl")[0]) == 2
 
 
+def test_evaluate_asks_in_the_template_that_is_named(pointing, world, tmp_path, monkeypatch):
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 0, "text": "What?"}))
+    asked, answer = [], evaluate.Asker.answer
+    monkeypatch.setattr(evaluate.Asker, "answer", lambda self, *args: asked.append(self.template) or answer(self, *args))
+    words = pointing / "nextchat", tmp_path / "q.jsonl", "--task", "vqa", "--out", tmp_path / "out", "--device", "cpu"
+    evaluate_main(*words, "--template", "llava_v1")
+    assert asked == [data.TEMPLATES["llava_v1"]]
+    with pytest.raises(ValueError, match="predictions of another run"):
+        evaluate_main(*words)
+
+
 def test_evaluate_points_as_the_fixed_ids_do(pointing, world):
     asker, row = evaluate.Asker(pointing / "nextchat"), datasets.Rows(world / "REC_train.jsonl", "rec", world)[0]
     data.load_media(row.turns, asker.spec)
@@ -5866,10 +5885,11 @@ def test_evaluate_says_what_is_missing(words, pointing, world, tmp_path):
         evaluate_main(pointing / "nextchat", name, "--task", "rec")
 
 
-def test_evaluate_names_file_and_record_of_a_wrong_mask(pointing, world, tmp_path):
+@pytest.mark.parametrize("key, value, fault", [("height", shapes.SIDE + 2, "a mask of"), ("img_path", "gone.png", r"gone\.png: no such file")])
+def test_evaluate_names_file_and_record_of_a_fault(key, value, fault, pointing, world, tmp_path):
     row = json.loads((world / "RES_train.jsonl").read_text().splitlines()[0])
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row | {"height": row["height"] + 2}))
-    with pytest.raises(ValueError, match=r"rows\.jsonl: record 0 .*a mask of"):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row | {key: value}))
+    with pytest.raises(ValueError, match=rf"rows\.jsonl: record 0 .*{fault}"):
         evaluate_main(pointing / "nextchat", tmp_path / "rows.jsonl", "--task", "res", "--images", world, "--out", tmp_path / "out")
 
 
@@ -6650,7 +6670,7 @@ def test_chat_one_shot_reads_real_media(monkeypatch, capsys):
         code, out, err = chat_main(monkeypatch, capsys, "-p", "What is this?", f"--{kind}", str(path), "--json")
         row = json.loads(out)
         assert code == 0 and f"#1 {kind} {path.name} " in err and row["media"] == [str(path)]
-        assert set(row) == {"prompt", "text", "media", "boxes", "masks", "files", "tokens", "seconds", "seed", "model"} and row["tokens"] > 0
+        assert set(row) == {"prompt", "text", "media", "boxes", "score", "masks", "files", "fault", "tokens", "seconds", "seed", "model"} and row["tokens"] > 0
     assert files
 
 
@@ -6706,6 +6726,12 @@ def test_chat_info_counts_what_lies_in_memory():
     assert 15 < sizes[0] < 25 and 8 < sizes[1] < 11 and sizes[2] < sizes[1]
 
 
+def test_chat_raw_shows_rows_without_a_token():
+    session = chat_session()
+    session.turns = [chat.Turn("", [], prompt=[1, 9999, 9999], ids=[2])]
+    assert chat.Chat(session, Thing(prompt="", pictures="off")).raw("") == "prompt: 1'<s>' 9999''*2\nanswer: 2'</s>'"
+
+
 def test_chat_stats_of_beams_time_all_of_the_search():
     session = chat_session(max_new_tokens=20, beams=3)
     "".join(session.say("what colour is the circle?"))
@@ -6736,7 +6762,7 @@ ESCAPES = ("\x1b[31m", "\x1b]52;c;eA==\x07", "\x9b2J", "\x1b]0;t\x1b\\", "\x1bP1
 
 def test_chat_control_characters_never_reach_the_terminal(capsys):
     talker = chat.Chat(Thing(last=lambda: Thing(dropped=0, text="", answer="", media=[], ids=[], clock=[0] * 4, found=[], boxes=[], find=False,
-                                        picture=None, stray=[], drawn=[], made={}),
+                                        picture=None, stray=[], drawn=[], made={}, fault=""),
                              settings={"seed": 0}, painters={}), Thing(prompt=None, pictures="off", json=False, weights="", no_draw=False))
     for text in ESCAPES:
         text = f"a\tb\n{text}c{text}"
@@ -7263,7 +7289,8 @@ def test_chat_one_shot_with_a_box(pointing, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["chat.py", str(pointing / system), "--device", "cpu", "--max-new-tokens", "8", *words])
         assert chat.main(chat.parse_args()) == 0
         out, err = capsys.readouterr()
-        assert json.loads(out)["prompt"] == "what is [0] ?" and ("score" in err) == (system == "chatterbox")
+        row = json.loads(out)
+        assert row["prompt"] == "what is [0] ?" and (row["score"] is not None) == ("score" in err) == (system == "chatterbox")
 
 
 def test_chat_overlay_draws_any_box(pointing):
@@ -7430,6 +7457,13 @@ def test_web_takes_its_folder_away(web, tmp_path):
         assert server.wait(60) in (0, 130) and not [*tmp_path.glob("nanomni-*")]
 
 
+def test_web_names_a_template_that_is_none(web, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["web.py", "--port=0", "--template=none"]), monkeypatch.setattr(web.signal, "signal", lambda *args: None)
+    with pytest.raises(SystemExit):
+        data.program(web.main)
+    assert capsys.readouterr().err.startswith("web: no template 'none'; there are tiny, ")
+
+
 def test_web_names_a_port_that_is_none(web, monkeypatch, capsys):
     for port in ("-1", "65536", "http"):
         monkeypatch.setattr(sys, "argv", ["web.py", f"--port={port}"])
@@ -7508,6 +7542,8 @@ def test_web_page_in_a_browser(page, web, tmp_path):
             tab.locator("#picture img").click(position={"x": place, "y": place})
             tab.wait_for_function("document.querySelector('#note textarea').value")
         tab.wait_for_function("document.querySelector('#note textarea').value.startsWith('[0] is')")
+        turned = "[...document.images].filter(one => getComputedStyle(one).imageOrientation != 'none').length"
+        assert tab.locator(".user img").count() and not tab.evaluate(turned)    # as models see a photo that lies on its side
         tab.screenshot(path=tmp_path / "two clicks.png")
         text.fill("<img src=x onerror=alert(1)><b>bold</b>")
         text.press("Enter")
@@ -7608,13 +7644,28 @@ def test_chat_films_show_the_frames(tmp_path):
 
 def test_chat_says_which_painter_is_missing(drawing, capsys):
     session = drawing_session(drawing, SIGNALS["img"] + "[VID0]", painters="")
-    chat.Chat(session, Thing(prompt=None, pictures="off", json=True, weights="", out=None, find=False)).say("Draw a dog.")
-    out, err = capsys.readouterr()
-    assert "no painter for a picture" in err and json.loads(out)["files"] == [] and "complete run" in err
+    for no_draw in (False, True):
+        args = Thing(prompt=None, pictures="off", json=True, weights="", out=None, find=False, no_draw=no_draw)
+        chat.Chat(session, args).say("Draw a dog.")
+        out, err = capsys.readouterr()
+        assert ("no painter for a picture" in err) != no_draw and json.loads(out)["files"] == [] and "complete run" in err
     with pytest.raises(ValueError, match="vectors of 48 numbers, this model makes 8"):
         chat.find_painters(drawing / "weights/painters", {"img": G.ProjectionConfig(out_dim=8)})
     with pytest.raises(ValueError, match="plain: no painter"):
         M.load_painter(drawing / "plain")
+
+
+def test_chat_answer_stands_when_a_painter_fails(drawing, tmp_path, capsys, monkeypatch):
+    session = drawing_session(drawing, "Here: " + "".join(SIGNALS.values()))
+    session.painters["vid"], args = tmp_path / "gone", Thing(prompt=None, pictures="off", json=True, weights="", out=tmp_path, find=False)
+    with pytest.raises(ValueError, match="gone"):               # so that -p ends with an error, too
+        chat.Chat(session, args).say("Draw a dog.")
+    row, turn = json.loads(capsys.readouterr().out), session.last()
+    assert row["text"] == "Here:" and "gone" in row["fault"] and len(row["files"]) == len(turn.drawn) == 1
+    monkeypatch.setitem(chat.DRAW, "img", lambda *args, **how: torch.empty(10 ** 15))
+    with pytest.raises(ValueError, match="out of memory"):
+        session.ask("Draw a cat.")
+    assert session.last().text == "Draw a cat." and session.last().answer == "Here:" and not session.cache
 
 
 def test_chat_beams_prompt_painters_as_without(drawing):

@@ -240,7 +240,7 @@ def stream(visit, before, turn, ask):
             else:
                 visit.stopped = False                   # too late: all was said and drawn
         visit.keep(visit.session.last())
-        yield show(visit, "stopped" * visit.stopped)
+        yield show(visit, visit.session.last().fault or "stopped" * visit.stopped)
     except data.FAULTS as error:
         yield show(visit, f"{error!s:.500}", text=turn.text)
 
@@ -350,7 +350,8 @@ def serve(session, folder, port=None):
     blocks = build(session, folder).queue(max_size=16)
     blocks.launch(server_name="127.0.0.1", server_port=port, share=False, ssr_mode=False, enable_monitoring=False,
                   run_history=False, footer_links=[], max_file_size=BIGGEST[f"{API}/upload"], quiet=True,
-                  css="[aria-label=Share] {display: none}",             # it would send to a site of Gradio's
+                  # Share would send to a site of Gradio's; models, and so boxes, know no EXIF rotation
+                  css="[aria-label=Share] {display: none} img {image-orientation: none}",
                   prevent_thread_lock=True, app_kwargs={"middleware": [Middleware(Guard, folder=folder)]})
     return blocks
 
@@ -367,12 +368,13 @@ def main():
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights")
     p.add_argument("--quantize", choices=("int8", "int4"), default="", help="keep the language model in 8 or 4 bits")
     p.add_argument("--painters", metavar="FOLDER", help="holds a folder per painter (painters, in the weights folder)")
-    args = p.parse_args()
-    with socket.create_server(("127.0.0.1", args.port)) as probe:       # one in use is an error now, not after loading
+    p.add_argument("--template", metavar="NAME", default="", help="row of data.TEMPLATES (the model's own)")
+    args = vars(p.parse_args())
+    with socket.create_server(("127.0.0.1", args.pop("port"))) as probe:  # in use: an error now, not after loading
         free = probe.getsockname()[1]
     signal.signal(signal.SIGTERM, signal.default_int_handler)           # so that the folder of uploads goes then, too
     with tempfile.TemporaryDirectory(prefix="nanomni-") as folder:
-        session = chat.open_session(args.weights, args.device, args.dtype, args.quantize, args.painters)
+        session = chat.open_session(args.pop("weights"), **args)
         page = serve(session, Path(folder).resolve(), free)
         print(f"the page is at http://127.0.0.1:{page.server_port}; Ctrl-C ends", flush=True)
         page.block_thread()

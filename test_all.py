@@ -4815,10 +4815,15 @@ def test_train_settings_of_zero_are_not_the_stages_own():
         assert (s.warmup, s.weight_decay, s.lr) == (warmup, 0, 1e-3)
 
 
-def test_train_settings_come_from_a_file(tmp_path):
+def test_train_settings_come_from_a_file(tmp_path, capsys):
     (tmp_path / "s.json").write_text(json.dumps(train.asdict(train.Settings(lr=1e-5, out="a=b c", micro=2, stage=3))))
     s = train.parse_settings([f"config={tmp_path}/s.json", "micro=4"])
     assert (s.lr, s.out, s.micro, s.stage, s.config) == (1e-5, "a=b c", 4, 3, f"{tmp_path}/s.json")
+    for text in ("[1]", "{bad"):
+        (tmp_path / "s.json").write_text(text)
+        with pytest.raises(SystemExit):
+            train.parse_settings([f"config={tmp_path}/s.json"])
+        assert "s.json: no JSON object" in capsys.readouterr().err
 
 
 def test_train_order_is_a_permutation_fixed_by_seed_and_epoch():

@@ -190,7 +190,10 @@ def parse_settings(argv):
                        choices=CHOICES.get(f.name))
     argv = [a if a.startswith("-") or "=" not in a else f"--{a}" for a in argv]
     if path := p.parse_known_args(argv)[0].config:
-        argv = [f"--{name}={value}" for name, value in json.loads(Path(path).read_text()).items()] + argv
+        try:
+            argv = [f"--{name}={value}" for name, value in json.loads(Path(path).read_text()).items()] + argv
+        except (ValueError, AttributeError) as error:
+            p.error(f"{path}: no JSON object of settings ({error})")
     s, unknown = p.parse_known_args(argv, Settings())
     if unknown:
         near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], asdict(s))

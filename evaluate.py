@@ -483,7 +483,7 @@ class Asker:
         if task in ("rec", "ground"):
             picture, boxes = next(part for part in question if isinstance(part, data.Medium)), self.point(question)
             geometry = data.Geometry(*picture.size, self.spec.square)
-            return {"boxes": boxes, "pixels": [geometry.to_pixels(box) for box in boxes]}
+            return {"boxes": boxes, "pixels": [geometry.to_pixels(box.cpu()) for box in boxes]}
         if task == "res":
             return {"masks": self.segment(question, LENGTHS[task])}
         if task in ("rounds", "talks"):

@@ -5109,7 +5109,8 @@ def test_ranks_hold_only_their_part_of_a_model(mini, tmp_path, world, monkeypatc
         def measured(*args, fill=train.fill):
             load(*args)                         # what torch imports and keeps for it is no part of a model: 60 MB
             gc.collect()                        # that model, and what earlier tests left, which would go while we measure
-            ctypes.CDLL(None).malloc_trim(0)    # free pages would hide what is taken now
+            # what is free would hide what is taken now, so each tensor gets pages of its own, whatever keep_memory said before
+            ctypes.CDLL(None).mallopt(-3, 1 << 16), ctypes.CDLL(None).malloc_trim(0)        # -3: M_MMAP_THRESHOLD
             before = own()
 
             def watched(*args):

@@ -5096,7 +5096,16 @@ def test_ranks_checkpoints_go_from_any_number_to_any_other(mini, tmp_path):
 
 
 @pytest.mark.slow
-def test_ranks_hold_only_their_part_of_a_model(mini, tmp_path, world, monkeypatch):
+def test_ranks_hold_only_their_part_of_a_model():
+    """In a process that ran nothing before: what earlier tests left would be freed meanwhile, and hide what is taken."""
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-p", "no:cacheprovider", f"{__file__}::test_ranks_memory_in_a_fresh_process"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, cwd=HERE, env=env | {"FRESH": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout[-3000:]
+
+
+@pytest.mark.skipif("FRESH" not in os.environ, reason="run by the test above")
+def test_ranks_memory_in_a_fresh_process(mini, tmp_path, world, monkeypatch):
     cfg = M.replace(PLAIN, llm=M.replace(PLAIN.llm, dim=256, n_layer=24, n_head=4, n_kv_head=4, mlp_dim=1024, vocab_size=403),
                     added_tokens={token: 400 + i for i, token in enumerate(data.IM)}, writes={})
     finish(start([lambda: M.save(M.Model(cfg), tmp_path / "w", [world / "tokenizer.model"])]))       # leaves no memory behind here
@@ -5109,8 +5118,7 @@ def test_ranks_hold_only_their_part_of_a_model(mini, tmp_path, world, monkeypatc
         def measured(*args, fill=train.fill):
             load(*args)                         # what torch imports and keeps for it is no part of a model: 60 MB
             gc.collect()                        # that model, and what earlier tests left, which would go while we measure
-            # what is free would hide what is taken now, so each tensor gets pages of its own, whatever keep_memory said before
-            ctypes.CDLL(None).mallopt(-3, 1 << 16), ctypes.CDLL(None).malloc_trim(0)        # -3: M_MMAP_THRESHOLD
+            ctypes.CDLL(None).malloc_trim(0)    # free pages would hide what is taken now
             before = own()
 
             def watched(*args):

@@ -132,8 +132,8 @@ from PIL import Image, ImageDraw, ImageFont
 import data
 from datasets import mask_rle
 from generate import DRAW, PainterConfig
-from model import (KVCache, Replay, beam_search, fuse, generate, keep_memory, load, load_painter, read_config, read_out,
-                   signal_runs, usual_dtype)
+from model import (KVCache, Replay, beam_search, find_device, fuse, generate, keep_memory, load, load_painter,
+                   read_config, read_out, signal_runs, usual_dtype)
 
 # ---- Session
 
@@ -275,8 +275,8 @@ class Session:
         """The Box of a place (4,) in the frame of a picture, where the model put it."""
         geometry = data.Geometry(*(picture.size if picture else (1, 1)), self.spec.square)  # without a picture: 0..1
         xyxy_px = tuple(geometry.to_pixels(frame.cpu()).tolist())
-        kinds = [one for one in self.box_kinds if one == kind] or [*self.box_kinds, "box"]
-        return data.Box(xyxy_px, tensor=frame, picture=picture, kind=kinds[0])
+        kind = kind if kind in self.box_kinds else [*self.box_kinds, "box"][0]
+        return data.Box(xyxy_px, tensor=frame, picture=picture, kind=kind)
 
     def last(self):
         """The last turn. Raises ValueError if there is none."""
@@ -489,10 +489,9 @@ class Session:
             turn.clock[2] = turn.clock[1]               # how long the first alone took, nobody knows
             return beam_search(self.model, embeds, n_beam=beams, max_new_tokens=most, hidden=hidden)
         how = {name: self.settings[name] for name in ("temperature", "top_k", "top_p", "repetition_penalty")}
-        if self.settings["graph"]:
-            self.replay = self.replay or Replay(self.model.llm, self.cache)
+        self.replay = (self.replay or Replay(self.model.llm, self.cache)) if self.settings["graph"] else None
         return generate(self.model, embeds, cache=self.cache, max_new_tokens=most, generator=self.generator,
-                        hidden=hidden, replay=self.replay if self.settings["graph"] else None, **how)
+                        hidden=hidden, replay=self.replay, **how)
 
     @torch.inference_mode()
     def parts(self, turn, embeds, hidden, places):
@@ -642,10 +641,7 @@ def open_session(folder=TINY, device=None, dtype=None, quantize="", painters=Non
     template: name of a template; default: the one in config.json, else the system's.
     """
     keep_memory()
-    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    if device and str(device).split(":")[0] not in ("cpu", best.type):
-        raise ValueError(f"there is no device {device} here; without --device it is the best there is, {best}")
-    device = torch.device(device or best)
+    device = find_device(device)
     model = load(folder, device, getattr(torch, dtype) if dtype else usual_dtype(folder, device), quantize)
     cfg = model.cfg
     tok, system, template = open_language(folder, cfg, templates, template)

@@ -516,8 +516,8 @@ def run_task(asker, args):              # this rank's share; prints and writes t
     stats = [(file.name, file.stat()) for file in sorted(args.weights.glob("*.safetensors"))]
     made = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]                 # weights may be replaced
     run = {"task": args.task, "weights": str(args.weights), "file": digest, "templates": str(args.templates or ""),
-           "seed": args.seed, "dtype": args.dtype, "media": str(args.media or ""), "made": hashlib.sha256(repr(made).encode()).hexdigest()}
-    run |= {"template": args.template} if args.template else {}         # runs without it go on as before
+           "template": args.template or "", "seed": args.seed, "dtype": args.dtype, "media": str(args.media or ""),
+           "made": hashlib.sha256(repr(made).encode()).hexdigest()}
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
     predict_all(samples, partial(asker.predict, args.task), args.task, args.out, run, rank, world)
     if (done := len(read_predictions(args.out, run))) < len(samples):
@@ -710,7 +710,7 @@ def main(argv=None):
     if args.out and not args.task and not args.out.parent.is_dir():
         p.error(f"--out: {args.out.parent} is no folder")
     device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    (run_task if args.task else ask_all)(Asker(args.weights, device, args.dtype, args.template), args)
+    (run_task if args.task else ask_all)(Asker(args.weights, M.find_device(device), args.dtype, args.template), args)
 
 
 if __name__ == "__main__":

@@ -1020,6 +1020,14 @@ def load(folder, device="cpu", dtype=None, quantize="", build=Model, cls=ModelCo
     return model.to(dtype=dtype).eval()
 
 
+def find_device(name=None):
+    """The torch.device of a name, without one the best there is. Raises ValueError for one that is not there."""
+    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if name and str(name).split(":")[0] not in ("cpu", best.type):
+        raise ValueError(f"there is no device {name} here; leave it out to take the best there is, {best}")
+    return torch.device(name or best)
+
+
 BIG = 2 << 30                           # bytes
 
 

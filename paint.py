@@ -288,20 +288,26 @@ def page(made, captions, columns=4):    # tiles with their captions below, as on
 
 # ---- Writers of a language model
 
+def wished(path, writer):
+    """{file of its embedding: caption} of all that answers ask a writer for, in a file of any format of NExT-GPT's."""
+    captions = {}
+    for i, row in enumerate(data.read_records(path)):
+        with data.naming(path, i, row):
+            asked = data.parts_of(datasets.turns_of(row, path.parent, draw=True), data.Signal)
+            new = {one.path: one.caption for one in asked if one.writer == writer}
+            if None in new.values():
+                raise data.DataError("no caption for what it asks for")
+        captions |= new
+    return captions
+
+
 @torch.no_grad()
 def embed(args):
-    """What a text tower makes of the captions of all media of its kind that answers of a file ask for, in any format of
-    NExT-GPT's: embed/NAME.npy beside the file, as its training wants them."""
-    painter, captions = M.load(args.embed, build=G.Painter, cls=G.PainterConfig), {}    # mapped: only its text is read
+    """What a text tower makes of the captions of a file: embed/NAME.npy beside it, as NExT-GPT's training wants them."""
+    painter = M.load(args.embed, build=G.Painter, cls=G.PainterConfig)      # mapped: only its text tower is read
     if not painter.text:
         raise ValueError(f"{args.embed}: this painter has no text tower")
-    for i, row in enumerate(data.read_records(args.data)):
-        with data.naming(args.data, i, row):
-            turns = datasets.turns_of(row, args.data.parent, draw=True)
-            signals = [one for one in data.parts_of(turns, data.Signal) if one.writer == painter.cfg.kind]
-            if any(one.caption is None for one in signals):
-                raise data.DataError("no caption for what it asks for")
-        captions |= {one.path: one.caption for one in signals}
+    captions = wished(args.data, painter.cfg.kind)
     if not captions:
         raise ValueError(f"{args.data}: asks for nothing that {args.embed} paints")
     painter.text.float().to("cuda" if torch.cuda.is_available() else "cpu")

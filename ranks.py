@@ -36,9 +36,7 @@ def ranks():
 
 def join(device):
     """Meet the other processes if torchrun started some; each takes the GPU of its number."""
-    best = torch.accelerator.current_accelerator(check_available=True)
-    if device.split(":")[0] not in ("cpu", best and best.type):
-        raise SystemExit(f"train: there is no device {device} here; leave it out to take the best there is")
+    M.find_device(device)               # one that is not there is an error now
     if int(os.environ.get("WORLD_SIZE", 1)) <= 1:
         return
     # torchrun keeps one store through all its restarts, with the addresses of the dead in it. So rank 0 gives every

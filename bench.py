@@ -163,14 +163,14 @@ def n_weight(model, *without):          # weights that every token meets
 
 # ---- Cases
 
-def prefill(side, s, n=PROMPT):
-    model, ids = load(s, "llm", side), tokens(s, 1, n)
+def prefill(side, s, n, quantize=""):
+    model, ids = load(s, "llm", side, quantize=quantize), tokens(s, 1, n)
     if side != "ours":
         return Job(lambda: model(ids, use_cache=True, logits_to_keep=1).logits[:, 0], n)
     M.fuse(model)
     llm = model.llm
-    return Job(lambda: llm.lm_head(llm(llm.embed(ids), M.KVCache(llm, 1, n))[:, -1]), n,
-               flops=2 * n * n_weight(llm, "embed", "lm_head"))
+    sizes = (layer.in_features * layer.out_features for layer in llm.blocks.modules() if hasattr(layer, "in_features"))
+    return Job(lambda: llm.lm_head(llm(llm.embed(ids), M.KVCache(llm, 1, n))[:, -1]), n, flops=2 * n * sum(sizes))
 
 
 def answer(model, ids, n, side, replay=None):           # greedy answer of exactly n tokens
@@ -373,8 +373,10 @@ def fused_attention(side, s, hd, causal, backward):
 
 
 CASES = {
-    "prefill": Case(prefill, (), "token", "llm"),
+    "prefill": Case(prefill, (PROMPT,), "token", "llm"),
     "prefill-64": Case(prefill, (64,), "token", "llm"),         # a question in the middle of a talk
+    "prefill-int8": Case(prefill, (PROMPT, "int8"), "token", "llm"),
+    "prefill-int4": Case(prefill, (PROMPT, "int4"), "token", "llm"),
     "decode": Case(decode, (), "token", "llm"),
     "decode-graph": Case(decode, ("", True), "token", "llm", devices="cuda"),
     "decode-int8": Case(decode, ("int8",), "token", "llm"),

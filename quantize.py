@@ -67,15 +67,6 @@ def compiled():
     return library
 
 
-def pack(values, scale, bits):
-    """For quantize.c: unsigned integers (N, K) uint8 -> bytes in blocks of 16 rows, (N / 16, K / 4 or 8, 16, 4), in 4
-    bits the first 4 of 8 columns below the others; scale and zero (g, N, 2) -> (N / 16, g, 2, 16)."""
-    blocks = values.unflatten(1, (-1, 32 // bits)).unflatten(0, (-1, 16)).transpose(1, 2)   # (N / 16, K / 4 or 8, 16, 4 or 8)
-    if bits == 4:
-        blocks = blocks[..., :4] | blocks[..., 4:] << 4
-    return blocks.contiguous(), scale.unflatten(1, (-1, 16)).permute(1, 0, 3, 2).contiguous()
-
-
 # ---- Layer
 
 class QuantLinear(nn.Module):
@@ -113,48 +104,57 @@ class QuantLinear(nn.Module):
         return ((self.values().unflatten(1, (-1, self.group)).float() - 8) * scale + zero).flatten(1)
 
     def forward(self, x):
-        many = self.bits == 8 and x.numel() > 256 * self.in_features and not self.ours()
-        if many or not self.packs or x.device.type != "cpu":
+        if x.device.type != "cpu" or not self.packs:
             return F.linear(x, self.expand().to(x.dtype))
-        flat = x.reshape(-1, self.in_features)                                              # (M, K)
-        y = self.multiply(flat if x.dtype == torch.bfloat16 else flat.float()) if self.ours() else self.by_torch(flat)
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        library = self.in_features % 32 == self.out_features % 16 == 0 and compiled()
+        y = self.multiply(x if x.dtype == torch.bfloat16 else x.float(), library) if library else self.by_torch(x)
+        return y.to(x.dtype)
 
-    def ours(self):
-        """Whether quantize.c can do it."""
-        return self.in_features % 32 == self.out_features % 16 == 0 and compiled()
-
-    def multiply(self, x):
-        """quantize.c: (M, K) bfloat16 or float32 -> (M, N)."""
+    def multiply(self, x, library):
+        """By quantize.c: (..., K) bfloat16 or float32 -> (..., N)."""
         N, K, bits, half = self.out_features, self.in_features, self.bits, x.dtype == torch.bfloat16
-        G = K if bits == 8 else self.group
-        if self.packed is None:
-            scale = self.scale if bits == 4 else torch.stack([self.scale, torch.zeros_like(self.scale)], -1)[None]
-            values = self.values() if bits == 4 else self.weight.view(torch.uint8) ^ 128
-            (self.packed, self.scale), self.weight = pack(values, scale, bits), None
-        w, scale, y = self.packed.data_ptr(), self.scale.data_ptr(), x.new_empty(len(x), N)
-        if len(x) <= FEW:
-            compiled().multiply(bits, w, scale, x.contiguous().data_ptr(), y.data_ptr(), half, len(x), N, K, G)
+        if (w := self.packed) is None:
+            w = self.pack()
+        scale, G, M, y = self.scale, K if bits == 8 else self.group, x.numel() // K, x.new_empty(*x.shape[:-1], N)
+        if M <= FEW:
+            library.multiply(bits, w.data_ptr(), scale.data_ptr(), x.contiguous().data_ptr(), y.data_ptr(), half, M, N, K, G)
             return y
         room = x.new_empty(K * min(N, PART))
         for n in range(0, N, PART):
             part = room[:K * (N - n)].view(K, -1)                                           # W^T of some rows of W
-            at = w + n * K * bits // 8, scale + n * K // G * 4
-            compiled().expand(bits, *at, part.data_ptr(), half, part.shape[1], K, G)
-            y[:, n:n + PART] = x @ part
+            at = w.data_ptr() + n * K * bits // 8, scale.data_ptr() + n * K // G * 4
+            library.expand(bits, *at, part.data_ptr(), half, part.shape[1], K, G)
+            y[..., n:n + PART] = x @ part
         return y
 
-    def by_torch(self, x):
-        """torch's products: (M, K) -> (M, N) bfloat16."""
-        scale = self.scale.view(torch.bfloat16)
+    def pack(self):
+        """Into the order of quantize.c: blocks of 16 rows, (N / 16, K / 4 or 8, 16, 4) bytes, a lane of 4 columns for
+        each row; in 4 bits the columns above them share their bytes. Scale and zero: (N / 16, g, 2, 16)."""
         if self.bits == 8:
+            blocks = (self.weight.view(torch.uint8) ^ 128).unflatten(1, (-1, 4)).unflatten(0, (-1, 16)).transpose(1, 2)
+            scale = torch.stack([self.scale, torch.zeros_like(self.scale)], -1)[None]       # zeros for zeros
+        else:
+            pairs = self.values().unflatten(1, (-1, 2, 4)).unflatten(0, (-1, 16)).transpose(1, 2)
+            blocks, scale = pairs[..., 0, :] | pairs[..., 1, :] << 4, self.scale
+        self.scale = scale.unflatten(1, (-1, 16)).permute(1, 0, 3, 2).contiguous()
+        self.packed, self.weight = blocks.contiguous(), None
+        return self.packed
+
+    def by_torch(self, x):
+        """By torch's products, (..., K) -> (..., N); a prompt's many rows by expanded weights where it is slow."""
+        flat, scale = x.reshape(-1, self.in_features).bfloat16(), self.scale.view(torch.bfloat16)
+        if self.bits == 8:
+            if len(flat) > 256:
+                return F.linear(x, self.expand().to(x.dtype))
             if self.weight.data_ptr() % 64:                     # out of a file: torch's product may stumble over it
                 self.weight = self.weight.clone()
-            return torch._weight_int8pack_mm(x.bfloat16(), self.weight, scale)
-        if self.packed is None:
-            self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(self.values().int(), 1)
-            self.weight = None
-        return torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), self.packed, self.group, scale)
+            y = torch._weight_int8pack_mm(flat, self.weight, scale)
+        else:
+            if self.packed is None:
+                self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(self.values().int(), 1)
+                self.weight = None
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.packed, self.group, scale)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 def join(layers):

@@ -1,10 +1,12 @@
-// Products of a matrix of 8 or 4 bits with a few vectors, and the matrix in floats, on CPUs with AVX-512 VNNI.
-// quantize.py compiles this where it runs, and says how weights are packed for it. In order: numbers, vectors in
-// bytes, the product, the matrix. Letters: N outputs, K inputs, G inputs of a group, M vectors.
+// Products of a matrix of 8 or 4 bits with vectors, and the matrix in floats, on CPUs with AVX-512 VNNI, better AMX.
+// quantize.py compiles this where it runs; QuantLinear.pack says how weights lie. In order: numbers, vectors in bytes,
+// products, the matrix. Letters: N outputs, K inputs, G inputs of a group, M vectors.
 
 #include <immintrin.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -13,7 +15,7 @@ typedef __m512i ints;           // 16 lanes, or 64 bytes
 
 // ---- Numbers
 
-INLINE floats widen(const void *x) {            // 16 bfloat16, the upper halves of floats
+INLINE floats widen(const void *x) {                            // 16 bfloat16, the upper halves of floats
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(x)), 16));
 }
 
@@ -39,10 +41,15 @@ INLINE const uint8_t *next(const uint8_t *w, int bits, ints *a, ints *b) {
     return w + 16 * bits;
 }
 
+INLINE void prefetch(const uint8_t *w, long n) {
+    for (long i = 0; i < n; i += 64)
+        _mm_prefetch((const void *)(w + 2048 + i), _MM_HINT_T1);
+}
+
 // ---- Vectors in bytes
 
 // Two digits keep 16 bits of x: x = step * (high + low / 254). Gives the step; each group's sums of both go to sums.
-INLINE float digits(const void *x, int half, long K, long G, int8_t *high, int8_t *low, int32_t (*sums)[2]) {
+static float digits(const void *x, int half, long K, long G, int8_t *high, int8_t *low, int32_t (*sums)[2]) {
     floats most = _mm512_set1_ps(1e-30f), nan = _mm512_setzero_ps();
     for (long k = 0; k < K; k += 16) {
         floats v = load(x, k, half);
@@ -65,72 +72,107 @@ INLINE float digits(const void *x, int half, long K, long G, int8_t *high, int8_
     return step + _mm512_reduce_add_ps(nan);
 }
 
-// ---- The product
+// ---- Products
+
+// What a group adds to 16 outputs: h and l are its sums of products, whose unsigned weights stand `zero` too high.
+INLINE floats add(floats y, ints h, ints l, const int32_t *sum, int zero, const uint16_t *scale) {
+    floats of_high = _mm512_cvtepi32_ps(_mm512_sub_epi32(h, _mm512_set1_epi32(zero * sum[0])));
+    floats of_low = _mm512_cvtepi32_ps(_mm512_sub_epi32(l, _mm512_set1_epi32(zero * sum[1])));
+    y = _mm512_fmadd_ps(_mm512_fmadd_ps(of_low, _mm512_set1_ps(1 / 254.f), of_high), widen(scale), y);
+    return _mm512_fmadd_ps(_mm512_set1_ps(sum[0] + sum[1] / 254.f), widen(scale + 16), y);
+}
 
 INLINE ints dot(ints sum, ints w, const int8_t *x) {            // 4 columns times 4 numbers, for 16 rows
     return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(*(const int32_t *)x));
 }
 
-// 16 rows with R vectors: y[r] = x[r] W^T / step[r].
-INLINE void tile(int bits, int R, const uint8_t *w, const uint16_t *scale, long K, long G, const int8_t *high,
-                 const int8_t *low, const int32_t (*sums)[2], floats *y) {
-    int zero = 1 << (bits - 1);                                 // unsigned integers stand this much too high
-    for (int r = 0; r < R; r++)
-        y[r] = _mm512_setzero_ps();
+// 16 rows with a vector: x W^T / step.
+INLINE floats one(int bits, const uint8_t *w, const uint16_t *scale, long K, long G, const int8_t *high,
+                  const int8_t *low, const int32_t (*sums)[2]) {
+    floats y = _mm512_setzero_ps();
     for (long g = 0; g < K / G; g++, scale += 32) {
-        ints h[2][4], l[2][4], a, b;                            // two sums: the next need not wait for the last
-        for (int r = 0; r < R; r++) {
-            const int32_t *sum = sums[r * (K / G) + g];
-            h[0][r] = _mm512_set1_epi32(-zero * sum[0]), l[0][r] = _mm512_set1_epi32(-zero * sum[1]);
-            h[1][r] = l[1][r] = _mm512_setzero_si512();
-            y[r] = _mm512_fmadd_ps(_mm512_set1_ps(sum[0] + sum[1] / 254.f), widen(scale + 16), y[r]);
-        }
+        ints h = _mm512_setzero_si512(), h2 = h, l = h, l2 = h, a, b;       // two sums each: none waits for the last
         for (long k = g * G; k < g * G + G; k += 8) {
-            for (int line = 0; line < 16 * bits; line += 64)
-                _mm_prefetch((const void *)(w + 2048 + line), _MM_HINT_T1);
+            prefetch(w, 16 * bits);
             w = next(w, bits, &a, &b);
-            for (int r = 0; r < R; r++) {
-                h[0][r] = dot(h[0][r], a, high + r * K + k), h[1][r] = dot(h[1][r], b, high + r * K + k + 4);
-                l[0][r] = dot(l[0][r], a, low + r * K + k), l[1][r] = dot(l[1][r], b, low + r * K + k + 4);
-            }
+            h = dot(h, a, high + k), h2 = dot(h2, b, high + k + 4);
+            l = dot(l, a, low + k), l2 = dot(l2, b, low + k + 4);
         }
-        for (int r = 0; r < R; r++) {
-            floats of_high = _mm512_cvtepi32_ps(_mm512_add_epi32(h[0][r], h[1][r]));
-            floats of_low = _mm512_cvtepi32_ps(_mm512_add_epi32(l[0][r], l[1][r]));
-            y[r] = _mm512_fmadd_ps(_mm512_fmadd_ps(of_low, _mm512_set1_ps(1 / 254.f), of_high), widen(scale), y[r]);
-        }
+        y = add(y, _mm512_add_epi32(h, h2), _mm512_add_epi32(l, l2), sums[g], 1 << (bits - 1), scale);
     }
+    return y;
 }
 
-INLINE void multiplied(int bits, const uint8_t *w, const uint16_t *scale, const void *x, void *y, int half,
-                       long M, long N, long K, long G) {
-    int8_t (*high)[K] = malloc(2 * M * K), (*low)[K] = high + M;
-    int32_t sums[M][K / G][2];
+// 16 rows with R <= 16 vectors: AMX multiplies tiles of 16 x 64 bytes. The vectors lie K bytes apart; it reads 16 ones.
+__attribute__((target("amx-tile,amx-int8")))
+static void tile(int bits, int R, const uint8_t *w, const uint16_t *scale, long K, long G, const int8_t *high,
+                 const int8_t *low, const int32_t (*sums)[2], floats *y) {
+    static const struct { uint8_t palette, rest[15]; uint16_t width[16]; uint8_t rows[16]; } shape = {
+        1, {0}, {64, 64, 64, 64, 64}, {16, 16, 16, 16, 16}};
+    ints bytes[16], h[16], l[16];
+    for (int r = 0; r < R; r++)
+        y[r] = _mm512_setzero_ps();
+    _tile_loadconfig(&shape);
+    for (long g = 0; g < K / G; g++, scale += 32) {
+        _tile_zero(0);
+        _tile_zero(1);
+        for (long k = g * G; k < g * G + G; k += 64, w += 128 * bits) {
+            prefetch(w, 128 * bits);
+            for (int i = 0; i < 8 && bits == 4; i++)
+                next(w + 64 * i, bits, bytes + 2 * i, bytes + 2 * i + 1);
+            _tile_loadd(2, bits == 8 ? (const void *)w : bytes, 64);
+            _tile_loadd(3, high + k, K);
+            _tile_loadd(4, low + k, K);
+            _tile_dpbsud(0, 3, 2);
+            _tile_dpbsud(1, 4, 2);
+        }
+        _tile_stored(0, h, 64);
+        _tile_stored(1, l, 64);
+        for (int r = 0; r < R; r++)
+            y[r] = add(y[r], h[r], l[r], sums[r * (K / G) + g], 1 << (bits - 1), scale);
+    }
+    _tile_release();
+}
+
+static int tiles;                                               // whether AMX may be used
+
+// Asks the system for AMX, and says how many vectors multiply should get at most: more are quicker by expand.
+int few(void) {
+    tiles = __builtin_cpu_supports("amx-int8") && !syscall(SYS_arch_prctl, 0x1023, 18);     // for tiles' contents
+    return tiles ? 128 : 16;
+}
+
+INLINE void products(int bits, const uint8_t *w, const uint16_t *scale, const void *x, void *y, int half,
+                     long M, long N, long K, long G) {
+    int8_t (*high)[K] = malloc(2 * (M + 15) * K), (*low)[K] = high + M + 15;
+    int32_t (*sums)[K / G][2] = malloc(M * sizeof *sums);
     float step[M];
+
+    #pragma omp parallel for if (M > 4)
     for (long m = 0; m < M; m++)
         step[m] = digits((const char *)x + m * K * (half ? 2 : 4), half, K, G, high[m], low[m], sums[m]);
 
     #pragma omp parallel for
     for (long n = 0; n < N; n += 16)
-        for (long m = 0, R; m < M; m += R) {                    // from the second tile on out of the cache
+        for (long m = 0, R; m < M; m += R) {                    // from the second round on out of the cache
             const uint8_t *rows = w + n * K * bits / 8;
             const uint16_t *s = scale + n * (K / G) * 2;
-            floats part[4];
-            R = M - m < 4 ? 1 : 4;
-            if (R == 1)
-                tile(bits, 1, rows, s, K, G, high[m], low[m], sums[m], part);
+            floats part[16];
+            R = tiles && M > 1 && G % 64 == 0 ? (M - m < 16 ? M - m : 16) : 1;
+            if (R > 1)
+                tile(bits, R, rows, s, K, G, high[m], low[m], sums[m], part);
             else
-                tile(bits, 4, rows, s, K, G, high[m], low[m], sums[m], part);
+                part[0] = one(bits, rows, s, K, G, high[m], low[m], sums[m]);
             for (int r = 0; r < R; r++)
                 store(y, (m + r) * N + n, _mm512_mul_ps(part[r], _mm512_set1_ps(step[m + r])), half);
         }
-    free(high);
+    free(high), free(sums);
 }
 
 // y (M, N) = x (M, K) W^T, both bfloat16 (half) or float.
 void multiply(int bits, const uint8_t *w, const uint16_t *scale, const void *x, void *y, int half,
               long M, long N, long K, long G) {
-    bits == 8 ? multiplied(8, w, scale, x, y, half, M, N, K, G) : multiplied(4, w, scale, x, y, half, M, N, K, G);
+    bits == 8 ? products(8, w, scale, x, y, half, M, N, K, G) : products(4, w, scale, x, y, half, M, N, K, G);
 }
 
 // ---- The matrix

@@ -22,8 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 KINDS = {"int8": 8, "int4": 4}          # bits
-FEW = 32                                # vectors; more are multiplied by expanded weights, a part of them at a time
-PART = 1024                             # output channels, so that they stay in the cache
+PART = 1024                             # output channels that are expanded at a time, into the cache
 
 
 # ---- Numbers
@@ -61,6 +60,7 @@ def compiled():
             library = ctypes.CDLL(out)
         except (OSError, subprocess.CalledProcessError):
             return None
+    library.most = library.few()
     flag, address, size = ctypes.c_int, ctypes.c_void_p, ctypes.c_long
     library.multiply.argtypes = [flag, *[address] * 4, flag, *[size] * 4]
     library.expand.argtypes = [flag, *[address] * 3, flag, *[size] * 3]
@@ -116,7 +116,7 @@ class QuantLinear(nn.Module):
         if (w := self.packed) is None:
             w = self.pack()
         scale, G, M, y = self.scale, K if bits == 8 else self.group, x.numel() // K, x.new_empty(*x.shape[:-1], N)
-        if M <= FEW:
+        if M <= library.most:
             library.multiply(bits, w.data_ptr(), scale.data_ptr(), x.contiguous().data_ptr(), y.data_ptr(), half, M, N, K, G)
             return y
         room = x.new_empty(K * min(N, PART))

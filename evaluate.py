@@ -400,7 +400,7 @@ class Asker:
 
     @torch.inference_mode()
     def answer(self, turns, max_new_tokens=128, begun=""):
-        """The greedy answer to turns or the rest of one that is begun -> text, ids of all, hidden states it came from."""
+        """The greedy answer to turns or the rest of one that is begun -> text, all ids, hidden states it came from."""
         r, hidden, at = self.render([*turns, None]), [], next(iter(self.model.feeds), -1)
         room = self.model.cfg.llm.max_len - len(r.ids)
         r = r._replace(ids=r.ids + self.tok.encode(begun, bos=False)[-room:])

@@ -309,14 +309,13 @@ def rounds_figures(rows):
             "iou": mean(chain(*iou)), "dialogues": mean(whole), "drawn": mean(chain(*drawn))}
 
 
-def box_figures(rows, count):
-    return count([row["box"] for row in rows], [row["target"] for row in rows])
+def counted(count, *keys):              # figures that a metric gives of these columns of the rows
+    return lambda rows: count(*([row[key] for row in rows] for key in keys))
 
 
 TASKS = {                               # task -> (sample, what the model said) -> row; rows -> figures
-    "rec": (rec_row, partial(box_figures, count=rec)), "ground": (rec_row, partial(box_figures, count=ground)),
-    "refer": (refer_row, refer_figures),
-    "res": (res_row, lambda rows: res([row["intersection"] for row in rows], [row["union"] for row in rows])),
+    "rec": (rec_row, counted(rec, "box", "target")), "ground": (rec_row, counted(ground, "box", "target")),
+    "refer": (refer_row, refer_figures), "res": (res_row, counted(res, "intersection", "union")),
     "pope": (text_row, pope_figures), "caption": (text_row, caption_figures),
     "rounds": (rounds_row, rounds_figures), "talks": (rounds_row, rounds_figures)}
 

@@ -207,8 +207,7 @@ def caption_ids(cfg, encode, captions):
     length = cfg.max_len - (cfg.pad + 1 if cfg.out_dim else 0)                              # CLAP counts from there
     # parity: of a long caption NExT-GPT's pictures, padded with the end token, keep the end; all others the start
     part = slice(2 - length, None) if cfg.pad == cfg.end else slice(length - 2)
-    rows = [[cfg.start, *encode(text)[part], cfg.end] for text in captions]
-    return torch.tensor([row + [cfg.pad] * (length - len(row)) for row in rows])
+    return torch.tensor([[cfg.start, *encode(text)[part], cfg.end, *[cfg.pad] * length][:length] for text in captions])
 
 
 # ---- Judging

@@ -49,7 +49,7 @@ def normal(text):
     return " ".join(text.lower().split())
 
 
-def mean(values):                       # of numbers or truths; None stands for one that is not there, or if none is
+def mean(values):                       # of numbers or truths but None, which is no value, and the mean of none
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
@@ -193,7 +193,7 @@ def ngrams(words):                      # counts of the 1- to 4-grams of a list 
 
 def cider(candidates, references):
     """CIDEr-D of tokenised captions, one candidate and a list of references an image -> a score of 0 to 10 an image."""
-    seen = Counter(gram for texts in references for gram in set().union(*map(ngrams, texts)))       # images with it
+    seen = Counter(gram for texts in references for gram in set().union(*map(ngrams, texts)))       # images that have it
     images = math.log(len(references))
 
     def vector(words):                  # tf-idf weights of n-grams, their norms by n, how many words
@@ -212,9 +212,9 @@ def cider(candidates, references):
     return [10 * sum(similarity(ours, vector(text)) for text in texts) / len(texts) for ours, texts in pairs]
 
 
-def meteor(candidates, references):     # likewise, by pycocoevalcap and Java; None where they are not installed
+def meteor(candidates, references):     # by pycocoevalcap and Java, None where they are not installed
     try:
-        from pycocoevalcap.meteor.meteor import Meteor          # optional
+        from pycocoevalcap.meteor.meteor import Meteor
         ours, theirs = [[" ".join(words)] for words in candidates], [[*map(" ".join, texts)] for texts in references]
         return Meteor().compute_score(dict(enumerate(theirs)), dict(enumerate(ours)))[0]
     except (ImportError, OSError):
@@ -231,7 +231,7 @@ def text_in(turn, between=""):
     return between.join(data.parts_of([turn], str))
 
 
-def as_regions(turn):                   # its boxes shall be read as what the picture shows there
+def as_regions(turn):
     return [replace(part, kind="region") if isinstance(part, data.Box) else part for part in turn]
 
 
@@ -302,7 +302,7 @@ def rounds_of(row):                     # a dialogue -> of each round: text righ
 def rounds_figures(rows):
     """Shares of right texts and of boxes found, over all rounds and over the first, second ...; mean IoU; shares of
     dialogues without a fault and of answers that ask for the right media."""
-    text, box, iou, drawn = zip(*map(rounds_of, rows))          # of lists a dialogue
+    text, box, iou, drawn = zip(*map(rounds_of, rows))
     whole = [False not in chain(*dialogue) for dialogue in zip(text, box, drawn)]
     return {"text": mean(chain(*text)), "text_by_round": [*map(mean, zip_longest(*text))],
             "box": mean(chain(*box)), "box_by_round": [*map(mean, zip_longest(*box))],
@@ -364,7 +364,7 @@ def predict_all(samples, predict, task, folder, run, rank=0, world=1):
 def read_predictions(folder, run):      # the rows of all ranks in the order of their samples, each once
     paths = sorted(Path(folder).glob("predictions-*.jsonl"))
     rows = {row["index"]: row for path in paths for row in read_rows(path, run)[0]}
-    return [rows[i] for i in sorted(rows)]
+    return sorted(rows.values(), key=lambda row: row["index"])
 
 
 # ---- Run
@@ -484,7 +484,7 @@ class Asker:
         return {"text": text}
 
 
-def read_samples(args):                 # of a task, or the questions of no task
+def read_samples(args):
     prompts = datasets.load_prompts(args.templates) if args.templates else datasets.PROMPTS
     file, media = args.questions, args.media or args.questions.parent
     refcoco = "refcoco-" * file.name.startswith("CB-refcoco")   # in these boxes end in width and height
@@ -505,11 +505,10 @@ def check(model, args):                 # ValueError for one that cannot do the 
 
 def identity(args):                     # what tells a run of a task from others
     digest = hashlib.sha256(args.questions.read_bytes()).hexdigest()
-    files = sorted(args.weights.glob("*.safetensors"))
-    made = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]    # weights may be replaced
+    made = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(args.weights.glob("*.safetensors"))]
     return {"task": args.task, "weights": str(args.weights), "file": digest, "templates": str(args.templates or ""),
             "template": args.template or "", "seed": args.seed, "dtype": args.dtype, "media": str(args.media or ""),
-            "made": hashlib.sha256(repr(made).encode()).hexdigest()}
+            "made": hashlib.sha256(repr(made).encode()).hexdigest()}                        # weights may be replaced
 
 
 def run_task(asker, args):              # this rank's share; prints and writes the figures once all is there
@@ -529,6 +528,8 @@ def run_task(asker, args):              # this rank's share; prints and writes t
 
 def ask_all(asker, args):               # ask the questions of a file, print how many of each kind are answered right
     samples, rows, began = read_samples(args), [], time.time()
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("wb") if args.out else nullcontext() as file:
         for i, sample in enumerate(tqdm(samples, unit="question", disable=None)):
             question, expected = sample.turns[:2]

@@ -49,6 +49,11 @@ def normal(text):
     return " ".join(text.lower().split())
 
 
+def mean(values):                       # of numbers or truths but None, which is no value, and the mean of none
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
 def accuracy(rows):                     # rows {kind, text, answer} -> {kind: (right, asked)} by name, `all` last
     right = Counter(row["kind"] for row in rows if normal(row["text"]) == normal(row["answer"]))
     asked = Counter(row["kind"] for row in rows)
@@ -67,12 +72,16 @@ def review_scores(review):              # the two numbers of its first line, [-1
         return [-1, -1]
 
 
-def summarise_reviews(reviews):         # -> {category: mean scores, second over first in percent}, `all` too
+def summary(scores):                    # pairs -> their means, the second in percent of the first
+    first, second = (round(sum(column) / len(scores), 3) for column in zip(*scores))
+    return {"mean": [first, second], "ratio": round(100 * second / first, 1) if first else None}
+
+
+def summarise_reviews(reviews):         # -> {category: summary}, `all` too
     groups = {"all": [review["tuple"] for review in reviews]}
     for review in reviews:
         groups.setdefault(review["category"], []).append(review["tuple"])
-    means = {name: [round(sum(column) / len(rows), 3) for column in zip(*rows)] for name, rows in groups.items()}
-    return {name: {"mean": mean, "ratio": round(100 * mean[1] / mean[0], 1) if mean[0] else None} for name, mean in means.items()}
+    return {name: summary(scores) for name, scores in groups.items()}
 
 
 # ---- Boxes and masks
@@ -84,13 +93,9 @@ def box_iou(a, b):
     return inter / ((a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - inter)
 
 
-def ious(boxes, targets):               # of pairs, 0 where there is no box (None)
-    found = [i for i, box in enumerate(boxes) if box is not None]
-    iou = torch.zeros(len(boxes), dtype=torch.float64)
-    if found:
-        a, b = (torch.tensor([rows[i] for i in found], dtype=torch.float64) for rows in (boxes, targets))       # (m, 4)
-        iou[found] = box_iou(a, b)
-    return iou
+def ious(boxes, targets):               # of pairs, 0 where there is no box (None): one beside the picture stands for it
+    found = [(-2, -2, -1, -1) if box is None else box for box in boxes]
+    return box_iou(*torch.tensor([found, targets], dtype=torch.float64))                    # (2, n, 4) -> (n,)
 
 
 def rec(boxes, targets):                # -> accuracy (IoU above 0.5), mean IoU; no box (None) is a failure
@@ -152,10 +157,9 @@ def yes_or_no_llava(text):              # POPE as LLaVA reads it: no if the firs
 def pope(predictions, labels):
     """Extracted answers -> accuracy, precision, recall, f1 (None if undefined), yes_ratio. Anything but no is a yes."""
     said_yes, is_yes = (np.array([text.lower() != "no" for text in texts]) for texts in (predictions, labels))
-    both = (said_yes & is_yes).sum()
-    precision, recall = (float(both / rows.sum()) if rows.any() else None for rows in (said_yes, is_yes))
-    return {"accuracy": float((said_yes == is_yes).mean()), "precision": precision, "recall": recall,
-            "f1": 2 * precision * recall / (precision + recall) if both else None, "yes_ratio": float(said_yes.mean())}
+    p, r = mean(is_yes[said_yes].tolist()), mean(said_yes[is_yes].tolist())
+    return {"accuracy": float((said_yes == is_yes).mean()), "precision": p, "recall": r,
+            "f1": 2 * p * r / (p + r) if p else None, "yes_ratio": float(said_yes.mean())}
 
 
 # ---- Captions
@@ -166,8 +170,8 @@ def caption_text(text):                 # the caption in a model's output
 
 def cleaned(text):                      # parity: what ChatterBox's cleaned figures leave; of "A man and his dog" dog
     text = re.sub(" ?It is |it is |There is |at region0 |istant: ", "", text)
-    end = re.search(r"\.|, |is ", text)
-    return text if not end else text[end.end():] if end[0] == "is " else text[:end.start()]
+    before, mark, behind = re.split(r"(\.|, |is |\Z)", text, maxsplit=1)
+    return behind if mark == "is " else before
 
 
 WORD = re.compile(r"""
@@ -189,14 +193,13 @@ def ngrams(words):                      # counts of the 1- to 4-grams of a list 
 
 def cider(candidates, references):
     """CIDEr-D of tokenised captions, one candidate and a list of references an image -> a score of 0 to 10 an image."""
-    counts = [[ngrams(words) for words in texts] for texts in references]
-    seen = Counter(gram for texts in counts for gram in set().union(*texts))                # images that have it
+    seen = Counter(gram for texts in references for gram in set().union(*map(ngrams, texts)))       # images that have it
     images = math.log(len(references))
 
-    def vector(grams):                  # tf-idf weights of n-grams, their norms by n, the number of bigrams
-        weights = {gram: n * (images - math.log(max(seen[gram], 1))) for gram, n in grams.items()}
+    def vector(words):                  # tf-idf weights of n-grams, their norms by n, how many words
+        weights = {gram: n * (images - math.log(max(seen[gram], 1))) for gram, n in ngrams(words).items()}
         norms = [math.sqrt(sum(w * w for gram, w in weights.items() if len(gram) == n)) for n in range(1, 5)]
-        return weights, norms, sum(n for gram, n in grams.items() if len(gram) == 2)
+        return weights, norms, len(words)
 
     def similarity(a, b):
         (wa, na, la), (wb, nb, lb) = a, b
@@ -205,14 +208,15 @@ def cider(candidates, references):
             dots[len(gram) - 1] += min(w, wb.get(gram, 0.0)) * wb.get(gram, 0.0)
         cosines = [dot / (x * y) if x * y else dot for dot, x, y in zip(dots, na, nb)]
         return sum(cosines) / 4 * math.exp(-(la - lb) ** 2 / 72)                            # of lengths, sigma 6
-    pairs = [(vector(ngrams(words)), [vector(grams) for grams in texts]) for words, texts in zip(candidates, counts)]
-    return [10 * sum(similarity(one, other) for other in others) / len(others) for one, others in pairs]
+    pairs = zip(map(vector, candidates), references)
+    return [10 * sum(similarity(ours, vector(text)) for text in texts) / len(texts) for ours, texts in pairs]
 
 
 def meteor(candidates, references):     # by pycocoevalcap and Java, None where they are not installed
     try:
-        from pycocoevalcap.meteor.meteor import Meteor          # optional
-        return Meteor().compute_score(dict(enumerate(references)), {i: [text] for i, text in enumerate(candidates)})[0]
+        from pycocoevalcap.meteor.meteor import Meteor
+        ours, theirs = [[" ".join(words)] for words in candidates], [[*map(" ".join, texts)] for texts in references]
+        return Meteor().compute_score(dict(enumerate(theirs)), dict(enumerate(ours)))[0]
     except (ImportError, OSError):
         return None
 
@@ -220,19 +224,19 @@ def meteor(candidates, references):     # by pycocoevalcap and Java, None where 
 # ---- Tasks: what the model said about a sample -> a row of the predictions file; rows -> figures
 
 def boxes_in(turn):
-    return [part for part in turn if isinstance(part, data.Box)]
-
-
-def media_in(turn):
-    return [part.path for part in turn if isinstance(part, data.Medium)]
+    return data.parts_of([turn], data.Box)
 
 
 def text_in(turn, between=""):
-    return between.join(part for part in turn if isinstance(part, str))
+    return between.join(data.parts_of([turn], str))
+
+
+def as_regions(turn):
+    return [replace(part, kind="region") if isinstance(part, data.Box) else part for part in turn]
 
 
 def rec_row(sample, out):               # out["boxes"]: (n, 4) of the frame, of which the first counts, and in pixels
-    box, pixels = (out[name][0].tolist() if len(out[name]) else None for name in ("boxes", "pixels"))
+    box, pixels = (next(iter(out[name].tolist()), None) for name in ("boxes", "pixels"))
     return {"box": box, "target": boxes_in(sample.turns[-1])[0].tensor.tolist(), "pixels": pixels}
 
 
@@ -247,7 +251,7 @@ def text_row(sample, out):              # out["text"]: the answer
 
 
 def refer_row(sample, out):             # several references
-    return {"text": out["text"], "target": [part for part in sample.turns[-1] if isinstance(part, str)]}
+    return {"text": out["text"], "target": data.parts_of(sample.turns[-1:], str)}
 
 
 def grounding(reply, answer):           # least IoU of boxes in order, 0 if their numbers differ; None: no true box
@@ -258,7 +262,7 @@ def grounding(reply, answer):           # least IoU of boxes in order, 0 if thei
 
 
 def wished(reply, answer):              # whether both ask painters for the same; None if neither asks for anything
-    ours, true = ([part.writer for part in turn if isinstance(part, data.Signal)] for turn in (reply, answer))
+    ours, true = ([signal.writer for signal in data.parts_of([turn], data.Signal)] for turn in (reply, answer))
     return ours == true if ours or true else None
 
 
@@ -268,24 +272,21 @@ def rounds_row(sample, out):            # out["replies"]: to each question a lis
             "iou": [*map(grounding, replies, answers)], "drawn": [*map(wished, replies, answers)]}
 
 
-def mean(values):                       # of numbers or truths; None stands for a round that has none
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
 def pope_figures(rows):
     return {name: pope([rule(row["text"]) for row in rows], [yes_or_no(row["target"]) for row in rows])
             for name, rule in (("nextchat", yes_or_no), ("llava", yes_or_no_llava))}
 
 
-def caption_figures(rows):              # one reference a sample, or a list of them; CIDEr-D is times 100
-    made, true = [caption_text(row["text"]) for row in rows], [row["target"] for row in rows]
-    true = [[caption_text(text) for text in ([texts] if isinstance(texts, str) else texts)] for texts in true]
-    right = mean([normal(a) in map(normal, texts) for a, texts in zip(made, true)])
-    ours, theirs = [tokenise(text) for text in made], [[tokenise(text) for text in texts] for texts in true]
+def caption_of(row):                    # one reference, or a list -> whether one is met; words, those of the references
+    targets = [row["target"]] if isinstance(row["target"], str) else row["target"]
+    made, *true = (caption_text(text) for text in (row["text"], *targets))
+    return normal(made) in map(normal, true), tokenise(made), [tokenise(text) for text in true]
+
+
+def caption_figures(rows):              # CIDEr-D is times 100
+    right, ours, theirs = zip(*map(caption_of, rows))
     scores = cider(ours, theirs)
-    return {"right": right, "cider": 100 * sum(scores) / len(scores),
-            "meteor": meteor(map(" ".join, ours), [[" ".join(words) for words in texts] for texts in theirs])}
+    return {"right": mean(right), "cider": 100 * sum(scores) / len(scores), "meteor": meteor(ours, theirs)}
 
 
 def refer_figures(rows):
@@ -293,43 +294,45 @@ def refer_figures(rows):
     return {"raw": caption_figures(rows), "cleaned": caption_figures(rest)}
 
 
+def rounds_of(row):                     # a dialogue -> of each round: text right, box found, its IoU, media right
+    text = [normal(a) == normal(b) for a, b in zip(row["text"], row["target"])]
+    return text, [None if x is None else x >= 0.5 for x in row["iou"]], row["iou"], row["drawn"]
+
+
 def rounds_figures(rows):
-    """Shares of right texts and of boxes found (IoU of 0.5 or more), over all rounds and over the first, second ...;
-    mean IoU; shares of dialogues without a fault and of answers that ask for the right media."""
-    iou, drawn = ([row[key] for row in rows] for key in ("iou", "drawn"))                   # of lists a dialogue
-    text = [[normal(a) == normal(b) for a, b in zip(row["text"], row["target"])] for row in rows]
-    box = [[None if x is None else x >= 0.5 for x in dialogue] for dialogue in iou]
+    """Shares of right texts and of boxes found, over all rounds and over the first, second ...; mean IoU; shares of
+    dialogues without a fault and of answers that ask for the right media."""
+    text, box, iou, drawn = zip(*map(rounds_of, rows))
     whole = [False not in chain(*dialogue) for dialogue in zip(text, box, drawn)]
     return {"text": mean(chain(*text)), "text_by_round": [*map(mean, zip_longest(*text))],
             "box": mean(chain(*box)), "box_by_round": [*map(mean, zip_longest(*box))],
             "iou": mean(chain(*iou)), "dialogues": mean(whole), "drawn": mean(chain(*drawn))}
 
 
-def box_figures(rows, count):
-    return count([row["box"] for row in rows], [row["target"] for row in rows])
+def counted(count, *keys):              # figures that a metric gives of these columns of the rows
+    return lambda rows: count(*([row[key] for row in rows] for key in keys))
 
 
 TASKS = {                               # task -> (sample, what the model said) -> row; rows -> figures
-    "rec": (rec_row, partial(box_figures, count=rec)), "ground": (rec_row, partial(box_figures, count=ground)),
-    "refer": (refer_row, refer_figures),
-    "res": (res_row, lambda rows: res([row["intersection"] for row in rows], [row["union"] for row in rows])),
+    "rec": (rec_row, counted(rec, "box", "target")), "ground": (rec_row, counted(ground, "box", "target")),
+    "refer": (refer_row, refer_figures), "res": (res_row, counted(res, "intersection", "union")),
     "pope": (text_row, pope_figures), "caption": (text_row, caption_figures),
     "rounds": (rounds_row, rounds_figures), "talks": (rounds_row, rounds_figures)}
 
 
 # ---- Predictions
 
-def whole_lines(path):                  # and the bytes they fill: a kill may have cut the last one
+def whole_lines(path):                  # what they hold, and the bytes they fill: a kill may have cut the last one
     raw = path.read_bytes()
     size = raw.rfind(b"\n") + 1
-    return raw[:size].splitlines(), size
+    return [json.loads(line) for line in raw[:size].splitlines()], size
 
 
 def read_rows(path, run):               # and the bytes they fill; ValueError if they are of another run
-    lines, size = whole_lines(path)
-    if lines and lines[0] != json.dumps(run).encode():
-        raise ValueError(f"{path}: predictions of another run, {lines[0].decode():.200}; move them away")
-    return [json.loads(line) for line in lines[1:]], size
+    rows, size = whole_lines(path)
+    if rows and rows[0] != run:
+        raise ValueError(f"{path}: predictions of another run, {json.dumps(rows[0]):.200}; move them away")
+    return rows[1:], size
 
 
 def append(file, row):                  # on the disk when this returns
@@ -354,21 +357,14 @@ def predict_all(samples, predict, task, folder, run, rank=0, world=1):
                 sample = samples[i]
                 with data.naming(getattr(samples, "path", task), i, sample.meta):
                     row = row_of(sample, predict(sample))
-                append(file, {"index": i, "id": sample.id, "media": media_in(sample.turns[0]),
-                              "prompt": text_in(sample.turns[0]), **row})
+                media = [medium.path for medium in data.parts_of(sample.turns[:1], data.Medium)]
+                append(file, {"index": i, "id": sample.id, "media": media, "prompt": text_in(sample.turns[0]), **row})
 
 
 def read_predictions(folder, run):      # the rows of all ranks in the order of their samples, each once
     paths = sorted(Path(folder).glob("predictions-*.jsonl"))
     rows = {row["index"]: row for path in paths for row in read_rows(path, run)[0]}
-    return [rows[i] for i in sorted(rows)]
-
-
-def figures(task, folder, run, n):      # figures over all n samples. Raises ValueError if some are not there yet
-    rows = read_predictions(folder, run)
-    if len(rows) != n:
-        raise ValueError(f"{folder}: predictions of {len(rows)} samples, {n} are expected; start the run again")
-    return {"n": n, **TASKS[task][1](rows)}
+    return sorted(rows.values(), key=lambda row: row["index"])
 
 
 # ---- Run
@@ -387,7 +383,7 @@ class Asker:
         self.system, self.spec = data.SYSTEMS[cfg.system], data.MediaSpec(**cfg.media)
         self.tok = data.tokenizer_of(folder / "tokenizer.model", cfg)
         self.template = data.TEMPLATES[template or cfg.template or self.system.template]
-        self.signals = {id for name in cfg.projections for id in cfg.signal(name)}
+        self.signals = set().union(*map(cfg.signal, cfg.projections))
 
     def embed(self, rendered):          # embeddings (1, T, C) of a prompt, and its attn_mask or None
         length, room = len(rendered.ids), self.model.cfg.llm.max_len
@@ -403,8 +399,7 @@ class Asker:
 
     @torch.inference_mode()
     def answer(self, turns, max_new_tokens=128, begun=""):
-        """The greedy answer to turns (of strings, media, boxes), or the rest of one that is begun -> text, ids of all,
-        hidden states it came from."""
+        """The greedy answer to turns or the rest of one that is begun -> text, all ids, hidden states it came from."""
         r, hidden, at = self.render([*turns, None]), [], next(iter(self.model.feeds), -1)
         room = self.model.cfg.llm.max_len - len(r.ids)
         r = r._replace(ids=r.ids + self.tok.encode(begun, bos=False)[-room:])
@@ -412,9 +407,7 @@ class Asker:
         stream, ids = data.TextStream(self.tok, (self.template.stop,)), list(r.ids)
         for id in M.generate(self.model, embeds, max_new_tokens=max_new_tokens, hidden=hidden, attn_mask=mask):
             ids.append(self.tok.special[self.system.box[-1]] if ids[-1] == at else id)      # <boxes> is after <at>
-            if id in self.signals:                              # to painters, no text
-                stream.flush()
-            else:
+            if id not in self.signals:                          # these are for painters, no text
                 stream.push(ids[-1])
             if stream.done:
                 break
@@ -435,8 +428,8 @@ class Asker:
 
     @torch.inference_mode()
     def segment(self, question, max_new_tokens):                # bool masks (n, H, W) of the picture for the boxes said
-        picture = next(part for part in question if isinstance(part, data.Medium))
         _, ids, hidden = self.answer([question], max_new_tokens)
+        picture = data.parts_of([question], data.Medium)[0]
         image, start = picture.sam[None].to(self.weight), len(ids) - len(hidden)
         found = M.read_out(self.model, ids, hidden, "at", start, image=image)
         return data.Geometry(*picture.size).masks_to_pixels(found[1]).cpu() if found else torch.zeros(0)
@@ -444,23 +437,22 @@ class Asker:
     def boxes_of(self, turns, ids, hidden):             # (n, 4): said at `<at>`, or looked for where that is asked
         start = len(ids) - len(hidden)                          # of the answer
         if "at" in self.model.writers and (found := M.read_out(self.model, ids, hidden, "at", start)):
-            return found[0]
-        asked = [i for i, id in enumerate(ids[:start]) if id == self.tok.special.get(self.system.find)]
-        if not asked:
-            return []
-        image = next(part for part in turns[0] if isinstance(part, data.Medium)).det[None].to(self.weight)
-        boxes, score = M.read_out(self.model, [*ids[:start], -1], hidden[:1], "vg", asked[-1], image=image)
-        return boxes[score > MIN_SCORE]
+            return found[0].float().cpu()
+        if self.tok.special.get(self.system.find) not in ids[:start]:
+            return torch.zeros(0, 4)
+        image = data.parts_of(turns[:1], data.Medium)[0].det[None].to(self.weight)
+        boxes, score = M.read_out(self.model, [*ids[:start], -1], hidden[:1], "vg", image=image)
+        return boxes[score > MIN_SCORE].float().cpu()
 
     @torch.inference_mode()
     def reply(self, turns, max_new_tokens):
         """The greedy answer to turns as texts, Boxes and Signals; a box that is looked for comes after the text."""
         text, ids, hidden = self.answer(turns, max_new_tokens)
-        boxes = [data.Box((), tensor=box.float().cpu()) for box in self.boxes_of(turns, ids, hidden)]
+        boxes = [data.Box((), tensor=box) for box in self.boxes_of(turns, ids, hidden)]
         texts = text.split(" ".join(self.system.box)) if self.system.box else [text]
         said, cfg = ids[len(ids) - len(hidden):-1], self.model.cfg
         wishes = [data.Signal(name) for name in cfg.projections for _ in M.signal_runs(said, cfg.signal(name))[0]]
-        return [part for pair in zip_longest(texts, boxes) for part in pair if part] + wishes
+        return [part for part in chain(*zip_longest(texts, boxes)) if part] + wishes
 
     def converse(self, turns, max_new_tokens):          # replies to all questions, each after those before
         said, replies = [], []
@@ -468,8 +460,7 @@ class Asker:
             if "vg" in self.model.writers:
                 # parity: ChatterBox forgets earlier boxes, and looks for one wherever the true answer has any
                 said = [[part for part in turn if not isinstance(part, data.Box)] for turn in said]
-                regions = [replace(part, kind="region") if isinstance(part, data.Box) else part for part in question]
-                question = regions + [data.Box((), kind="find")] * bool(boxes_in(answer))
+                question = as_regions(question) + [data.Box((), kind="find")] * bool(boxes_in(answer))
             full = len(self.render([*said, question, None]).ids) >= self.model.cfg.llm.max_len
             replies.append([] if full else self.reply([*said, question], max_new_tokens))       # [] is no right answer
             said += [question, replies[-1]]
@@ -479,11 +470,10 @@ class Asker:
         data.load_media(sample.turns, replace(self.spec, sam_size=self.spec.sam_size * (task == "res")))
         question = sample.turns[0]
         if "box" not in self.model.cfg.reads:           # ChatterBox reads what is in a box, not where that is
-            question = [replace(part, kind="region") if isinstance(part, data.Box) else part for part in question]
+            question = as_regions(question)
         if task in ("rec", "ground"):
-            picture, boxes = next(part for part in question if isinstance(part, data.Medium)), self.point(question)
-            geometry = data.Geometry(*picture.size, self.spec.square)
-            return {"boxes": boxes, "pixels": [geometry.to_pixels(box.cpu()) for box in boxes]}
+            picture, boxes = data.parts_of([question], data.Medium)[0], self.point(question)
+            return {"boxes": boxes, "pixels": data.Geometry(*picture.size, self.spec.square).to_pixels(boxes)}
         if task == "res":
             return {"masks": self.segment(question, LENGTHS[task])}
         if task in ("rounds", "talks"):
@@ -494,54 +484,61 @@ class Asker:
         return {"text": text}
 
 
-def read_samples(args):                 # of a task's file
+def read_samples(args):
     prompts = datasets.load_prompts(args.templates) if args.templates else datasets.PROMPTS
-    media = args.media or args.questions.parent
-    if args.task in SOURCES:
-        return SOURCES[args.task](args.questions, media)
-    format = {"caption": "reg"}.get(args.task, args.task)
-    if format == "rounds" and args.questions.name.startswith("CB-refcoco"):     # in these boxes end in width and height
-        format = "refcoco-rounds"
-    return datasets.Rows(args.questions, format, media, prompts, args.seed)
+    file, media = args.questions, args.media or args.questions.parent
+    refcoco = "refcoco-" * file.name.startswith("CB-refcoco")   # in these boxes end in width and height
+    format = {"caption": "reg", "rounds": refcoco + "rounds"}.get(args.task, args.task)
+    samples = (SOURCES[args.task](file, media) if args.task in SOURCES else
+               datasets.Rows(file, format, media, prompts, args.seed))
+    if not samples:
+        raise ValueError(f"{file}: holds no questions")
+    return samples
+
+
+def check(model, args):                 # ValueError for one that cannot do the task
+    if args.task in ("rec", "ground") and not {"at", "vg"} & set(model.writers):
+        raise ValueError(f"{args.weights}: this model says no boxes")
+    if args.task == "res" and not model.cfg.sam:
+        raise ValueError(f"{args.weights}: this model makes no masks")
+
+
+def identity(args):                     # what tells a run of a task from others
+    digest = hashlib.sha256(args.questions.read_bytes()).hexdigest()
+    made = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(args.weights.glob("*.safetensors"))]
+    return {"task": args.task, "weights": str(args.weights), "file": digest, "templates": str(args.templates or ""),
+            "template": args.template or "", "seed": args.seed, "dtype": args.dtype, "media": str(args.media or ""),
+            "made": hashlib.sha256(repr(made).encode()).hexdigest()}                        # weights may be replaced
 
 
 def run_task(asker, args):              # this rank's share; prints and writes the figures once all is there
-    if args.task in ("rec", "ground") and not {"at", "vg"} & set(asker.model.writers):
-        raise ValueError(f"{args.weights}: this model says no boxes")
-    if args.task == "res" and not asker.model.cfg.sam:
-        raise ValueError(f"{args.weights}: this model makes no masks")
-    if not (samples := read_samples(args)):
-        raise ValueError(f"{args.questions}: holds no questions")
-    digest = hashlib.sha256(args.questions.read_bytes()).hexdigest()
-    stats = [(file.name, file.stat()) for file in sorted(args.weights.glob("*.safetensors"))]
-    made = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]                 # weights may be replaced
-    run = {"task": args.task, "weights": str(args.weights), "file": digest, "templates": str(args.templates or ""),
-           "template": args.template or "", "seed": args.seed, "dtype": args.dtype, "media": str(args.media or ""),
-           "made": hashlib.sha256(repr(made).encode()).hexdigest()}
+    check(asker.model, args)
+    samples, run = read_samples(args), identity(args)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun's
     predict_all(samples, partial(asker.predict, args.task), args.task, args.out, run, rank, world)
-    if (done := len(read_predictions(args.out, run))) < len(samples):
-        return print(f"{done} of {len(samples)} samples are done, other ranks are at the rest")
-    result = json.dumps(figures(args.task, args.out, run, len(samples)))
+    rows = read_predictions(args.out, run)
+    if len(rows) < len(samples):
+        return print(f"{len(rows)} of {len(samples)} samples are done, other ranks are at the rest")
+    result = json.dumps({"n": len(rows), **TASKS[args.task][1](rows)})
     (args.out / "metrics.json").write_text(result)
     if args.task in ("vqa", "sqa"):
-        write_answers(args.out, run)
+        write_answers(args.out / "answers.jsonl", rows, run)
     print(result)
 
 
 def ask_all(asker, args):               # ask the questions of a file, print how many of each kind are answered right
-    rows, began = [], time.time()
+    samples, rows, began = read_samples(args), [], time.time()
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("wb") if args.out else nullcontext() as file:
-        for sample in tqdm(data.Conversations(args.questions, args.media), unit="question", disable=None):
+        for i, sample in enumerate(tqdm(samples, unit="question", disable=None)):
             question, expected = sample.turns[:2]
-            with data.naming(args.questions, len(rows), sample.meta):
+            with data.naming(args.questions, i, sample.meta):
                 data.load_media([question], asker.spec)
-                rows.append({"id": len(rows), "kind": sample.meta.get("kind", ""), "question": text_in(question),
+                rows.append({"id": i, "kind": sample.meta.get("kind", ""), "question": text_in(question),
                              "text": asker.answer([question])[0], "answer": text_in(expected)})
             if file:
                 append(file, rows[-1])
-    if not rows:
-        raise ValueError(f"{args.questions}: holds no questions")
     for kind, (right, asked) in accuracy(rows).items():
         print(f"{kind:20}{right:6} of {asked:5}{right / asked:9.1%}")
     print(f"{(time.time() - began) / len(rows):.3f} seconds a question")
@@ -591,15 +588,16 @@ def science_figures(rows):              # of all, with a picture, without; how m
             "unclear": sum(len(choices(row["text"])) != 1 for row in rows)}
 
 
-def write_answers(folder, run):         # answers.jsonl of a finished run, with the keys that LLaVA's judges read
-    with open(Path(folder, "answers.jsonl"), "w") as file:
-        for row in read_predictions(folder, run):
+def write_answers(path, rows, run):     # of a finished run, with the keys that LLaVA's judges read
+    with path.open("w") as file:
+        for row in rows:
             name = hashlib.sha256(json.dumps([run, row["question_id"], row["text"]]).encode()).hexdigest()[:22]
-            print(json.dumps({key: row[key] for key in ("question_id", "prompt", "text")} | {
-                "answer_id": name, "model_id": run["weights"], "metadata": {}}), file=file)
+            print(json.dumps({"question_id": row["question_id"], "prompt": row["prompt"], "text": row["text"],
+                              "answer_id": name, "model_id": run["weights"], "metadata": {}}), file=file)
 
 
-SOURCES = {"vqa": question_samples, "sqa": science_samples, "talks": partial(datasets.Dialogs, learn=False)}
+SOURCES = {None: data.Conversations, "vqa": question_samples, "sqa": science_samples,
+           "talks": partial(datasets.Dialogs, learn=False)}
 TASKS |= {"vqa": (question_row, lambda rows: {}), "sqa": (question_row, science_figures)}
 
 
@@ -622,12 +620,13 @@ def review_requests(questions, answers, rules, contexts=None):
     for i, question in enumerate(questions, 1):
         with data.naming("questions", i, question):
             name, category = question["question_id"], question.get("category", "default")
-            if name not in first or name not in second:
+            one, two = first.get(name), second.get(name)
+            if None in (one, two):
                 raise ValueError(f"question {name} has no answer in one of the files")
             rule = rules.get(category) or contexts is None and rules.get("default")         # of an unknown category
             if not rule:
                 raise ValueError(f"question {name}: no rule for {category!r}; there are {', '.join(rules)}")
-            one, two, context = first[name], second[name], None if contexts is None else seen[question["image"]]
+            context = None if contexts is None else seen[question["image"]]
             out.append({"id": i, "question_id": name, "answer1_id": one.get("answer_id", name),
                         "answer2_id": two.get("answer_id", name), "category": category,
                         "prompt": review_prompt(question, (one, two), rule, context)})
@@ -637,24 +636,22 @@ def review_requests(questions, answers, rules, contexts=None):
 def review(requests, command, path):
     """Have any program judge: it reads lines of JSON requests, writes a line {id, content} for each, in any order."""
     path.touch()
-    lines, size = whole_lines(path)
-    done = [json.loads(line) for line in lines]
-    digests = {row["id"]: hashlib.sha256(row["prompt"].encode()).hexdigest()[:16] for row in requests}
-    if odd := [row["id"] for row in done if row.get("digest") != digests.get(row["id"])]:
-        raise ValueError(f"{path}: its review {odd[0]} is of other answers; move the file away")
-    known = {row["id"] for row in done}                         # is not asked again
-    asked = {row["id"]: row for row in requests if row["id"] not in known}
+    asked = {row["id"]: row for row in requests}
+    digests = {name: hashlib.sha256(row["prompt"].encode()).hexdigest()[:16] for name, row in asked.items()}
+    done, size = whole_lines(path)
+    for row in done:
+        if row.get("digest") != digests.get(row["id"]):
+            raise ValueError(f"{path}: its review {row['id']} is of other answers; move the file away")
+        asked.pop(row["id"], None)                              # is not asked again
     with TemporaryFile("w+") as file, open(path, "ab") as out:  # a file: a pipe could fill up while the judge writes
         out.truncate(size)
         file.writelines(json.dumps(row) + "\n" for row in asked.values())
         file.seek(0)
         with subprocess.Popen(shlex.split(command), stdin=file, stdout=subprocess.PIPE, text=True) as judge:
-            for line in judge.stdout:
-                try:
+            for i, line in enumerate(judge.stdout):
+                with data.naming(command, i, line):
                     reply = json.loads(line)
                     name, content = reply["id"], str(reply["content"])
-                except (ValueError, LookupError, TypeError):
-                    raise ValueError(f"{command}: no reply {{id, content}}: {line!r:.80}") from None
                 if request := asked.pop(name, None):
                     del request["prompt"]
                     done.append({**request, "content": content, "tuple": review_scores(content), "digest": digests[name]})
@@ -688,10 +685,7 @@ def main_review(argv):                  # write the requests to a judge, or have
         print(f"{len(odd)} reviews do not begin with two scores, first {odd[0]}; they count as -1", file=sys.stderr)
 
 
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["review"]:
-        return main_review(argv[1:])
+def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("weights", type=Path, help="weights folder")
     p.add_argument("questions", type=Path, help="file of a task, or LLaVA records of one exchange, each with a `kind`")
@@ -707,8 +701,14 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.task and not args.out:
         p.error("--task needs --out FOLDER")
-    if args.out and not args.task and not args.out.parent.is_dir():
-        p.error(f"--out: {args.out.parent} is no folder")
+    return args
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["review"]:
+        return main_review(argv[1:])
+    args = parse_args(argv)
     device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     (run_task if args.task else ask_all)(Asker(args.weights, M.find_device(device), args.dtype, args.template), args)
 

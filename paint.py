@@ -61,10 +61,6 @@ KINDS = {"img": "image", "vid": "video", "aud": "audio"}
 
 # ---- Media
 
-def picture(image, size):               # uint8 (3, H, W)
-    return torch.from_numpy(np.array(image.convert("RGB").resize(size[::-1], Image.BOX))).permute(2, 0, 1)
-
-
 def read_captions(path):
     """-> the kind of media of a file, (caption, wish for it or "", path of the medium) of each."""
     path = Path(path)
@@ -92,18 +88,16 @@ def log_mel(x, voice):
     return (mel[:len(x) // voice.hop].clamp(min=-12) + 6) / 6
 
 
-def read_medium(file, kind, cfg):       # uint8 (3, H, W) or (F, 3, H, W); of a sound samples (T,)
+def read_medium(file, kind, cfg):       # uint8 (3, H, W) or (F, 3, H, W); of a sound its frames (1, T, mel_bins)
     if kind == "audio":
-        return samples(file, cfg.vocoder, int(cfg.size[0] * cfg.vocoder.rate))
+        return log_mel(samples(file, cfg.vocoder, int(cfg.size[0] * cfg.vocoder.rate)), cfg.vocoder)[None]
+    high, wide = cfg.size[-2:]
     with Image.open(file) as image:
-        frames = [picture(frame, cfg.size[-2:]) for frame in ImageSequence.Iterator(image)]
+        frames = [frame.convert("RGB").resize((wide, high), Image.BOX) for frame in ImageSequence.Iterator(image)]
+    frames = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
     if kind == "image":
         return frames[0]
-    return torch.stack(frames)[torch.linspace(0, len(frames) - 1, cfg.size[0]).round().long()]      # evenly over it
-
-
-def pixels(x):                          # uint8 -> -1..1; mel frames stay what they are
-    return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x
+    return frames[torch.linspace(0, len(frames) - 1, cfg.size[0]).round().long()]           # evenly over it
 
 
 # ---- Training
@@ -127,21 +121,20 @@ def new_painter(kind, tokenizer):
     return painter
 
 
-def fit(parameters, loss_of, n, steps, batch, lr, name, save=None):
+def fit(parameters, loss_of, n, steps, batch, lr, name, save=lambda: None):
     """AdamW for so many steps of random samples out of n; lr rises over a twentieth, then falls along a cosine."""
-    opt = torch.optim.AdamW(parameters, lr, (0.9, 0.99), weight_decay=0.01, fused=True)
-    bar, mean = tqdm(range(steps), desc=name, mininterval=10), None
+    opt, mean = torch.optim.AdamW(parameters, lr, (0.9, 0.99), weight_decay=0.01, fused=True), 0
+    bar, saves = tqdm(range(steps), desc=name, mininterval=10), {*range(500, steps, 500), steps}
     for step in bar:
-        for group in opt.param_groups:
-            group["lr"] = lr * min(20 * (step + 1) / steps, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        opt.param_groups[0]["lr"] = lr * min(20 * (step + 1) / steps, 0.5 + 0.5 * math.cos(math.pi * step / steps))
         loss = loss_of(torch.randint(n, (batch,)))              # (B,) rows
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         opt.step()
         opt.zero_grad(set_to_none=True)
-        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()                # of the last 50 or so
+        mean += (loss.item() - mean) / min(step + 1, 50)        # of the last 50 or so
         bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
-        if save and (step % 500 == 499 or step + 1 == steps):
+        if step + 1 in saves:
             save()
 
 
@@ -158,9 +151,9 @@ def fit_vocoder(vocoder, mels, voice, *how):
 
 # ---- UNet and text tower
 
-def fit_unet(painter, learned, media, ids, nothing, fast, *how):
-    """Teach what is learned of a painter the clean latents at a random step. media (n, ...); ids (n, T) of their
-    captions; nothing (1, T) of no text; how: what `fit` takes from its steps on."""
+def fit_unet(painter, learned, media, ids, fast, *how):
+    """Teach what is learned of a painter the clean latents at a random step. media (n, ...); ids (n + 1, T) of their
+    captions and of no text; how: what `fit` takes from its steps on."""
     cfg = painter.cfg
     levels = G.signal_levels(cfg.beta_start, cfg.beta_end)                                  # (1000,) from 1 to 0
 
@@ -173,8 +166,9 @@ def fit_unet(painter, learned, media, ids, nothing, fast, *how):
     quick = torch.compile(error) if fast else error
 
     def loss_of(rows):
-        told = torch.where(torch.rand(len(rows), 1) < 0.1, nothing, ids[rows])              # guidance needs no text too
-        x = painter.vae.encode(pixels(media[rows]))                                 # (B, C, h, w) or (B, F, C, h, w)
+        told = torch.where(torch.rand(len(rows), 1) < 0.1, ids[-1], ids[rows])              # guidance needs no text too
+        x = media[rows]                                         # pixels 0..255, or mel frames, which stay what they are
+        x = painter.vae.encode(x / 127.5 - 1 if x.dtype == torch.uint8 else x)      # (B, C, h, w) or (B, F, C, h, w)
         x = x.transpose(1, 2).contiguous() if cfg.unet.video else x                         # (B, C, F, h, w)
         t, noise = torch.randint(1000, (len(rows),)), torch.randn_like(x)
         with torch.autocast("cpu", torch.bfloat16, enabled=fast):
@@ -198,10 +192,9 @@ def encode_captions(painter, folder, captions):
 
 @lru_cache
 def splitter(cfg, folder):              # text -> ids, by the tokenizer that lies beside a painter's weights
-    folder = Path(folder)
     if (folder / "tokenizer.model").exists():
         return data.Tokenizer(folder / "tokenizer.model").sp.encode
-    for name in ["merges.txt", "vocab.json"][:2 if cfg.out_dim else 1]:
+    for name in ("merges.txt", "vocab.json")[:1 + bool(cfg.out_dim)]:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing; copy it from the tokenizer of the original")
     if cfg.out_dim:
@@ -214,8 +207,7 @@ def caption_ids(cfg, encode, captions):
     length = cfg.max_len - (cfg.pad + 1 if cfg.out_dim else 0)                              # CLAP counts from there
     # parity: of a long caption NExT-GPT's pictures, padded with the end token, keep the end; all others the start
     part = slice(2 - length, None) if cfg.pad == cfg.end else slice(length - 2)
-    rows = [[cfg.start, *encode(text)[part], cfg.end] for text in captions]
-    return torch.tensor([row + [cfg.pad] * (length - len(row)) for row in rows])
+    return torch.tensor([[cfg.start, *encode(text)[part], cfg.end, *[cfg.pad] * length][:length] for text in captions])
 
 
 # ---- Judging
@@ -248,8 +240,8 @@ def ask(folder, kind, wishes):
         session.clear()
         session.set("seed", seed)
         session.ask(wish)
-        drawn = (one for one in session.last().drawn if KINDS[one.kind] == kind)
-        out.append(next((shown(kind, one.content, one.rate) for one in drawn), None))
+        drawn = [shown(kind, one.content, one.rate) for one in session.last().drawn if KINDS[one.kind] == kind]
+        out.append(next(iter(drawn), None))
     return out
 
 
@@ -268,7 +260,7 @@ def tile(made):
         made = Image.new("RGB", (128, 128), "white")
     if isinstance(made, list):
         frames = made[::max(len(made) // 4, 1)][:4]
-        made = Image.fromarray(np.concatenate([np.asarray(frame) for frame in frames], axis=1))
+        made = Image.fromarray(np.concatenate(frames, axis=1))
     elif isinstance(made, np.ndarray):
         mel = data.fbank(torch.from_numpy(made).float(), 64, shapes.RATE).T.flip(0)         # (bins, T), low ones below
         made = Image.fromarray(((mel + 16) * 10).clamp(0, 255).byte().numpy())
@@ -312,40 +304,44 @@ def embed(args):
         raise ValueError(f"{args.data}: asks for nothing that {args.embed} paints")
     painter.text.float().to("cuda" if torch.cuda.is_available() else "cpu")
     (args.data.parent / "embed").mkdir(exist_ok=True)
-    files = list(captions)
-    for i in tqdm(range(0, len(files), 64), desc="embedding", disable=None):
-        some = files[i:i + 64]
-        for file, x in zip(some, encode_captions(painter, args.embed, [captions[file] for file in some])):
+    pairs = list(captions.items())
+    for i in tqdm(range(0, len(pairs), 64), desc="embedding", disable=None):
+        files, texts = zip(*pairs[i:i + 64])
+        for file, x in zip(files, encode_captions(painter, args.embed, texts)):
             np.save(file, x.numpy().astype(np.float16))
 
 
 def add_writers(args):
     """A model with signal tokens and a writer for each painter that had none; all else stays bit by bit what it was."""
-    old, folder = M.load(args.data), Path(args.writers)
-    configs = (M.read_config(path.parent, G.PainterConfig) for path in folder.glob("*/config.json"))
+    old = M.load(args.data)
+    configs = (M.read_config(path.parent, G.PainterConfig) for path in args.writers.glob("*/config.json"))
     painters = {cfg.kind: cfg for cfg in configs}
-    added = {kind: tokens for kind, tokens in data.SYSTEMS[old.cfg.system].signals.items()
-             if kind in painters and kind not in old.cfg.projections}
+    wanted = painters.keys() - old.cfg.projections.keys()
+    added = {kind: tokens for kind, tokens in data.SYSTEMS[old.cfg.system].signals.items() if kind in wanted}
     if not added:
-        raise SystemExit(f"paint: {args.data}: has a writer for every painter in {folder}, or its system "
+        raise SystemExit(f"paint: {args.data}: has a writer for every painter in {args.writers}, or its system "
                          f"{old.cfg.system} no signal tokens for them")
     torch.manual_seed(args.seed)
     new = M.Model(with_signals(old.cfg, added, painters, *old.llm.embed.weight.shape))
     M.initialise(new)
+    carry_over(old, new)
+    M.save(new, args.out, [args.data / "tokenizer.model"])
+
+
+def carry_over(old, new):               # tensors of a model to one that has more
     state = new.state_dict()
     for name, x in old.state_dict().items():
         if x.shape != state[name].shape:                        # rows of the new tokens, (m, C)
             x = torch.cat([x, state[name][len(x):].to(x.dtype)])
         state[name] = x
-    M.assign(new, {name: x for name, x in state.items() if name not in M.tied(new)})
-    M.save(new, args.out, [args.data / "tokenizer.model"])
+    M.assign(new, state)
 
 
 def with_signals(cfg, added, painters, size, dim):      # a config with these signal tokens too, from id `size` on
-    names = [name for tokens in added.values() for name in tokens]
+    names = sum(added.values(), ())
     prompters = {kind: prompter(painters[kind], dim, len(tokens)) for kind, tokens in added.items()}
     return replace(cfg, llm=replace(cfg.llm, vocab_size=size + len(names)), writes=cfg.writes | added,
-                   added_tokens=cfg.added_tokens | {name: size + i for i, name in enumerate(names)},
+                   added_tokens=cfg.added_tokens | {name: id for id, name in enumerate(names, size)},
                    projections=cfg.projections | prompters)
 
 
@@ -362,22 +358,19 @@ def train(args):                        # a painter from caption pairs to its we
     torch.manual_seed(args.seed)
     kind, rows = read_captions(args.data)
     captions, _, files = zip(*rows)
-    tokenizer = Path(args.init, "tokenizer.model") if args.init else Path(args.tokenizer)
+    tokenizer = args.init / "tokenizer.model" if args.init else args.tokenizer
     painter = load_painter(args.init, kind) if args.init else new_painter(kind, tokenizer)
     cfg, learned = painter.cfg, list(painter.unet.parameters())
+    media = torch.stack([read_medium(file, kind, cfg) for file in tqdm(files, desc="reading", disable=None)])
     if not args.init:                   # else who prompts the painter knows its text tower and vocoder
         learned += painter.text.parameters()
-    media = torch.stack([read_medium(file, kind, cfg) for file in tqdm(files, desc="reading", disable=None)])
-    if kind == "audio":
-        media = torch.stack([log_mel(x, cfg.vocoder) for x in media])[:, None]              # (n, 1, T, mel_bins)
-        if not args.init:
+        if kind == "audio":
             fit_vocoder(painter.vocoder, media[:, 0], cfg.vocoder, args.steps, 4, 2e-3, "vocoder")
-    encode = data.Tokenizer(tokenizer).sp.encode
-    ids, nothing = (caption_ids(cfg.text, encode, texts) for texts in (captions, [""]))
+    ids = caption_ids(cfg.text, data.Tokenizer(tokenizer).sp.encode, [*captions, ""])
 
     def save():
         M.save(small(painter), args.out, [tokenizer])
-    fit_unet(painter, learned, media, ids, nothing, args.fast, args.steps, args.batch, args.lr, "UNet", save)
+    fit_unet(painter, learned, media, ids, args.fast, args.steps, args.batch, args.lr, "UNet", save)
 
 
 def small(painter):                     # a copy for the disk: matrices in 8 bits, which paint the same, the rest in 16
@@ -388,17 +381,22 @@ def small(painter):                     # a copy for the disk: matrices in 8 bit
     return copy
 
 
-def judge_file(args):                   # of what a painter, or a model, makes of captions that are not known
+def made_by(args, kind, captions, wishes):              # by a painter, or by a model, which has an LLM
+    if "llm" not in json.loads((args.judge / "config.json").read_text()):
+        return paint(args.judge, kind, captions)
+    if not all(wishes):
+        raise SystemExit(f"paint: {args.data}: holds no wishes; a model is judged by the *_wishes.json of shapes.py")
+    return ask(args.judge, kind, wishes)
+
+
+def judge_file(args):                   # of what is made of captions that are not known
     known = {caption for caption, *_ in read_captions(args.known)[1]} if args.known else ()
     kind, rows = read_captions(args.data)
     rows = [row for row in rows if row[0] not in known][:args.count]
     if not rows:
         raise SystemExit(f"paint: {args.data}: {args.known} has all its captions, so that none is left to judge by")
     captions, wishes, _ = zip(*rows)
-    talks = "llm" in json.loads(Path(args.judge, "config.json").read_text())                # a painter has no LLM
-    if talks and not all(wishes):
-        raise SystemExit(f"paint: {args.data}: holds no wishes; a model is judged by the *_wishes.json of shapes.py")
-    made = ask(args.judge, kind, wishes) if talks else paint(args.judge, kind, captions)
+    made = made_by(args, kind, captions, wishes)
     print(len(captions), judge(kind, captions, made))
     if args.page:
         page(made[:32], captions).save(args.page)
@@ -406,22 +404,23 @@ def judge_file(args):                   # of what a painter, or a model, makes o
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("data", type=Path, help="caption pairs; with --writers the model")
-    p.add_argument("--out", type=Path, help="weights folder to write")
-    p.add_argument("--tokenizer", default=chat.TINY / "tokenizer.model", help="default %(default)s")
-    p.add_argument("--steps", type=int, default=9000, help="default %(default)s; a vocoder takes as many first")
-    p.add_argument("--batch", type=int, default=32, help="default %(default)s")
-    p.add_argument("--lr", type=float, default=2e-3, help="default %(default)s")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--init",
-                   help="a painter to go on from; text tower and vocoder stay, so that who prompts it still can")
-    p.add_argument("--fast", action="store_true", help="bfloat16, compiled; for clips, with AMX and a C++ compiler")
-    p.add_argument("--judge", help="a painter to judge by captions, instead of training one; or a model, by wishes")
-    p.add_argument("--embed", help="a painter whose text tower reads all captions, instead")
-    p.add_argument("--writers", help="folder of painters for which a model gets new signal tokens and writers, instead")
-    p.add_argument("--known", type=Path, help="caption pairs it was trained on, which are left out")
-    p.add_argument("--page", help="picture to write, with the first 32 things that were judged")
-    p.add_argument("--count", type=int, default=300, help="captions to judge by, default %(default)s")
+    add = p.add_argument
+    add("data", type=Path, help="caption pairs; with --writers the model")
+    add("--out", type=Path, help="weights folder to write")
+    add("--tokenizer", type=Path, default=chat.TINY / "tokenizer.model", help="default %(default)s")
+    add("--steps", type=int, default=9000, help="default %(default)s; a vocoder takes as many first")
+    add("--batch", type=int, default=32, help="default %(default)s")
+    add("--lr", type=float, default=2e-3, help="default %(default)s")
+    add("--seed", type=int, default=0)
+    add("--init", type=Path,
+        help="a painter to go on from; text tower and vocoder stay, so that who prompts it still can")
+    add("--fast", action="store_true", help="bfloat16, compiled; for clips, with AMX and a C++ compiler")
+    add("--judge", type=Path, help="a painter to judge by captions, instead of training one; or a model, by wishes")
+    add("--embed", type=Path, help="a painter whose text tower reads all captions, instead")
+    add("--writers", type=Path, help="folder of painters for which a model gets new signal tokens and writers, instead")
+    add("--known", type=Path, help="caption pairs it was trained on, which are left out")
+    add("--page", help="picture to write, with the first 32 things that were judged")
+    add("--count", type=int, default=300, help="captions to judge by, default %(default)s")
     args = p.parse_args(argv)
     if not (args.judge or args.embed or args.out):
         p.error("--out FOLDER is needed, for what is trained")

@@ -125,7 +125,7 @@ def shard(model, device, bf16=False, recompute="", compile=False):
 
 def gather_once(model):
     """Gather every part and let go of it."""
-    # torch cannot accumulate gradients beside parts never gathered, such as those of a writer that the stage does not ask
+    # torch cannot accumulate gradients beside parts never gathered, as of a writer that this stage does not ask
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.unshard()

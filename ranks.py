@@ -167,9 +167,8 @@ def gathered_bytes(model, bf16):
 
 
 def plan(model, world, tokens, bf16=True, recompute="", cuts=1):
-    """Bytes that a step takes on each of `world` processes, by what they are for; what learns outside of the language
-    model keeps more, and so do kernels. model: on meta, with the types and requires_grad of training; tokens: places in
-    a micro-batch; cuts: micro-batches an update."""
+    """Bytes of a step on each of `world` processes; what learns outside of the language model keeps more, as do kernels.
+    model: on meta, with types and requires_grad as in training; tokens: places in a micro-batch, of `cuts` an update."""
     def numbers(params, parts):         # in the largest parts: the first dimension is cut
         return sum(-(-p.shape[:1].numel() // parts) * p.shape[1:].numel() for p in params)
     cfg, learned = model.cfg.llm, [p for p in model.parameters() if p.requires_grad]
@@ -178,7 +177,7 @@ def plan(model, world, tokens, bf16=True, recompute="", cuts=1):
     kept = cfg.n_layer * enters + one if recompute == "block" else cfg.n_layer * one
     cast = sum(2 * p.numel() for p in learned if p.ndim > 1) * bf16                           # autocast's copies
     return {"weights": sum(numbers([p], world) * p.itemsize for p in model.parameters()),
-            "gradients": 4 * numbers(learned, world if cuts == 1 else 1),                     # whole until the last cut
+            "gradients": 4 * numbers(learned, world if cuts < 2 else 1),                     # whole until the last cut
             "moments": 8 * numbers(learned, world),                                           # AdamW's two, float32
             "gathered": gathered_bytes(model, bf16) if world > 1 else cast,
             "activations": kept + tokens * cfg.vocab_size * (10 if bf16 else 12)}             # with the logits

@@ -28,7 +28,6 @@ from itertools import chain, count, islice
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -109,8 +108,7 @@ class Stage:
     words: bool = False                 # learn no sentences but which words each has, see Model.word_loss
 
 
-# What a flag may override
-OWN = "epochs", "batch", "lr", "warmup", "weight_decay", "beta2", "save_every", "keep", "max_len"
+OWN = Settings.__dataclass_fields__.keys() & Stage.__dataclass_fields__.keys()     # what a flag may override
 TOWER, PROJECTOR, SIGNALS = r"readers\.\w+\.tower\..*", r"readers\.\w+\.projector\..*", r"writers\.\w+\.proj\..*"
 TOKENS, LORA = r"llm\.embed\.weight|llm\.lm_head\.weight", r"llm\..*\.lora_[AB]"
 BOXES, MASKS = r"readers\.box\..*|writers\.at\.loc_decoder\..*", r"writers\.at\.seg_prompt_mlp\..*|writers\.at\.sam\..*"
@@ -166,7 +164,8 @@ def with_stage(s):
         known = ", ".join(f"{system} {number}" for system, number in STAGES)
         raise SystemExit(f"train: no stage {s.stage} of {s.system}; there are: {known}")
     stage = STAGES[s.system, s.stage]
-    return replace(s, **{name: getattr(stage, name) for name in OWN if getattr(s, name) == getattr(Settings, name)}), stage
+    own = {name: getattr(stage, name) for name in OWN if getattr(s, name) == getattr(Settings, name)}
+    return replace(s, **own), stage
 
 
 def integer(text):
@@ -185,15 +184,14 @@ def parser():
     for f in fields(Settings):
         note = f"{notes.get(f.name, '')} (default {f.default!r})".replace("%", "%%")
         p.add_argument(*dict.fromkeys(f"--{f.name.replace('_', by)}" for by in "-_"), dest=f.name, help=note,
-                       default=f.default, type=integer if f.type is int else f.type, metavar=f.type.__name__,
-                       choices=CHOICES.get(f.name))
+                       type=integer if f.type is int else f.type, metavar=f.type.__name__, choices=CHOICES.get(f.name))
     return p
 
 
 def parse_settings(argv):
     """Settings from the command line. An unknown name ends with the nearest known ones."""
     p, argv = parser(), [re.sub(r"^(\w[\w-]*=)", r"--\1", word) for word in argv]
-    if path := p.parse_known_args(argv)[0].config:
+    if path := p.parse_known_args(argv, Settings())[0].config:
         try:
             argv = [f"--{name}={value}" for name, value in json.loads(Path(path).read_text()).items()] + argv
         except (ValueError, AttributeError) as error:
@@ -250,11 +248,8 @@ def learn(model, stage):
 
 def learn_rows(model, tokens):
     """Of the embedding, let only the rows of these tokens learn."""
-    embed = model.llm.embed.weight
-    keep = torch.zeros(len(embed), 1)
-    keep[[model.cfg.added_tokens[token] for token in tokens]] = 1
-    keep = keep[rows(embed)].to(embed.device)                   # of the rows that lie here
-
+    embed, ids = model.llm.embed.weight, torch.tensor([model.cfg.added_tokens[token] for token in tokens])
+    keep = torch.zeros(len(embed), 1).index_fill(0, ids, 1)[rows(embed)].to(embed.device)   # of the rows that lie here
     def only_rows(p):
         local(p.grad).mul_(keep)
     embed.register_post_accumulate_grad_hook(only_rows)
@@ -292,7 +287,7 @@ def none_of(payload):
 
 
 def common_target(target, held):
-    """A writer's targets, lent where there are none, of the parts that all hold. held: {rank: parts} where there are."""
+    """A writer's targets, lent where there are none, of parts that all hold. held: {rank: parts} of who has any."""
     owner = min(held)
     if len(held) < ranks()[1]:
         lent = share(target if ranks()[0] == owner else None)[owner]
@@ -304,7 +299,7 @@ def common_target(target, held):
 def like_others(batches):
     """Yield micro-batches with media (none) and targets of the kinds that any rank has: all must run the same parts."""
     kinds = share([{kind: none_of(payload) for kind, payload in b.media.items()} for b in batches])
-    parts = share([{name: set(target) for name, target in b.targets.items()} for b in batches])     # [rank][micro-batch]
+    parts = share([{name: set(target) for name, target in b.targets.items()} for b in batches])    # [rank][micro-batch]
     for batch, nones, held in zip(batches, zip(*kinds), zip(*parts)):
         media = dict(sorted({**ChainMap(*nones), **batch.media}.items()))
         slots = dict.fromkeys(media, torch.zeros(2, 0, dtype=torch.long)) | batch.slots
@@ -314,11 +309,11 @@ def like_others(batches):
 
 
 def portions(losses, own, of_all):
-    """Losses of a micro-batch as parts of the means over all. own, of_all: its counts, and the sum of all ranks' counts."""
+    """Losses of a micro-batch as parts of the means over all. own, of_all: its counts, and the sum of those of all."""
     parts = {}
     for name, value in losses.items():
         part = next((part for part in (name, name.split("_")[0]) if part in of_all), "lm")
-        parts[name] = value * (own[part] / of_all[part])        # 0 of lent targets: its gradient reaches what others teach
+        parts[name] = value * (own[part] / of_all[part])     # 0 of lent ones: so a gradient reaches what others teach
     return parts
 
 
@@ -351,7 +346,7 @@ def update(model, opt, batches, lr, clip, stage, step=0, bf16=False):
     FloatingPointError on every rank, naming step and loss, before any weight is touched, if something is not finite."""
     learned = sum((group["params"] for group in opt.param_groups), [])
     here, total = backward(model, batches, learned[0].device, stage, bf16), Counter()
-    norm = next(whole([nn.utils.clip_grad_norm_(learned, clip or math.inf)])).item()
+    norm = next(whole([torch.nn.utils.clip_grad_norm_(learned, clip or math.inf)])).item()
     for losses in share(here):
         total.update(losses)
     for name, value in ({f"loss {name}": loss for name, loss in total.items()} | {"the gradient norm": norm}).items():
@@ -368,6 +363,8 @@ def update(model, opt, batches, lr, clip, stage, step=0, bf16=False):
 
 def new_model(system, tokenizer):
     """A random model of a preset, its vocabulary taken from a tokenizer."""
+    if system not in M.PRESETS or not tokenizer:
+        raise SystemExit("train: name weights to start from, init=FOLDER, or for a new model tokenizer=FILE")
     cfg = M.PRESETS[system]
     size = data.Tokenizer(tokenizer).sp.vocab_size()
     added = {token: size + i for i, token in enumerate(data.SYSTEMS[cfg.system].added)}
@@ -380,7 +377,7 @@ def widen(model, precision):
     """Give the tensors of a model that knows what learns the types they train in."""
     for layer in model.modules():
         for p in layer.parameters(recurse=False):
-            if p.requires_grad or precision == "fp32" or not isinstance(layer, nn.Linear):
+            if p.requires_grad or precision == "fp32" or not isinstance(layer, torch.nn.Linear):
                 p.data = p.data.float()
 
 
@@ -394,8 +391,7 @@ def show_plan(s):
     micro = s.micro or -(-s.batch // s.plan)                    # rounded up
     print(M.parameter_table(model) + f"\n\non each process, micro={micro} samples of {s.max_len} tokens at a time:")
     widen(model, s.precision)
-    cuts = max(s.batch // (micro * s.plan), 1)
-    parts = plan(model, s.plan, micro * s.max_len, s.precision != "fp32", s.checkpoint, cuts)
+    parts = plan(model, s.plan, micro * s.max_len, s.precision != "fp32", s.checkpoint, s.batch // (micro * s.plan))
     for part, size in (parts | {"all": sum(parts.values())}).items():
         print(f"{part:12}{size / 1e9:10.2f} GB")
 
@@ -435,7 +431,6 @@ def batches(prepared, s, stage, start):
     """This rank's micro-batches from update number `start` on, in an order that depends on nothing but the seed."""
     rank, world = ranks()
     n = s.batch // s.micro              # micro-batches per update, of all ranks
-
     def indices():
         for batch in map(torch.tensor, numbers(prepared, s, stage)):
             parts = batch.view(-1, n).T if s.pack else batch.view(n, -1)    # (n, s.micro)
@@ -453,11 +448,10 @@ def lay_over(model, path):
     if Path(path).suffix != ".safetensors":
         raise SystemExit(f"train: {path}: projector takes model.safetensors of a checkpoint; a published one goes into "
                          f"init: convert_weights.py vicuna-7b/ {path} imagebind_huge.pth --out FOLDER")
-    stored = M.mapped(path)
-    named = {name: p for name, p in model.named_parameters() if name in stored}
+    stored, named = M.mapped(path), dict(model.named_parameters())
     if unknown := stored.keys() - named.keys():
         raise SystemExit(f"train: {path}: {min(unknown)} is no tensor of this model")
-    fill(named, stored, path)
+    fill({name: named[name] for name in stored}, stored, path)
 
 
 def begin(s):
@@ -469,12 +463,7 @@ def begin(s):
     random.seed(s.seed)
     s = replace(s, precision=s.precision or ("fp32" if s.device == "cpu" else "bf16"))
     spread = partial(shard, device=s.device, bf16=s.precision == "bf16", recompute=s.checkpoint, compile=s.compile)
-    if s.init:
-        model = load_model(s, stage, spread)
-    elif s.tokenizer and s.system in M.PRESETS:
-        model = spread(new_model(s.system, s.tokenizer).to(s.device))
-    else:
-        raise SystemExit("train: name weights to start from, init=FOLDER, or for a new model tokenizer=FILE")
+    model = load_model(s, stage, spread) if s.init else spread(new_model(s.system, s.tokenizer).to(s.device))
     if s.projector:
         lay_over(model, s.projector)
     return replace(s, tokenizer=s.tokenizer or f"{s.init}/tokenizer.model"), stage, model.train()

@@ -177,7 +177,7 @@ def plan(model, world, tokens, bf16=True, recompute="", cuts=1):
     kept = cfg.n_layer * enters + one if recompute == "block" else cfg.n_layer * one
     cast = sum(2 * p.numel() for p in learned if p.ndim > 1) * bf16                           # autocast's copies
     return {"weights": sum(numbers([p], world) * p.itemsize for p in model.parameters()),
-            "gradients": 4 * numbers(learned, world if cuts < 2 else 1),                     # whole until the last cut
+            "gradients": 4 * numbers(learned, world if cuts < 2 else 1),                      # whole until the last cut
             "moments": 8 * numbers(learned, world),                                           # AdamW's two, float32
             "gathered": gathered_bytes(model, bf16) if world > 1 else cast,
             "activations": kept + tokens * cfg.vocab_size * (10 if bf16 else 12)}             # with the logits

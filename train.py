@@ -287,7 +287,7 @@ def none_of(payload):
 
 
 def common_target(target, held):
-    """A writer's targets, lent where there are none, of parts that all hold. held: {rank: parts} of who has any."""
+    """A writer's targets, lent where there are none, without what only some hold, as masks. held: {owning rank: parts}."""
     owner = min(held)
     if len(held) < ranks()[1]:
         lent = share(target if ranks()[0] == owner else None)[owner]

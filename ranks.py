@@ -167,8 +167,8 @@ def gathered_bytes(model, bf16):
 
 
 def plan(model, world, tokens, bf16=True, recompute="", cuts=1):
-    """Bytes of a step on each of `world` processes; what learns outside of the language model keeps more, as do kernels.
-    model: on meta, with types and requires_grad as in training; tokens: places in a micro-batch, of `cuts` an update."""
+    """Bytes of a step on each of `world` processes; what learns outside the language model keeps more, so do kernels.
+    model: on meta, with types and requires_grad of training; tokens: places in a micro-batch, of `cuts` an update."""
     def numbers(params, parts):         # in the largest parts: the first dimension is cut
         return sum(-(-p.shape[:1].numel() // parts) * p.shape[1:].numel() for p in params)
     cfg, learned = model.cfg.llm, [p for p in model.parameters() if p.requires_grad]

@@ -256,7 +256,7 @@ def learn_rows(model, tokens):
 
 
 def optimizer(learned, stage, s):
-    """AdamW over what learns, in a group for each of its rates. An embedding of which some rows learn does not decay."""
+    """AdamW over what learns, a group for each of its rates. An embedding of which some rows learn does not decay."""
     groups = {}
     for name, p in learned.items():
         factor = next((factor for part, factor in stage.rates.items() if re.fullmatch(part, name)), 1.0)
@@ -287,7 +287,7 @@ def none_of(payload):
 
 
 def common_target(target, held):
-    """A writer's targets, lent where there are none, without what only some hold, as masks. held: {owning rank: parts}."""
+    """A writer's targets, lent where there are none, without what only some hold, as masks. held: {owner: parts}."""
     owner = min(held)
     if len(held) < ranks()[1]:
         lent = share(target if ranks()[0] == owner else None)[owner]
@@ -318,7 +318,7 @@ def portions(losses, own, of_all):
 
 
 def total_loss(losses, stage, others=()):
-    """The weighted sum of named losses. Text does not count beside losses that hush it, these or others of the update."""
+    """The weighted sum of losses. Text does not count beside losses that hush it, these or others of the update."""
     weights = dict(stage.weights)
     if stage.hush in {name.split("_")[0] for name in (*losses, *others)}:
         weights["lm"] = 0
@@ -596,8 +596,8 @@ def resume(s, learned, opt):
     if start > s.steps:
         raise SystemExit(f"train: {folder} is beyond steps={s.steps}; export=FOLDER makes weights of it")
     if s.resume != "auto" and (later := [p for p in checkpoints(s.out) if step_of(p) > start]):
-        raise SystemExit(f"train: {later[-1]} is of a run that came further, from which one without resume would go on; "
-                         "remove it, or name another out=")
+        raise SystemExit(f"train: {later[-1]} is of a run that came further, from which one without resume would go "
+                         "on; remove it, or name another out=")
     return folder, start
 
 

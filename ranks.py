@@ -7,17 +7,16 @@ One process runs the same lines: its part of every tensor is all of it.
 import errno
 import hashlib
 import json
-import math
 import os
 import shutil
 import sys
+from collections import deque
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -71,18 +70,17 @@ def local(x):
 
 
 def rows(x):
-    """Where that part lies: a slice of the first dimension."""
+    """Where that part lies: a slice of the first dimension, or all of it."""
     if not isinstance(x, DTensor):
-        return slice(None)
-    (rank, world), n = ranks(), len(x)
-    each = -(-n // world)               # rounded up, as FSDP cuts: the last ranks may get fewer, or none
-    return slice(min(rank * each, n), min(rank * each + each, n))
+        return ...
+    rank, world = ranks()
+    each = -(-len(x) // world)          # rounded up, as FSDP cuts: the last ranks may get fewer, or none
+    return slice(rank * each, rank * each + each)
 
 
 def whole(tensors):
     """Yield tensors, each put together from all ranks when its turn comes; every rank has to take them all."""
-    for x in tensors:
-        yield x.detach().full_tensor() if isinstance(x, DTensor) else x
+    return (x.detach().full_tensor() if isinstance(x, DTensor) else x for x in tensors)
 
 
 def fill(named, stored, where):
@@ -90,7 +88,7 @@ def fill(named, stored, where):
     for name, x in named.items():
         if x.shape != stored[name].shape:
             raise ValueError(f"{where}: {name} has shape {list(stored[name].shape)}, the model's is {list(x.shape)}")
-        local(x).copy_(stored[name][rows(x)] if x.ndim else stored[name])
+        local(x).copy_(stored[name][rows(x)])
 
 
 # ---- Sharding
@@ -98,36 +96,36 @@ def fill(named, stored, where):
 PRODUCTS = [getattr(torch.ops.aten, name).default for name in (     # what costs most to compute again
     "mm", "addmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention")]
+RECOMPUTE = {"block": {}, "select": {"context_fn": partial(create_selective_checkpoint_contexts, PRODUCTS)}}
 
 
 def blocks_of(model):
     """The members of all lists called `blocks`, of inner lists first."""
-    stacks = [m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and name.endswith("blocks")]
-    return [block for stack in reversed(stacks) for block in stack]
+    stacks = [stack for name, stack in model.named_modules() if name.endswith("blocks")]
+    return [*chain(*reversed(stacks))]
 
 
 def shard(model, device, bf16=False, recompute="", compile=False):
     """Make a model ready to train, from outside and in place: each block recomputes in the backward pass all of itself
     ("block") or all but its matrix products ("select"), is compiled, is shared out."""
-    mesh = init_device_mesh(device, (ranks()[1],)) if ranks()[1] > 1 else None
-    narrow = torch.bfloat16 if bf16 and device != "cpu" else None       # as autocast; layer norms of a CPU want float32
-    policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
-    again = partial(checkpoint, use_reentrant=False)
-    if recompute == "select":
-        again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, PRODUCTS))
     for block in blocks_of(model):
         if recompute:
-            block.forward = partial(again, block.forward)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, **RECOMPUTE[recompute])
         if compile:
             block.compile()
-        if mesh:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh) if mesh else model
+    if ranks()[1] == 1:
+        return model
+    mesh = init_device_mesh(device, (ranks()[1],))
+    narrow = torch.bfloat16 if bf16 and device != "cpu" else None       # as autocast; layer norms of a CPU want float32
+    policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh)
 
 
 def gather_once(model):
-    """Gather every part and let go of it. torch cannot accumulate gradients beside parts that were never gathered, such
-    as those of a writer that this stage does not ask."""
+    """Gather every part and let go of it."""
+    # torch cannot accumulate gradients beside parts never gathered, as of a writer that this stage does not ask
     for part in model.modules():
         if isinstance(part, FSDPModule):
             part.unshard()
@@ -139,13 +137,11 @@ def gather_once(model):
 def kept_bytes(run, skip=()):
     """Bytes that autograd keeps of what run() computes for the backward pass, but for storages of tensors in `skip`."""
     skipped, kept = {x.untyped_storage()._cdata for x in skip}, {}
-
     def note(x):
         kept[x.untyped_storage()._cdata] = x                    # held, so that no other takes its place
         return x
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        out = run()
-    del out
+        run()
     return sum(x.untyped_storage().nbytes() for key, x in kept.items() if key not in skipped)
 
 
@@ -165,26 +161,24 @@ def block_bytes(cfg, tokens, bf16, learned):
 def gathered_bytes(model, bf16):
     """Bytes of the root's tensors and gradients, which stay whole through the pass, and of the two largest blocks."""
     blocks = [[*block.parameters()] for block in blocks_of(model)]
-    inside = {p for block in blocks for p in block}
-    root = sum(p.numel() * (p.itemsize + 4 * p.requires_grad) for p in model.parameters() if p not in inside)
+    root = sum(p.numel() * (p.itemsize + 4 * p.requires_grad) for p in set(model.parameters()).difference(*blocks))
     block = max(sum(p.numel() * (2 if bf16 else p.itemsize) * (1 + p.requires_grad) for p in block) for block in blocks)
     return root + 2 * block             # one computes, one is on its way
 
 
 def plan(model, world, tokens, bf16=True, recompute="", cuts=1):
-    """Bytes that a step takes on each of `world` processes, by what they are for; what learns outside of the language
-    model keeps more, and so do kernels. model: on meta, with the types and requires_grad of training; tokens: places in
-    a micro-batch; cuts: micro-batches an update."""
-    def numbers(p, parts):              # in the largest part: the first dimension is cut
-        return math.prod((-(-len(p) // parts), *p.shape[1:])) if p.ndim else 1
+    """Bytes of a step on each of `world` processes; what learns outside the language model keeps more, so do kernels.
+    model: on meta, with types and requires_grad of training; tokens: places in a micro-batch, of `cuts` an update."""
+    def numbers(params, parts):         # in the largest parts: the first dimension is cut
+        return sum(-(-p.shape[:1].numel() // parts) * p.shape[1:].numel() for p in params)
     cfg, learned = model.cfg.llm, [p for p in model.parameters() if p.requires_grad]
     names = {name for name, p in model.llm.blocks[0].named_parameters() if p.requires_grad}
     one, enters = block_bytes(cfg, tokens, bf16, names), 4 * tokens * cfg.dim                 # of a block, into a block
     kept = cfg.n_layer * enters + one if recompute == "block" else cfg.n_layer * one
     cast = sum(2 * p.numel() for p in learned if p.ndim > 1) * bf16                           # autocast's copies
-    return {"weights": sum(numbers(p, world) * p.itemsize for p in model.parameters()),
-            "gradients": sum(4 * numbers(p, world if cuts == 1 else 1) for p in learned),     # whole until the last cut
-            "moments": sum(8 * numbers(p, world) for p in learned),                           # AdamW's two, float32
+    return {"weights": sum(numbers([p], world) * p.itemsize for p in model.parameters()),
+            "gradients": 4 * numbers(learned, world if cuts < 2 else 1),                      # whole until the last cut
+            "moments": 8 * numbers(learned, world),                                           # AdamW's two, float32
             "gathered": gathered_bytes(model, bf16) if world > 1 else cast,
             "activations": kept + tokens * cfg.vocab_size * (10 if bf16 else 12)}             # with the logits
 
@@ -200,6 +194,15 @@ def sha256(path):
         while chunk := f.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+FILES = "model.safetensors", "optim.safetensors"
+MEASURES = {"bytes": os.path.getsize, "sha256": sha256}         # by which damage to a file shows
+
+
+def measured(folder, kinds=MEASURES):
+    """{kind of measure: {file: value}} of a checkpoint."""
+    return {kind: {name: MEASURES[kind](folder / name) for name in FILES} for kind in kinds}
 
 
 def moments(learned, opt):
@@ -221,19 +224,22 @@ def save_checkpoint(out, step, learned, opt, settings, keep):
     bad = share(next((name for name, p in learned.items() if not torch.isfinite(local(p)).all()), ""))
     if any(bad):
         raise FloatingPointError(f"step {step}: {max(bad)} is not finite; the last checkpoint is untouched")
-    files = {"model.safetensors": learned, "optim.safetensors": moments(learned, opt)}
-    values = whole(x for named in files.values() for x in named.values())   # one by one: all would not fit
+    remembered = moments(learned, opt)
+    values = whole(chain(learned.values(), remembered.values()))            # one by one: all would not fit
     if ranks()[0]:
-        return sum(1 for _ in values)                           # hand over the parts that lie here
+        return deque(values, maxlen=0)                          # hand over the parts that lie here
     with M.new_folder(Path(out) / f"step_{step:06}") as folder:
-        for name, named in files.items():
-            M.write_tensors(folder / name, named, islice(values, len(named)))
-        state = {"step": step, "settings": settings, "bytes": {p.name: p.stat().st_size for p in folder.iterdir()},
-                 "sha256": {p.name: sha256(p) for p in sorted(folder.iterdir())}}
+        M.write_tensors(folder / "model.safetensors", learned, islice(values, len(learned)))
+        M.write_tensors(folder / "optim.safetensors", remembered, values)
+        state = {"step": step, "settings": settings} | measured(folder)
         state["self"] = hashlib.sha256(json.dumps(state).encode()).hexdigest()
         (folder / "state.json").write_text(json.dumps(state, allow_nan=False))
-    # Damaged ones, which those of later steps all are, neither count nor go.
-    complete = [p for p in checkpoints(out) if step_of(p) <= step and valid(p, contents=False)]
+    drop_old([p for p in checkpoints(out) if step_of(p) <= step], keep)
+
+
+def drop_old(folders, keep):
+    """Delete all but the newest complete checkpoints. Damaged ones neither count nor go."""
+    complete = [p for p in folders if valid(p, ["bytes"])]
     for old in complete[:-keep]:
         try:
             shutil.rmtree(old)
@@ -241,26 +247,20 @@ def save_checkpoint(out, step, learned, opt, settings, keep):
             print(f"could not delete {old}: {error.strerror}", file=sys.stderr)
 
 
-def valid(folder, contents=True):
-    """The state of a complete, undamaged checkpoint, else None. contents=False looks at sizes only."""
-    folder = Path(folder)
+def valid(folder, kinds=MEASURES):
+    """Whether a checkpoint is complete and these measures of it show no damage."""
     try:
         state = json.loads((folder / "state.json").read_text())
-        if state.pop("self") != hashlib.sha256(json.dumps(state).encode()).hexdigest():
-            return None
-        if any((folder / name).stat().st_size != n for name, n in state.get("bytes", {}).items()):
-            return None
-        if contents and any(sha256(folder / name) != was for name, was in state["sha256"].items()):
-            return None
-        return state
+        intact = state.pop("self") == hashlib.sha256(json.dumps(state).encode()).hexdigest()
+        return intact and state == state | measured(folder, kinds)
     except (OSError, ValueError, KeyError, AttributeError):
-        return None
+        return False
 
 
 def find_checkpoint(out, resume):
     """The folder to resume from, or None. auto: the newest valid one in `out`; names damaged ones it passes over."""
     if resume not in ("auto", "none"):
-        if not valid(resume):
+        if not valid(Path(resume)):
             raise SystemExit(f"train: {resume} is not a complete checkpoint")
         return Path(resume)
     for folder in reversed(checkpoints(out)) if resume == "auto" else ():
@@ -276,8 +276,8 @@ def restore(folder, learned, opt):
         raise ValueError(f"{folder}: holds other tensors than this stage learns, such as {odd[0]}")
     for name, p in learned.items():
         if f"step.{name}" in optim:     # AdamW knows nothing of those that never had a gradient
-            zeros = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-            opt.state[p] = {"step": torch.zeros((), device=p.device)} | zeros
+            opt.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                            "exp_avg_sq": torch.zeros_like(p)}
     fill(learned, model, folder)
     fill(moments(learned, opt), optim, folder)
     return json.loads((folder / "state.json").read_text())["step"]

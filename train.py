@@ -20,15 +20,14 @@ import signal
 import sys
 import time
 import traceback
-from collections import Counter
-from contextlib import contextmanager
+from collections import ChainMap, Counter, deque
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -109,8 +108,7 @@ class Stage:
     words: bool = False                 # learn no sentences but which words each has, see Model.word_loss
 
 
-# What a flag may override
-OWN = "epochs", "batch", "lr", "warmup", "weight_decay", "beta2", "save_every", "keep", "max_len"
+OWN = Settings.__dataclass_fields__.keys() & Stage.__dataclass_fields__.keys()     # what a flag may override
 TOWER, PROJECTOR, SIGNALS = r"readers\.\w+\.tower\..*", r"readers\.\w+\.projector\..*", r"writers\.\w+\.proj\..*"
 TOKENS, LORA = r"llm\.embed\.weight|llm\.lm_head\.weight", r"llm\..*\.lora_[AB]"
 BOXES, MASKS = r"readers\.box\..*|writers\.at\.loc_decoder\..*", r"writers\.at\.seg_prompt_mlp\..*|writers\.at\.sam\..*"
@@ -122,7 +120,7 @@ NEXTCHAT = Stage(rf"{PROJECTOR}|llm\..*|{BOXES}", lr=2e-5, batch=64, epochs=3, m
 # parity: ChatterBox's Swin runs without gradient. All rows of the vocabulary learn.
 CHATTERBOX = Stage(rf"{TOKENS}|{LORA}|readers\.region\..*|{LOCATOR}", lr=3e-5, batch=960, epochs=5, schedule="linear",
                    warmup=1 / 300, beta2=0.95, save_every=50, weights={"vg_focal": 2, "vg_l1": 5, "vg_giou": 2},
-                   hush="vg_")
+                   hush="vg")
 # parity: all of the embedding and of lm_head learn in every stage, and the first update has a rate of its own
 NEXTGPT = Stage(f"{TOKENS}|{PROJECTOR}", lr=5e-4, batch=18, schedule="logarithmic", warmup=0.1, first_lr=4e-4,
                 weight_decay=1e-3, beta2=0.95, max_len=512, turns=True)
@@ -156,18 +154,18 @@ STAGES = {
     ("tiny", 2): TINY,
     ("tiny", 3): Stage(MASKS, lr=2e-3, batch=16, warmup=0.05, beta2=0.99, weights={"lm": 0, "at_focal": 20}),
 }
-
-
 CHOICES = {"precision": ("", "bf16", "fp32"), "checkpoint": ("", "block", "select"),
            "save_dtype": ("", "float16", "bfloat16", "float32")}
 
 
-def stage_of(s):
-    """The row of STAGES that is asked for."""
+def with_stage(s):
+    """Settings with the stage's own numbers where no flag gives others, and its row of STAGES."""
     if (s.system, s.stage) not in STAGES:
         known = ", ".join(f"{system} {number}" for system, number in STAGES)
         raise SystemExit(f"train: no stage {s.stage} of {s.system}; there are: {known}")
-    return STAGES[s.system, s.stage]
+    stage = STAGES[s.system, s.stage]
+    own = {name: getattr(stage, name) for name in OWN if getattr(s, name) == getattr(Settings, name)}
+    return replace(s, **own), stage
 
 
 def integer(text):
@@ -178,18 +176,22 @@ def integer(text):
     return int(number)
 
 
-def parse_settings(argv):
-    """Settings from the command line; --help lists every field. An unknown name ends with the nearest known ones."""
+def parser():
+    """A flag for every field of Settings; --help lists them."""
     notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", Path(__file__).read_text(), re.M))
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
     for f in fields(Settings):
         note = f"{notes.get(f.name, '')} (default {f.default!r})".replace("%", "%%")
         p.add_argument(*dict.fromkeys(f"--{f.name.replace('_', by)}" for by in "-_"), dest=f.name, help=note,
-                       default=f.default, type=integer if f.type is int else f.type, metavar=f.type.__name__,
-                       choices=CHOICES.get(f.name))
-    argv = [a if a.startswith("-") or "=" not in a else f"--{a}" for a in argv]
-    if path := p.parse_known_args(argv)[0].config:
+                       type=integer if f.type is int else f.type, metavar=f.type.__name__, choices=CHOICES.get(f.name))
+    return p
+
+
+def parse_settings(argv):
+    """Settings from the command line. An unknown name ends with the nearest known ones."""
+    p, argv = parser(), [re.sub(r"^(\w[\w-]*=)", r"--\1", word) for word in argv]
+    if path := p.parse_known_args(argv, Settings())[0].config:
         try:
             argv = [f"--{name}={value}" for name, value in json.loads(Path(path).read_text()).items()] + argv
         except (ValueError, AttributeError) as error:
@@ -198,9 +200,9 @@ def parse_settings(argv):
     if unknown:
         near = difflib.get_close_matches(unknown[0].lstrip("-").split("=")[0], asdict(s))
         p.error(f"there is no {unknown[0]}; near it: {', '.join(near) or 'nothing'}")
-    if odd := [f"{name}={x}" for name, x in asdict(s).items()
-               if not isinstance(x, str) and x != getattr(Settings, name) and not 0 <= x < math.inf]:
-        p.error(f"{odd[0]}: give a number from 0 on")
+    for name, x in asdict(s).items():
+        if not isinstance(x, str) and x != getattr(Settings, name) and not 0 <= x < math.inf:
+            p.error(f"{name}={x}: give a number from 0 on")
     s.device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return s
 
@@ -236,40 +238,44 @@ def learn(model, stage):
     for part in re.split(r"\|(?![^(]*\))", stage.learn):         # not at those in parentheses
         if not any(re.fullmatch(part, name) for name in named):
             raise ValueError(f"stage: {part} matches no parameter of this model")
+    learned = {name: p for name, p in named.items() if re.fullmatch(stage.learn, name)}
     for name, p in named.items():
-        p.requires_grad_(re.fullmatch(stage.learn, name) is not None)
+        p.requires_grad_(name in learned)
     if stage.rows:
-        embed = model.llm.embed.weight
-        keep = torch.zeros(len(embed), 1)
-        keep[[model.cfg.added_tokens[token] for token in stage.rows]] = 1
-        keep = keep[rows(embed)].to(embed.device)               # of the rows that lie here
+        learn_rows(model, stage.rows)
+    return learned
 
-        def only_rows(p):
-            local(p.grad).mul_(keep)
-        embed.register_post_accumulate_grad_hook(only_rows)
-    return {name: p for name, p in named.items() if p.requires_grad}
+
+def learn_rows(model, tokens):
+    """Of the embedding, let only the rows of these tokens learn."""
+    embed, ids = model.llm.embed.weight, torch.tensor([model.cfg.added_tokens[token] for token in tokens])
+    keep = torch.zeros(len(embed), 1).index_fill(0, ids, 1)[rows(embed)].to(embed.device)   # of the rows that lie here
+    def only_rows(p):
+        local(p.grad).mul_(keep)
+    embed.register_post_accumulate_grad_hook(only_rows)
 
 
 def optimizer(learned, stage, s):
-    """AdamW over what learns, in a group for each of its rates. An embedding of which some rows learn does not decay."""
+    """AdamW over what learns, a group for each of its rates. An embedding of which some rows learn does not decay."""
     groups = {}
     for name, p in learned.items():
         factor = next((factor for part, factor in stage.rates.items() if re.fullmatch(part, name)), 1.0)
         decay = 0.0 if stage.rows and name == "llm.embed.weight" else s.weight_decay
-        groups.setdefault((factor, decay), []).append(p)
-    return torch.optim.AdamW([{"params": params, "factor": factor, "weight_decay": decay}
-                              for (factor, decay), params in groups.items()], lr=0, betas=(0.9, s.beta2), fused=True)
+        group = groups.setdefault((factor, decay), {"params": [], "factor": factor, "weight_decay": decay})
+        group["params"].append(p)
+    return torch.optim.AdamW([*groups.values()], lr=0, betas=(0.9, s.beta2), fused=True)
 
 
 # ---- One step
 
 def counts(batch):
-    """What the losses of a batch are means of: {"lm": labelled tokens, writer: its signal tokens}, and boxes put in."""
-    labelled = (batch.labels[:, 1:] != data.IGNORE).sum().item() or len(batch.ids)
-    out = {"lm": labelled} | {name: target["slots"].shape[1] for name, target in batch.targets.items()}
+    """What the losses of a batch are means of: labelled tokens as lm, a writer's signal tokens, and boxes put in."""
+    out = Counter({name: target["slots"].shape[1] for name, target in batch.targets.items()})
+    out["lm"] = (batch.labels[:, 1:] != data.IGNORE).sum().item() or len(batch.ids)
     if at := batch.targets.get("at"):
         mock = (1 - 1e-10) * ("mock" in at)                     # which counts as little as in locate.mean
-        out |= {"at": out["at"] - mock, "at_cycle_box": len(at["given"]) - mock}
+        out["at"] -= mock
+        out["at_cycle_box"] = len(at["given"]) - mock
     return out
 
 
@@ -281,71 +287,67 @@ def none_of(payload):
 
 
 def common_target(target, held):
-    """A writer's targets, where there are none lent by a rank that has them, without what only some hold, as masks.
-    held: of each rank, what its targets hold, or None."""
-    owners = [rank for rank, names in enumerate(held) if names]
-    if len(owners) < len(held):
-        lent = share(target if owners[0] == ranks()[0] else None)[owners[0]]
+    """A writer's targets, lent where there are none, without what only some hold, as masks. held: {owner: parts}."""
+    owner = min(held)
+    if len(held) < ranks()[1]:
+        lent = share(target if ranks()[0] == owner else None)[owner]
         target = target or lent | {"slots": torch.zeros_like(lent["slots"])}
-    common = set.intersection(*(held[rank] for rank in owners))
+    common = set.intersection(*held.values())
     return {part: x for part, x in target.items() if part in common}
 
 
 def like_others(batches):
     """Yield micro-batches with media (none) and targets of the kinds that any rank has: all must run the same parts."""
     kinds = share([{kind: none_of(payload) for kind, payload in b.media.items()} for b in batches])
-    held = share([{name: set(target) for name, target in b.targets.items()} for b in batches])
-    for batch, nones, parts in zip(batches, zip(*kinds), zip(*held)):       # nones and parts of each rank
-        empty = {kind: none for own in nones for kind, none in own.items()}
-        media = {kind: batch.media.get(kind, empty[kind]) for kind in sorted(empty)}
-        slots = {kind: batch.slots.get(kind, torch.zeros(2, 0, dtype=torch.long)) for kind in media}
-        targets = {name: common_target(batch.targets.get(name), [own.get(name) for own in parts])
-                   for name in sorted(set().union(*parts))}
+    parts = share([{name: set(target) for name, target in b.targets.items()} for b in batches])    # [rank][micro-batch]
+    for batch, nones, held in zip(batches, zip(*kinds), zip(*parts)):
+        media = dict(sorted({**ChainMap(*nones), **batch.media}.items()))
+        slots = dict.fromkeys(media, torch.zeros(2, 0, dtype=torch.long)) | batch.slots
+        targets = {name: common_target(batch.targets.get(name), {i: x[name] for i, x in enumerate(held) if name in x})
+                   for name in sorted(set().union(*held))}
         yield batch._replace(media=media, slots=slots, targets=targets)
 
 
 def portions(losses, own, of_all):
-    """Losses of a micro-batch as parts of the means over all, and a zero that depends on those of lent targets. own and
-    of_all: the counts of this micro-batch, and summed over those of all ranks."""
-    parts, lent = {}, 0
+    """Losses of a micro-batch as parts of the means over all. own, of_all: its counts, and the sum of those of all."""
+    parts = {}
     for name, value in losses.items():
         part = next((part for part in (name, name.split("_")[0]) if part in of_all), "lm")
-        if part in own:
-            parts[name] = value * (own[part] / of_all[part])
-        else:
-            lent = lent + 0 * value                             # its gradient of zero reaches what others teach
-    return parts, lent
+        parts[name] = value * (own[part] / of_all[part])     # 0 of lent ones: so a gradient reaches what others teach
+    return parts
 
 
 def total_loss(losses, stage, others=()):
-    """The weighted sum of named losses. Text does not count beside losses that hush it, these or others of the update."""
+    """The weighted sum of losses. Text does not count beside losses that hush it, these or others of the update."""
     weights = dict(stage.weights)
-    if stage.hush and any(name.startswith(stage.hush) for name in (*losses, *others)):
+    if stage.hush in {name.split("_")[0] for name in (*losses, *others)}:
         weights["lm"] = 0
     return sum(weights.get(name, 1) * value for name, value in losses.items())
 
 
-def update(model, opt, batches, lr, clip, stage, step=0, bf16=False):
-    """One optimizer step over the micro-batches of all ranks -> named losses, means over all of them however a batch is
-    cut up, and the gradient norm before clipping. FloatingPointError on every rank, naming step and loss, before any
-    weight is touched, if something is not finite."""
-    learned = [p for group in opt.param_groups for p in group["params"]]
-    device, (rank, world) = learned[0].device, ranks()
-    amp = torch.autocast(device.type, torch.bfloat16, enabled=bf16)         # weights stay float32
+def backward(model, batches, device, stage, bf16):
+    """Gradients of the micro-batches of all ranks -> this rank's parts of the losses, means over all however cut up."""
+    rank, world = ranks()
     shares = share([counts(batch) for batch in batches])                    # [rank][micro-batch]
-    of_all = sum((Counter(own) for own in chain(*shares)), Counter())
-    writers = [f"{name}_" for name in of_all]
-    here, total = Counter(), Counter()                                      # losses of this rank, of all
+    of_all, here = sum(chain(*shares), Counter()), Counter()
     for i, batch in enumerate(like_others(batches) if world > 1 else batches):
         if world > 1:
             model.set_requires_gradient_sync(i == len(batches) - 1)
-        with amp:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):     # weights stay float32
             losses = model(data.to_device(batch, device), words=stage.words)
-        parts, lent = portions(losses, shares[rank][i], of_all)
+        parts = portions(losses, shares[rank][i], of_all)
         here.update({name: part.detach() for name, part in parts.items()})
-        ((total_loss(parts, stage, writers) + lent) * world).backward()             # FSDP takes the mean over ranks
-    norm = next(whole([nn.utils.clip_grad_norm_(learned, clip or math.inf)])).item()
-    for losses in share({name: value.item() for name, value in here.items()}):
+        (total_loss(parts, stage, of_all) * world).backward()               # FSDP takes the mean over ranks
+    return {name: value.item() for name, value in here.items()}
+
+
+def update(model, opt, batches, lr, clip, stage, step=0, bf16=False):
+    """One optimizer step over the micro-batches of all ranks -> named losses, and the gradient norm before clipping.
+    FloatingPointError on every rank, naming step and loss, before any weight is touched, if something is not finite."""
+    learned = sum((group["params"] for group in opt.param_groups), [])
+    here, total = backward(model, batches, learned[0].device, stage, bf16), Counter()
+    norm = next(whole([torch.nn.utils.clip_grad_norm_(learned, clip or math.inf)])).item()
+    for losses in share(here):
         total.update(losses)
     for name, value in ({f"loss {name}": loss for name, loss in total.items()} | {"the gradient norm": norm}).items():
         if not math.isfinite(value):
@@ -361,6 +363,8 @@ def update(model, opt, batches, lr, clip, stage, step=0, bf16=False):
 
 def new_model(system, tokenizer):
     """A random model of a preset, its vocabulary taken from a tokenizer."""
+    if system not in M.PRESETS or not tokenizer:
+        raise SystemExit("train: name weights to start from, init=FOLDER, or for a new model tokenizer=FILE")
     cfg = M.PRESETS[system]
     size = data.Tokenizer(tokenizer).sp.vocab_size()
     added = {token: size + i for i, token in enumerate(data.SYSTEMS[cfg.system].added)}
@@ -373,22 +377,21 @@ def widen(model, precision):
     """Give the tensors of a model that knows what learns the types they train in."""
     for layer in model.modules():
         for p in layer.parameters(recurse=False):
-            if p.requires_grad or precision == "fp32" or not isinstance(layer, nn.Linear):
+            if p.requires_grad or precision == "fp32" or not isinstance(layer, torch.nn.Linear):
                 p.data = p.data.float()
 
 
 def show_plan(s):
     """Print what learns, and what memory a step takes on each process, in GB, as `plan` counts it."""
-    stage, precision = stage_of(s), s.precision or "bf16"
+    s, stage = with_stage(s)
     init = s.init or next(name for name, cfg in M.PRESETS.items() if cfg.system == s.system)
     with torch.device("meta"):
         model = M.Model(M.PRESETS[init] if init in M.PRESETS else M.read_config(init)).to(torch.bfloat16)
     learn(model, stage)
-    batch, max_len = s.batch or stage.batch, s.max_len or stage.max_len
-    micro = s.micro or -(-batch // s.plan)                      # rounded up
-    print(M.parameter_table(model) + f"\n\non each process, micro={micro} samples of {max_len} tokens at a time:")
-    widen(model, precision)
-    parts = plan(model, s.plan, micro * max_len, precision == "bf16", s.checkpoint, max(batch // (micro * s.plan), 1))
+    micro = s.micro or -(-s.batch // s.plan)                    # rounded up
+    print(M.parameter_table(model) + f"\n\non each process, micro={micro} samples of {s.max_len} tokens at a time:")
+    widen(model, s.precision)
+    parts = plan(model, s.plan, micro * s.max_len, s.precision != "fp32", s.checkpoint, s.batch // (micro * s.plan))
     for part, size in (parts | {"all": sum(parts.values())}).items():
         print(f"{part:12}{size / 1e9:10.2f} GB")
 
@@ -411,7 +414,7 @@ def numbers(prepared, s, stage):
     """Batches of sample numbers, epoch after epoch."""
     for epoch in count():
         if stage.turns:
-            yield from datasets.in_turns([len(one) for one in prepared.sets], s.batch, s.seed + epoch)
+            yield from datasets.in_turns([*map(len, prepared.sets)], s.batch, s.seed + epoch)
         else:
             ordered = stage.ordered and Path(s.data).is_dir()           # files that are named are no mixture
             for batch in data.epoch_batches(prepared.sizes, s.batch, s.seed, epoch, ordered):
@@ -428,11 +431,10 @@ def batches(prepared, s, stage, start):
     """This rank's micro-batches from update number `start` on, in an order that depends on nothing but the seed."""
     rank, world = ranks()
     n = s.batch // s.micro              # micro-batches per update, of all ranks
-
     def indices():
-        for batch in numbers(prepared, s, stage):
-            parts = [batch[i::n] if s.pack else batch[i * s.micro:(i + 1) * s.micro] for i in range(n)]
-            yield from parts[rank::world]
+        for batch in map(torch.tensor, numbers(prepared, s, stage)):
+            parts = batch.view(-1, n).T if s.pack else batch.view(n, -1)    # (n, s.micro)
+            yield from parts[rank::world].tolist()
     mock = prepared.render(datasets.mock(prepared.spec.image_size).turns) if stage.mock else None
     return DataLoader(prepared, batch_sampler=islice(indices(), start * n // world, s.steps * n // world),
                       num_workers=s.workers, worker_init_fn=deaf, pin_memory=torch.cuda.is_available(),
@@ -446,30 +448,25 @@ def lay_over(model, path):
     if Path(path).suffix != ".safetensors":
         raise SystemExit(f"train: {path}: projector takes model.safetensors of a checkpoint; a published one goes into "
                          f"init: convert_weights.py vicuna-7b/ {path} imagebind_huge.pth --out FOLDER")
-    stored = M.mapped(path)
-    named = {name: p for name, p in model.named_parameters() if name in stored}
+    stored, named = M.mapped(path), dict(model.named_parameters())
     if unknown := stored.keys() - named.keys():
         raise SystemExit(f"train: {path}: {min(unknown)} is no tensor of this model")
-    fill(named, stored, path)
+    fill({name: named[name] for name in stored}, stored, path)
 
 
 def begin(s):
     """Where a run starts: -> settings with the stage's numbers, types and files filled in, stage, model."""
-    stage = stage_of(s)
+    s, stage = with_stage(s)
     if s.pack and stage.words:
         raise SystemExit("train: this stage takes a row for a sample; leave out pack")
-    if not (s.init or s.tokenizer and s.system in M.PRESETS):
-        raise SystemExit("train: name weights to start from, init=FOLDER, or for a new model tokenizer=FILE")
     torch.manual_seed(s.seed)
     random.seed(s.seed)
-    s = replace(s, **{name: getattr(stage, name) for name in OWN if getattr(s, name) == getattr(Settings, name)},
-                tokenizer=s.tokenizer or f"{s.init}/tokenizer.model",
-                precision=s.precision or ("fp32" if s.device == "cpu" else "bf16"))
+    s = replace(s, precision=s.precision or ("fp32" if s.device == "cpu" else "bf16"))
     spread = partial(shard, device=s.device, bf16=s.precision == "bf16", recompute=s.checkpoint, compile=s.compile)
     model = load_model(s, stage, spread) if s.init else spread(new_model(s.system, s.tokenizer).to(s.device))
     if s.projector:
         lay_over(model, s.projector)
-    return s, stage, model.train()
+    return replace(s, tokenizer=s.tokenizer or f"{s.init}/tokenizer.model"), stage, model.train()
 
 
 def open_sets(s, stage):
@@ -492,11 +489,10 @@ def prepare(s):
     prepared = data.Prepared(sets, tok, system, template, cfg.n_token, spec, s.max_bad, bool(s.front), where, s.max_len)
     seen = max(map(len, sets)) * len(sets) if stage.turns else len(prepared)            # samples in an epoch
     batch = min(s.batch, len(prepared))
-    steps = s.steps or max(int(s.epochs * seen) // batch, 1)
-    s = replace(s, batch=batch, steps=steps, micro=s.micro or batch // world)
-    if not s.micro or batch % (s.micro * world):
-        raise SystemExit(f"train: batch = {batch} is not a multiple of micro = {s.micro} times {world} processes")
-    return s, stage, model, prepared
+    steps, micro = s.steps or max(int(s.epochs * seen) // batch, 1), s.micro or max(batch // world, 1)
+    if batch % (micro * world):
+        raise SystemExit(f"train: batch = {batch} is not a multiple of micro = {micro} times {world} processes")
+    return replace(s, batch=batch, steps=steps, micro=micro), stage, model, prepared
 
 
 # ---- The loop
@@ -507,11 +503,13 @@ PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}        
 
 def speed(model, device, seen, seconds):
     """Named numbers from (samples, tokens, places) of every rank: rates, shares of padding and of the peak, memory."""
-    (samples, tokens, places), cuda = map(sum, zip(*seen)), device.startswith("cuda")
-    peak = next((peak for chip, peak in PEAK.items() if cuda and chip in torch.cuda.get_device_name()), None)
+    samples, tokens, places = sum(seen).tolist()
+    peak, memory = None, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if device.startswith("cuda"):
+        peak = next((peak for chip, peak in PEAK.items() if chip in torch.cuda.get_device_name()), None)
+        memory = torch.cuda.max_memory_allocated()
     # per weight: forward 2, backward 2, its own gradient 2 more; recomputing does not count
     flops = sum(p.numel() * (4 + 2 * p.requires_grad) for name, p in model.llm.named_parameters() if "embed" not in name)
-    memory = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"samples_per_s": round(samples / seconds, 2), "tokens_per_s": round(tokens / seconds),
             "padding": round(1 - tokens / places, 4),
             "mfu": peak and round(tokens / seconds * flops / peak / len(seen), 4), "memory_gb": round(memory / 1e9, 3)}
@@ -519,10 +517,10 @@ def speed(model, device, seen, seconds):
 
 def write_weights(model, s, folder):
     """The model as a weights folder. Every rank takes part."""
-    model.to(dtype=getattr(torch, s.save_dtype) if s.save_dtype else None)
+    model.to(dtype=getattr(torch, s.save_dtype, None))          # "": as they are
     values = whole(M.tensors_of(model).values())
     if ranks()[0]:
-        return sum(1 for _ in values)                           # hand over the parts that lie here
+        return deque(values, maxlen=0)                          # hand over the parts that lie here
     M.save(model, folder, extra=[s.tokenizer], values=values)
     print(f"wrote {folder}; talk to it with: python chat.py {folder}")
 
@@ -531,12 +529,10 @@ def write_weights(model, s, folder):
 def caught(*numbers):
     """Signals that come while inside, as a list: finish the step, save, go."""
     came = []
-    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in numbers}
-    try:
+    with ExitStack() as undo:
+        for number in numbers:
+            undo.callback(signal.signal, number, signal.signal(number, lambda n, _: came.append(n)))
         yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def newest(s):
@@ -570,7 +566,7 @@ def one_step(model, opt, prepared, loader, s, stage, step, may_skip):
     random.seed(f"{s.seed}/{step}/{rank}")                      # a step's dropout depends on nothing else, and resumes
     torch.manual_seed(random.getrandbits(63))
     micro = list(islice(loader, s.batch // s.micro // world))
-    size = s.batch / world, sum(int((b.ids != 0).sum()) for b in micro), sum(b.ids.numel() for b in micro)
+    size = sum(torch.tensor([s.micro, (b.ids != 0).sum(), b.ids.numel()]) for b in micro)
     lr = stage.first_lr if step == 0 and stage.first_lr else s.lr * SCHEDULES[stage.schedule](step, s.steps, s.warmup)
     try:
         return *update(model, opt, micro, lr, s.clip, stage, step, s.precision == "bf16"), lr, size
@@ -593,35 +589,39 @@ def show(row, out):
         tqdm.write("  ".join(f"{name} {value:.5g}" for name, value in row.items() if value is not None))
 
 
+def resume(s, learned, opt):
+    """Go on from the newest checkpoint -> its folder, or None, and how many updates it has done."""
+    folder = newest(s)
+    start = restore(folder, learned, opt) if folder else 0
+    if start > s.steps:
+        raise SystemExit(f"train: {folder} is beyond steps={s.steps}; export=FOLDER makes weights of it")
+    if s.resume != "auto" and (later := [p for p in checkpoints(s.out) if step_of(p) > start]):
+        raise SystemExit(f"train: {later[-1]} is of a run that came further, from which one without resume would go "
+                         "on; remove it, or name another out=")
+    return folder, start
+
+
 def train(s):
     """A run from its settings to its weights folder, or to the checkpoint at which it was asked to leave."""
     s, stage, model, prepared = prepare(s)
     gather_once(model)
     learned, out, rank = learn(model, stage), Path(s.out), ranks()[0]
     opt = optimizer(learned, stage, s)
-    folder = newest(s)
-    start = restore(folder, learned, opt) if folder else 0
-    if start > s.steps:
-        raise SystemExit(f"train: {folder} is beyond steps={s.steps}; export=FOLDER makes weights of it")
-    if s.resume != "auto" and (later := [p for p in checkpoints(out) if step_of(p) > start]):
-        raise SystemExit(f"train: {later[-1]} is of a run that came further, from which one without resume would go on; "
-                         "remove it, or name another out=")
+    folder, start = resume(s, learned, opt)
     if rank == 0:
         open_run(out, s, model, prepared, start, folder)
-    loader, since, seen, done, skipped = iter(batches(prepared, s, stage, start)), time.time(), [], start, 0
-    bar = tqdm(range(start, s.steps), initial=start, total=s.steps, disable=None if rank == 0 else True)
+    loader, since, seen, done, skipped = iter(batches(prepared, s, stage, start)), time.time(), 0, start, 0
     with caught(*LEAVE) as leave:
-        for step in bar:
+        for step in tqdm(range(start, s.steps), initial=start, total=s.steps, disable=None if rank == 0 else True):
             losses, norm, lr, size = one_step(model, opt, prepared, loader, s, stage, step, skipped < s.skip_nonfinite)
-            done, skipped = step + 1, skipped + (norm is None)
-            seen.append(size)
+            done, skipped, seen = step + 1, skipped + (norm is None), seen + size
             if s.log_every and done % s.log_every == 0 or done == s.steps:
-                rates = speed(model, s.device, share([sum(x) for x in zip(*seen)]), time.time() - since)
                 row = {"step": done, **losses, "lr": lr, "grad_norm": norm, "bad": int(prepared.is_bad.sum())}
+                rates = speed(model, s.device, share(seen), time.time() - since)
                 show(row | {"skipped": skipped} | rates, out)
-                since, seen = time.time(), []
+                since, seen = time.time(), 0
             leaving = any(share(bool(leave) or done == s.stop_after))       # one rank got a signal: all go
-            if done % s.save_every == 0 or done == s.steps or leaving:
+            if leaving or done % s.save_every == 0 or done == s.steps:
                 save_checkpoint(out, done, learned, opt, asdict(s), s.keep)
             if leaving:
                 break
@@ -647,7 +647,7 @@ def advice(error, out):
         return "lower micro (the batch stays as it is) or max_len, or set checkpoint=block"
     if isinstance(error, FloatingPointError):
         return "lower lr, or look at these samples"
-    if isinstance(error, OSError) and error.errno in FULL:
+    if getattr(error, "errno", None) in FULL:
         return f"make room in {out}"
 
 

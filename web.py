@@ -17,7 +17,7 @@ import signal
 import socket
 import tempfile
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from html import escape
@@ -27,6 +27,8 @@ try:
     import gradio as gr
 except ModuleNotFoundError:
     raise SystemExit("web.py needs Gradio: pip install -e '.[web]'") from None
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
@@ -58,12 +60,10 @@ class Guard:
     async def __call__(self, scope, receive, send):
         if scope["type"] == "lifespan":                 # the server's own start and end
             return await self.app(scope, receive, send)
-        fault = self.fault(scope) if scope["type"] == "http" else (403, "no such protocol")
-        if not fault and scope["method"] == "POST" and scope["path"] not in BIGGEST:
-            body, receive = await read_body(receive)
-            fault = self.body_fault(body)
-        if fault:
-            return await PlainTextResponse(fault[1], fault[0])(scope, receive, send)
+        try:
+            receive = await self.check(scope, receive)
+        except HTTPException as fault:
+            return await PlainTextResponse(fault.detail, fault.status_code)(scope, receive, send)
 
         async def reply(message):
             if message["type"] == "http.response.start":
@@ -71,52 +71,67 @@ class Guard:
             await send(message)
         await self.app(scope, receive, reply)
 
-    def fault(self, scope):
-        """What is wrong with a request, told from its head -> (status, why), or None."""
-        names, method, path = (b"host", b"origin", b"content-length"), scope["method"], scope["path"]
-        hosts, origins, lengths = ([v.decode("latin1") for k, v in scope["headers"] if k == name] for name in names)
-        fault = self.sender_fault(hosts, origins) or self.page_fault(method, path)
-        return fault or (self.size_fault(path, lengths) if method == "POST" else None)
+    async def check(self, scope, receive):
+        """-> a `receive` that gives the body of a good request. Raises HTTPException for what is wrong with another."""
+        if scope["type"] != "http":
+            raise HTTPException(403, "no such protocol")
+        headers, method, path = Headers(scope=scope), scope["method"], scope["path"]
+        self.check_sender(headers)
+        self.check_page(method, path)
+        if method != "POST":
+            return receive
+        self.check_size(path, headers)
+        if path in BIGGEST:             # Gradio writes it to disk as it comes
+            self.check_room()
+            return receive
+        body, again = await read_body(receive)
+        self.check_body(body)
+        return again
 
-    def sender_fault(self, hosts, origins):
+    def check_sender(self, headers):
         """Names of other sites may lead here (DNS rebinding), their pages send us requests; browsers tell both."""
-        if len(hosts) != 1 or not LOCAL.fullmatch(hosts[0]) or any(one != f"http://{hosts[0]}" for one in origins):
-            return 403, "not from this computer's own page"
+        host = ",".join(headers.getlist("host"))        # none or several are no name
+        if not LOCAL.fullmatch(host) or {*headers.getlist("origin")} - {f"http://{host}"}:
+            raise HTTPException(403, "not from this computer's own page")
 
-    def page_fault(self, method, path):
+    def check_page(self, method, path):
         if method not in PATHS:
-            return 405, "no such method"
-        if not PATHS[method].fullmatch(path) or ".." in path or "\\" in path:
-            return 404, "no such page"
+            raise HTTPException(405, "no such method")
+        if not PATHS[method].fullmatch(path) or re.search(r"\.\.|\\", path):
+            raise HTTPException(404, "no such page")
         name = path.partition(f"{API}/file=")[2]                        # what the page wants to show or play
-        if name and not self.is_ours(name):
-            return 403, "no such file"
+        if name:
+            self.check_file(name)
 
-    def size_fault(self, path, lengths):
-        if len(lengths) != 1 or not lengths[0].isdecimal():             # sent in chunks, it might never end
-            return 411, "say how long it is"
-        if int(lengths[0]) > BIGGEST.get(path, MB):     # before a byte of it is read
-            return 413, "too large"
-        if path in BIGGEST and sum(file.stat().st_size for file in self.folder.rglob("*")) > FOLDER:
-            return 507, "too many uploads; start the page again"
+    def check_size(self, path, headers):
+        length = ",".join(headers.getlist("content-length"))            # none or several are no number
+        if not length.isdecimal():                      # sent in chunks, it might never end
+            raise HTTPException(411, "say how long it is")
+        if int(length) > BIGGEST.get(path, MB):         # before a byte of it is read
+            raise HTTPException(413, "too large")
 
-    def body_fault(self, body):
+    def check_room(self):
+        if sum(file.stat().st_size for file in self.folder.rglob("*")) > FOLDER:
+            raise HTTPException(507, "too many uploads; start the page again")
+
+    def check_body(self, body):
         """JSON may name no file but ours: Gradio itself would fetch addresses."""
         pairs = []                      # (key, value) of all objects in it, however deep
         try:
             json.loads(body or "null", object_pairs_hook=pairs.extend)
         except (ValueError, RecursionError):
-            return 400, "not JSON"
-        if not all(self.is_ours(value) for key, value in pairs if key == "path"):
-            return 403, "no such file"
+            raise HTTPException(400, "not JSON") from None
+        for key, value in pairs:
+            if key == "path":
+                self.check_file(value)
 
-    def is_ours(self, name):
-        """Whether a file name leads to a file in our folder, links followed."""
-        try:
+    def check_file(self, name):
+        """A file name must lead to a file in our folder, links followed."""
+        with suppress(OSError, ValueError, TypeError):
             path = Path(name).resolve(strict=True)
-        except (OSError, ValueError, TypeError):
-            return False
-        return path.is_file() and self.folder in path.parents
+            if path.is_file() and self.folder in path.parents:
+                return
+        raise HTTPException(403, "no such file")
 
 
 async def read_body(receive):
@@ -151,11 +166,6 @@ class Visit:
                         for role, text in (("user", turn.text), ("assistant", turn.answer)) if text)
             yield from ({"role": "assistant", "content": {"path": str(path)}} for path in self.shown.get(turn, ()))
 
-    def picture(self):
-        """The picture in which one can click, with the boxes that go with the next message; None without a picture."""
-        picture = chat.last_picture(self.session.media)
-        return picture and chat.drawn(picture, self.session.boxes)
-
     def keep(self, turn):
         """Write what a turn found and drew, as files to be shown."""
         found = chat.overlay(turn)
@@ -169,8 +179,9 @@ def show(visit, note="", turns=None, text=gr.skip()):
     """-> messages, picture, note, text to edit. turns: of an answer that is coming; else all, and what is attached."""
     if turns is not None:
         return list(visit.messages(turns)), gr.skip(), note, text       # skip: that part of the page stays as it is
-    waiting = chat.Turn("", visit.session.pending)
-    return list(visit.messages([*visit.session.turns, waiting])), visit.picture(), note, text
+    session, picture = visit.session, chat.last_picture(visit.session.media)
+    messages = visit.messages([*session.turns, chat.Turn("", session.pending)])
+    return list(messages), picture and chat.drawn(picture, session.boxes), note, text       # a picture to click in
 
 
 def guarded(act):
@@ -302,7 +313,8 @@ def build(session, folder):
         own = chat.Session(*parts, **session.settings)
         own.painters = session.painters                 # shared, for they are loaded when they are first needed
         return Visit(own, folder)
-    cfg = session.model.cfg
+    cfg, private = session.model.cfg, dict(api_visibility="private", show_progress="hidden")
+    one = dict(concurrency_id="model", concurrency_limit=1, **private)                  # the model serves one at a time
     with gr.Blocks(title="nanomni", analytics_enabled=False) as blocks:
         visit = gr.State()                              # each page that is opened has its own
         with gr.Row():
@@ -322,11 +334,11 @@ def build(session, folder):
                                    elem_id="picture")
                 note = gr.Textbox(label="note", interactive=False, elem_id="note")
                 find = gr.Checkbox(label="look for a box", visible="vg" in cfg.writes)
+                view = [talk, picture, note, text]
                 with gr.Accordion("settings", open=False):
-                    numbers = {name: gr.Number(session.settings[name], label=name, info=row[3])
-                               for name, row in chat.SETTINGS.items()}
-        view, private = [talk, picture, note, text], dict(api_visibility="private", show_progress="hidden")
-        one = dict(concurrency_id="model", concurrency_limit=1, **private)              # the model serves one at a time
+                    for name, row in chat.SETTINGS.items():
+                        number = gr.Number(session.settings[name], label=name, info=row[3])
+                        number.change(change(name), [visit, number], view, **one)
         blocks.load(new_visit, None, visit, **private)
         gr.on([text.submit, buttons["send"].click], say, [visit, text, find], view, **one)
         buttons["stop"].click(stop, visit, None, **private)             # beside the answer that it stops
@@ -337,8 +349,6 @@ def build(session, folder):
             button.click(partial(example, ability=name), visit, view, **one)
         files.upload(attach, [visit, files], view, **one).then(lambda: None, None, files, **private)    # empties the box
         picture.select(click, visit, view, **one)
-        for name, number in numbers.items():
-            number.change(change(name), [visit, number], view, **one)
     return blocks
 
 

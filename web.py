@@ -206,14 +206,13 @@ def attach(visit, paths):
 @guarded
 def click(visit, event: gr.SelectData):
     """One corner of a box in the picture, or with the second click the box."""
-    session, picture = visit.session, chat.last_picture(visit.session.media)
+    picture = chat.last_picture(visit.session.media)
     first = visit.corner.pop(picture, None)
     if first is None:
         visit.corner = {picture: event.index}
         return "now click the opposite corner"
     (x1, x2), (y1, y2) = map(sorted, zip(first, event.index))           # whichever corner came first
-    session.boxes.append(session.box((x1, y1, x2, y2), picture))        # pixels of the picture
-    return f"[{len(session.boxes) - 1}] is {chat.spell(session.boxes[-1])}; name it so in the message"
+    return f"{visit.session.add_box((x1, y1, x2, y2))}; name it so in the message"          # pixels of the picture
 
 
 @guarded
@@ -300,7 +299,7 @@ def example(visit, ability):
     if message is not wish:             # a wish is for something that does not exist yet
         session.pending.append(session.read(str(visit.folder / m.name)))
     if need in ("box", "region"):
-        session.boxes.append(session.box(shapes.box(m.things[0]), session.pending[-1], need))
+        session.add_box(shapes.box(m.things[0]), need)
     return show(visit, text=message(m))
 
 
@@ -310,8 +309,8 @@ def build(session, folder):
     """The page as Gradio's blocks. Every visit has a conversation of its own with the one model."""
     def new_visit():
         parts = session.model, session.tok, session.system, session.template, session.spec, session.max_len
-        own = chat.Session(*parts, **session.settings)
-        own.painters = session.painters                 # shared, for they are loaded when they are first needed
+        own = chat.Session(*parts, painters=session.painters, **session.settings)
+        own.load_painter = session.load_painter         # shared, for they are loaded when they are first needed
         return Visit(own, folder)
     cfg, private = session.model.cfg, dict(api_visibility="private", show_progress="hidden")
     one = dict(concurrency_id="model", concurrency_limit=1, **private)                  # the model serves one at a time

@@ -13,7 +13,6 @@ Text typed by a user never becomes a special token. Text that is not ours loses 
 import argparse
 import atexit
 import base64
-import difflib
 import glob
 import io
 import json
@@ -216,6 +215,7 @@ class Session:
         self.model, self.tok, self.system, self.template, self.spec = model, tok, system, template, spec
         self.weight, self.parse_special = model.llm.embed.weight, parse_special     # weight: for its device and dtype
         self.box_kinds = [kind for kind in ("box", "region") if kind in model.cfg.reads]    # the first unless told
+        self.wishes = [name for name in model.writers if name not in ("at", "vg")]          # writers that need no picture
         self.max_len = min(context or model.cfg.llm.max_len, model.cfg.llm.max_len)         # tokens
         self.generator, self.settings = torch.Generator(self.weight.device), {}
         for name, row in SETTINGS.items():
@@ -242,11 +242,6 @@ class Session:
     def media(self):
         """All media; users count them from 1."""
         return [medium for turn in self.turns for medium in turn.media] + self.pending
-
-    @property
-    def wishes(self):
-        """Names of the writers that need no picture."""
-        return [name for name in self.model.writers if name not in ("at", "vg")]
 
     def read(self, path, kind=""):
         """The Medium of a file, of the kind that its content suggests or of a given one. Raises MediaError."""
@@ -392,18 +387,14 @@ class Session:
         turn.given, turn.found = boxes(row.get("given", ())), boxes(row.get("found", ()))
         return turn
 
-    def request(self, turn):
-        """Parts of the message that is to be answered: its text with Boxes, and the token that has one looked for."""
-        signal = self.model.cfg.writes["vg"] if turn.find else ()
-        named = name_boxes(turn.text, turn.given)
-        return [self.template.ask, *named, *(data.Piece(name, special=True) for name in signal)]
-
-    def past(self, turn):
-        """Parts of an earlier message. parity: ChatterBox forgets regions and [VG] of earlier rounds."""
-        return [part for part in name_boxes(turn.text, turn.given) if getattr(part, "kind", "") != "region"]
-
-    def with_media(self, turn, parts):
-        """Parts of a message with its media before them or, a line each, below."""
+    def question(self, turn, current):
+        """Parts of a message: its text with Boxes, and media before it or, a line each, below. Raises ValueError."""
+        parts = name_boxes(turn.text, turn.given)
+        if current:
+            signal = [data.Piece(self.model.cfg.writes["vg"][0], special=True)] if turn.find else []
+            parts = [self.template.ask, *parts, *signal]
+        else:                                           # parity: ChatterBox forgets regions and [VG] of earlier rounds
+            parts = [part for part in parts if getattr(part, "kind", "") != "region"]
         if not self.system.media_last:
             return [*turn.media, *parts]
         return [*parts, *chain(*(("\n", medium) for medium in turn.media))]
@@ -418,11 +409,10 @@ class Session:
 
     def prompt(self, turns):
         """-> ids that ask for the last turn's answer, [(Medium or Box, its first place)]."""
-        *earlier, last = turns
         rows = []
-        for turn in earlier:
-            rows += [self.with_media(turn, self.past(turn)), self.reply(turn)]
-        rows += [self.with_media(last, self.request(last)), None]               # None: the answer that is asked for
+        for turn in turns[:-1]:
+            rows += [self.question(turn, current=False), self.reply(turn)]
+        rows += [self.question(turns[-1], current=True), None]                  # None: the answer that is asked for
         parts = data.conversation_pieces(rows, self.tok, self.system, self.template, self.model.cfg.n_token)
         if self.system_text:                            # a plain piece, since users type it; it ends as the template's
             blanks = re.search(r"[#\s]*$", self.template.system)[0]
@@ -634,14 +624,15 @@ class Session:
 def find_painters(folder, projections):
     """{writer: folder} of painters in a folder that may not be there. Raises ValueError for one that does not fit."""
     found = {}
-    configs = sorted(Path(folder).glob("*/config.json"))
-    for path in (path.parent for path in configs if b'"unet"' in path.read_bytes()):            # others may lie there, too
-        cfg = read_config(path, PainterConfig)
+    for path in sorted(Path(folder).glob("*/config.json")):
+        if b'"unet"' not in path.read_bytes():          # others may lie there, too
+            continue
+        cfg = read_config(path.parent, PainterConfig)
         wants = cfg.unet.context_dim or cfg.unet.class_dim                      # width of its prompts
         proj = projections.get(cfg.kind)
         if proj and proj.out_dim != wants:
-            raise ValueError(f"{path}: paints from vectors of {wants} numbers, this model makes {proj.out_dim}")
-        found[cfg.kind] = path
+            raise ValueError(f"{path.parent}: paints from vectors of {wants} numbers, this model makes {proj.out_dim}")
+        found[cfg.kind] = path.parent
     return found
 
 
@@ -691,31 +682,32 @@ class Drawing:
     rate: int = 8                       # frames or samples a second
 
     @property
+    def frames(self):
+        """Pictures of Pillow's, of a picture one."""
+        return [Image.fromarray(frame) for frame in self.content.reshape(-1, *self.content.shape[-3:])]
+
+    @property
     def picture(self):
         """Something to look at: the picture or the middle of the clip; None for sounds."""
         if self.kind != "aud":
-            frames = self.content.reshape(-1, *self.content.shape[-3:])         # (F, H, W, 3), of a picture F = 1
-            return Image.fromarray(frames[len(frames) // 2])
+            frames = self.frames
+            return frames[len(frames) // 2]
 
     @property
     def ending(self):
         """Of its file: png, wav, and mp4 or, where PyAV is missing, gif."""
         return {"img": "png", "vid": "mp4" if find_spec("av") else "gif", "aud": "wav"}[self.kind]
 
-
-def write_png(pixels, rate, file):
-    Image.fromarray(pixels).save(file, "PNG")
-
-
-def write_wav(samples, rate, file):
-    with wave.open(file, "wb") as f:
-        f.setnchannels(1), f.setsampwidth(2), f.setframerate(rate)
-        f.writeframes((samples.clip(-1, 1) * 32767).astype("<i2").tobytes())                # 16 bits a sample
-
-
-def write_gif(frames, rate, file):
-    first, *rest = map(Image.fromarray, frames)
-    first.save(file, "GIF", save_all=True, append_images=rest, duration=1000 // rate, loop=0)
+    def write(self, file):
+        if self.ending == "mp4":
+            write_mp4(self.content, self.rate, file)
+        elif self.kind == "aud":
+            with wave.open(file, "wb") as f:
+                f.setnchannels(1), f.setsampwidth(2), f.setframerate(self.rate)
+                f.writeframes((self.content.clip(-1, 1) * 32767).astype("<i2").tobytes())       # 16 bits a sample
+        else:
+            first, *rest = self.frames
+            first.save(file, self.ending, save_all=bool(rest), append_images=rest, duration=1000 // self.rate, loop=0)
 
 
 def write_mp4(frames, rate, file):
@@ -730,9 +722,6 @@ def write_mp4(frames, rate, file):
             film.mux(stream.encode(frame))
 
 
-WRITE = {"png": write_png, "wav": write_wav, "gif": write_gif, "mp4": write_mp4}
-
-
 def new_name(folder, pattern):
     """The first path of a pattern with a {number} that is free; the folder is made."""
     folder = Path(folder).expanduser()
@@ -744,7 +733,7 @@ def write_drawing(drawing, folder):
     """A drawing as a file of a new number; never replaces a file. Returns its name."""
     name = new_name(folder, f"{WHAT[drawing.kind]}-{{:04}}.{drawing.ending}")
     with open(name, "xb") as file:
-        WRITE[drawing.ending](drawing.content, drawing.rate, file)
+        drawing.write(file)
     return name
 
 
@@ -842,9 +831,10 @@ def half_blocks(picture):
 def draw(picture, how):
     """The characters that show a picture: half blocks of two pixels, or a PNG in escape codes of kitty or iTerm2."""
     picture = picture.convert("RGB")
-    picture.thumbnail((60, 48) if how == "blocks" else (480, 320))
     if how == "blocks":
+        picture.thumbnail((60, 48))
         return half_blocks(picture)
+    picture.thumbnail((480, 320))
     png = io.BytesIO()
     picture.save(png, "PNG")
     text = base64.b64encode(png.getvalue()).decode()
@@ -956,9 +946,7 @@ class Chat:
         """Run a command by name and print what it returns. An unknown one is never said to the model."""
         name = ALIASES.get(name, name)
         if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, 1)
-            hint = f"did you mean /{near[0]}?" if near else "/help lists the commands"
-            raise ValueError(f"no command or file /{name:.80}; {hint}")
+            raise ValueError(f"no command or file /{name:.80}; /help lists the commands")
         run, usage, _ = COMMANDS[name]
         if usage.startswith("FILE") and not rest:
             raise ValueError(f"usage: /{name} {usage}")
@@ -1138,8 +1126,8 @@ ALIASES = {"?": "help", "exit": "quit", "bye": "quit"}
 
 # ---- Start
 
-def open_chat(args):
-    """The Chat of a command line, with what that attaches."""
+def talk(args):
+    """Answer the one question, or the lines that come, about what the command line attaches."""
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)         # now, not after an answer
     options = {name: vars(args)[name] for name in ("context", "parse_special", "template", *SETTINGS)}
@@ -1150,12 +1138,6 @@ def open_chat(args):
         chat.add([path], kind)
     for box in args.boxes:
         log(chat.add_box(" ".join(box)))
-    return chat
-
-
-def talk(args):
-    """Answer the one question, or the lines that come."""
-    chat = open_chat(args)
     if args.prompt is not None:
         if not (text := chat.inline(args.prompt)):
             raise ValueError("-p holds no question")

@@ -36,7 +36,9 @@ from weakref import WeakKeyDictionary
 # ---- Command line
 
 TINY = Path(__file__).with_name("weights") / "tiny"
-KINDS = ("image", "audio", "video", "depth", "thermal", "imu")
+FITS = {                                # kind of medium: what its file may hold, see contents
+    "image": ("image", "animation"), "audio": ("audio", "video"), "video": ("video", "animation"), "depth": ("",),
+    "thermal": ("image",), "imu": ("",)}
 SETTINGS = {                            # name: default, least, most, meaning
     "temperature": (0.0, 0, 100, "spread of sampling; 0 takes the likeliest token"),
     "top_k": (50, 0, 1 << 24, "sample among the k likeliest tokens; 0 = all"),
@@ -65,13 +67,11 @@ def setting(name, value):
     if name not in SETTINGS:
         raise ValueError(f"no setting {name!r:.40}; there are {', '.join(SETTINGS)}")
     default, least, most, _ = SETTINGS[name]
-    try:
+    with suppress(ValueError, OverflowError, TypeError):
         number = round(type(default)(value), 4)
-    except (ValueError, OverflowError, TypeError):
-        number = float("nan")           # lies between no limits
-    if not least <= number <= most:
-        raise ValueError(f"{name} is a number from {least} to {most}, not {value!r:.40}")
-    return number
+        if least <= number <= most:
+            return number
+    raise ValueError(f"{name} is a number from {least} to {most}, not {value!r:.40}")
 
 
 def parse_args():
@@ -80,7 +80,7 @@ def parse_args():
     add = parser.add_argument
     add("weights", nargs="?", default=TINY, help="weights folder (weights/tiny)")
     add("-p", "--prompt", metavar="TEXT", help="ask this one question and end; @FILE attaches a file")
-    for kind in KINDS:
+    for kind in FITS:
         add(f"--{kind}", dest="media", metavar="FILE", action="append", default=[],
             type=lambda path, kind=kind: (path, kind), help=f"attach {kind} to the first message; repeatable")
     add("--box", dest="boxes", nargs=4, metavar=("X1", "Y1", "X2", "Y2"), action="append", default=[],
@@ -137,8 +137,6 @@ from model import (KVCache, Replay, beam_search, find_device, fuse, generate, ke
 # ---- Session
 
 MIN_IOU, MIN_SCORE = 0.3, 0.3           # of masks by SAM's own estimate, of boxes that were looked for; below: none
-FITS = {"image": ("image", "animation"), "thermal": ("image",), "audio": ("audio", "video"),
-        "video": ("video", "animation"), "depth": ("",), "imu": ("",)}          # what the file of a medium may hold
 
 
 @dataclass(eq=False)
@@ -222,8 +220,7 @@ class Session:
             self.set(name, settings.get(name, row[0]))
         self.system_text = ""                           # in place of the template's
         self.turns, self.pending, self.boxes = [], [], []       # pending, boxes: what goes with the next message
-        self.cache, self.held = None, []                # held: for each place of the cache, its id or the Medium there
-        self.replay = None                              # of the cache, if it is wished for
+        self.cache, self.replay, self.held = None, None, []     # held: for each place of the cache, its id or Medium
         self.features = WeakKeyDictionary()             # Medium -> (n, C)
         self.seen = WeakKeyDictionary()                 # picture -> levels, see model.RegionReader
 
@@ -259,8 +256,7 @@ class Session:
 
     def box(self, xyxy_px, picture, kind=""):
         """The Box of a user's pixels in a picture. Raises ValueError if it is none, or if the model reads no such."""
-        kinds = [one for one in self.box_kinds if kind in ("", one)]
-        if not kinds:
+        if not (kinds := [one for one in self.box_kinds if kind in ("", one)]):
             raise ValueError(f"this model reads no {kind or 'boxe'}s")
         if picture is None:
             raise ValueError("a box needs a picture; attach one first")
@@ -335,8 +331,7 @@ class Session:
     def drop(self, medium):
         """Take a medium out of the conversation."""
         for media in (self.pending, *(turn.media for turn in self.turns)):
-            if medium in media:
-                media.remove(medium)
+            media[:] = [one for one in media if one is not medium]
         self.boxes = [box for box in self.boxes if box.picture is not medium]
 
     def clear(self):
@@ -359,7 +354,8 @@ class Session:
     def load(self, path):
         """Go on with a saved conversation; its media are read again."""
         try:
-            saved, pictures = json.loads(data.check_file(os.path.expanduser(path)).read_text(encoding="utf-8")), {}
+            saved = json.loads(data.check_file(os.path.expanduser(path)).read_text(encoding="utf-8"))
+            pictures = {None: None}
             turns = [self.restore(row, pictures) for row in saved["turns"]]
             system = str(saved["system"])
             self.tok.encode("".join([system, *(turn.text + turn.answer for turn in turns)]))    # refuses odd unicode
@@ -375,9 +371,9 @@ class Session:
         pictures |= {os.path.abspath(m.path): m for m in turn.media if m.kind == "image"}
 
         def picture(path):              # of an earlier turn, or one that is no longer in the conversation
-            if path and path not in pictures:
+            if path not in pictures:
                 pictures[path] = self.read(str(path), "image")
-            return pictures.get(path)
+            return pictures[path]
 
         def boxes(rows):
             return [self.found(torch.tensor(box["frame"]).float().view(4), picture(box["picture"]), box.get("kind"))
@@ -624,15 +620,14 @@ class Session:
 def find_painters(folder, projections):
     """{writer: folder} of painters in a folder that may not be there. Raises ValueError for one that does not fit."""
     found = {}
-    for path in sorted(Path(folder).glob("*/config.json")):
-        if b'"unet"' not in path.read_bytes():          # others may lie there, too
-            continue
-        cfg = read_config(path.parent, PainterConfig)
+    configs = sorted(Path(folder).glob("*/config.json"))
+    for path in (path.parent for path in configs if b'"unet"' in path.read_bytes()):            # others may lie there, too
+        cfg = read_config(path, PainterConfig)
         wants = cfg.unet.context_dim or cfg.unet.class_dim                      # width of its prompts
         proj = projections.get(cfg.kind)
         if proj and proj.out_dim != wants:
-            raise ValueError(f"{path.parent}: paints from vectors of {wants} numbers, this model makes {proj.out_dim}")
-        found[cfg.kind] = path.parent
+            raise ValueError(f"{path}: paints from vectors of {wants} numbers, this model makes {proj.out_dim}")
+        found[cfg.kind] = path
     return found
 
 
@@ -682,16 +677,10 @@ class Drawing:
     rate: int = 8                       # frames or samples a second
 
     @property
-    def frames(self):
-        """Pictures of Pillow's, of a picture one."""
-        return [Image.fromarray(frame) for frame in self.content.reshape(-1, *self.content.shape[-3:])]
-
-    @property
     def picture(self):
         """Something to look at: the picture or the middle of the clip; None for sounds."""
         if self.kind != "aud":
-            frames = self.frames
-            return frames[len(frames) // 2]
+            return Image.fromarray(self.content if self.kind == "img" else self.content[len(self.content) // 2])
 
     @property
     def ending(self):
@@ -706,7 +695,8 @@ class Drawing:
                 f.setnchannels(1), f.setsampwidth(2), f.setframerate(self.rate)
                 f.writeframes((self.content.clip(-1, 1) * 32767).astype("<i2").tobytes())       # 16 bits a sample
         else:
-            first, *rest = self.frames
+            frames = self.content.reshape(-1, *self.content.shape[-3:])         # (F, H, W, 3), of a picture F = 1
+            first, *rest = map(Image.fromarray, frames)
             first.save(file, self.ending, save_all=bool(rest), append_images=rest, duration=1000 // self.rate, loop=0)
 
 
@@ -996,7 +986,12 @@ class Chat:
         """End the line of an answer, or report it, and say what came of it. Raises ValueError if a painter failed."""
         files = [str(write_drawing(drawing, self.args.out or "drawn")) for drawing in turn.drawn]
         print(clean(self.report(turn, files)) if self.args.json else "", flush=True)
-        self.remark(turn, files)
+        if turn.stray:
+            log(f"asked for media, but not with a complete run of signal tokens: {' '.join(turn.stray)}")
+        self.show_drawings(turn, files)
+        self.show_boxes(turn)
+        if turn.dropped:
+            log(f"the context is full: the oldest {turn.dropped} turns are forgotten")
         if turn.fault:
             raise ValueError(turn.fault)
 
@@ -1007,15 +1002,6 @@ class Chat:
             "boxes": turn.boxes, "score": turn.score, "masks": masks, "files": files,
             "fault": turn.fault, "tokens": len(turn.ids), "seconds": round(turn.clock[3] - turn.clock[0], 3),
             "seed": self.session.settings["seed"], "model": str(self.args.weights)})
-
-    def remark(self, turn, files):
-        """Say what came of an answer beside its text."""
-        if turn.stray:
-            log(f"asked for media, but not with a complete run of signal tokens: {' '.join(turn.stray)}")
-        self.show_drawings(turn, files)
-        self.show_boxes(turn)
-        if turn.dropped:
-            log(f"the context is full: the oldest {turn.dropped} turns are forgotten")
 
     def show_drawings(self, turn, files):
         """Name and show what the writers made, and name the painters that are missing."""
@@ -1091,7 +1077,7 @@ class Chat:
         return f"{self.args.weights}: {', '.join([*facts, *(what for what, can in able.items() if can)])}"
 
     def help(self, _):
-        hidden = {*KINDS, "region"} - {*self.session.model.cfg.reads}
+        hidden = {*FITS, "region"} - {*self.session.model.cfg.reads}
         rows = [(f"/{name} {usage}", text) for name, (_, usage, text) in COMMANDS.items() if name not in hidden]
         return "\n".join(f"{left:22} {text}" for left, text in rows)
 
@@ -1101,7 +1087,7 @@ class Chat:
 
 COMMANDS = {                            # name: what runs, usage, help
     **{kind: (lambda chat, text, kind=kind: chat.add(file_names(text), kind), "FILE ...", f"attach {kind} files")
-       for kind in KINDS},
+       for kind in FITS},
     "box": (Chat.add_box, "X1 Y1 X2 Y2", "a box for the next message, pixels; the first is [0]"),
     "region": (lambda chat, text: chat.add_box(text, "region"), "X1 Y1 X2 Y2", "the same, known by what is in it"),
     "find": (lambda chat, text: chat.say(text, find=True), "QUESTION", "ask, and look for a box that answers"),

@@ -3,8 +3,7 @@
     python web.py                                           the small model that comes along, at http://127.0.0.1:7860
     python web.py weights/nextchat-7b-336 --port 8000       converted weights
 
-In order: Guard (which requests are answered at all), Visit (a Session and what its page shows), what the page does,
-examples, the page.
+In order: Guard (which requests are answered), Visit (a Session and what is shown), what the page does, examples, page.
 It needs Gradio: pip install -e ".[web]". It listens to this computer alone; from afar: ssh -L 7860:127.0.0.1:7860 HOST.
 Text of users and models is shown as it stands, never as HTML or Markdown. All files lie in one temporary folder.
 """
@@ -78,15 +77,12 @@ class Guard:
         headers, method, path = Headers(scope=scope), scope["method"], scope["path"]
         self.check_sender(headers)
         self.check_page(method, path)
-        if method != "POST":
-            return receive
-        self.check_size(path, headers)
-        if path in BIGGEST:             # Gradio writes it to disk as it comes
-            self.check_room()
-            return receive
-        body, again = await read_body(receive)
-        self.check_body(body)
-        return again
+        if method == "POST":
+            self.check_size(path, headers)
+            if path not in BIGGEST:     # others are files
+                body, receive = await read_body(receive)
+                self.check_body(body)
+        return receive
 
     def check_sender(self, headers):
         """Names of other sites may lead here (DNS rebinding), their pages send us requests; browsers tell both."""
@@ -99,8 +95,7 @@ class Guard:
             raise HTTPException(405, "no such method")
         if not PATHS[method].fullmatch(path) or re.search(r"\.\.|\\", path):
             raise HTTPException(404, "no such page")
-        name = path.partition(f"{API}/file=")[2]                        # what the page wants to show or play
-        if name:
+        if name := path.partition(f"{API}/file=")[2]:   # what the page wants to show or play
             self.check_file(name)
 
     def check_size(self, path, headers):
@@ -109,9 +104,7 @@ class Guard:
             raise HTTPException(411, "say how long it is")
         if int(length) > BIGGEST.get(path, MB):         # before a byte of it is read
             raise HTTPException(413, "too large")
-
-    def check_room(self):
-        if sum(file.stat().st_size for file in self.folder.rglob("*")) > FOLDER:
+        if path in BIGGEST and sum(file.stat().st_size for file in self.folder.rglob("*")) > FOLDER:
             raise HTTPException(507, "too many uploads; start the page again")
 
     def check_body(self, body):
@@ -136,15 +129,13 @@ class Guard:
 
 async def read_body(receive):
     """-> the whole body of a request, and a `receive` that gives it again, then what comes after it."""
-    body, more = b"", True
-    while more:
-        part = await receive()          # of the body, or the news that the browser has left
-        body, more = body + part.get("body", b""), part.get("more_body")
-    parts = [{"type": "http.request", "body": body, "more_body": False}]
+    parts = [await receive()]           # of the body, or the news that the browser has left
+    while parts[-1].get("more_body"):
+        parts.append(await receive())
 
     async def again():
-        return parts.pop() if parts else await receive()
-    return body, again
+        return parts.pop(0) if parts else await receive()
+    return b"".join(part.get("body", b"") for part in parts), again
 
 
 # ---- Visit

@@ -111,9 +111,9 @@ def parse_args():
 
 def read_ahead(folder):
     """Have the system read weights into memory while Python imports: page by page, when they are needed, takes longer."""
-    files = [path for path in Path(folder).glob("*") if path.is_file() and hasattr(os, "posix_fadvise")]    # macOS: none
+    files = [path for path in Path(folder).glob("*") if path.is_file()]
     for path in sorted(files, key=os.path.getsize):             # config.json would else have to wait for the weights
-        with suppress(OSError), open(path, "rb") as f:          # whoever loads it will say what is wrong
+        with suppress(OSError, AttributeError), open(path, "rb") as f:          # macOS: none; loading says what is wrong
             for at in range(0, os.path.getsize(path), 1 << 22):                 # Linux heeds no more at a time
                 os.posix_fadvise(f.fileno(), at, 1 << 22, os.POSIX_FADV_WILLNEED)
 
@@ -213,7 +213,7 @@ class Session:
         self.model, self.tok, self.system, self.template, self.spec = model, tok, system, template, spec
         self.weight, self.parse_special = model.llm.embed.weight, parse_special     # weight: for its device and dtype
         self.box_kinds = [kind for kind in ("box", "region") if kind in model.cfg.reads]    # the first unless told
-        self.wishes = [name for name in model.writers if name not in ("at", "vg")]          # writers that need no picture
+        self.wishes = [name for name in model.writers if name not in ("at", "vg")]  # writers that need no picture
         self.max_len = min(context or model.cfg.llm.max_len, model.cfg.llm.max_len)         # tokens
         self.generator, self.settings = torch.Generator(self.weight.device), {}
         for name, row in SETTINGS.items():
@@ -230,21 +230,17 @@ class Session:
         if name == "seed":
             self.generator.manual_seed(self.settings[name])
 
-    @cached_property
-    def folder(self):
-        """Of pictures that came as pixels; goes when the session does."""
-        return TemporaryDirectory()
+    folder = cached_property(lambda self: TemporaryDirectory())     # of pictures made of pixels; goes with the session
 
     @property
     def media(self):
         """All media; users count them from 1."""
-        return [medium for turn in self.turns for medium in turn.media] + self.pending
+        return [*chain(*(turn.media for turn in self.turns)), *self.pending]
 
     def read(self, path, kind=""):
         """The Medium of a file, of the kind that its content suggests or of a given one. Raises MediaError."""
         path, reads = os.path.expanduser(path), self.model.cfg.reads
-        found = contents(path)
-        # to a model that reads no clips an animation is its first picture
+        found = contents(path)          # to a model that reads no clips an animation is its first picture
         kind = kind or {"animation": "video" if "video" in reads else "image"}.get(found, found)
         if found not in FITS.get(kind, ()):
             raise data.MediaError(f"{path}: not readable as {kind or 'a medium'}, its type is {found or 'unknown'}")
@@ -405,10 +401,8 @@ class Session:
 
     def prompt(self, turns):
         """-> ids that ask for the last turn's answer, [(Medium or Box, its first place)]."""
-        rows = []
-        for turn in turns[:-1]:
-            rows += [self.question(turn, current=False), self.reply(turn)]
-        rows += [self.question(turns[-1], current=True), None]                  # None: the answer that is asked for
+        rows = chain(*((self.question(turn, current=False), self.reply(turn)) for turn in turns[:-1]))
+        rows = [*rows, self.question(turns[-1], current=True), None]            # None: the answer that is asked for
         parts = data.conversation_pieces(rows, self.tok, self.system, self.template, self.model.cfg.n_token)
         if self.system_text:                            # a plain piece, since users type it; it ends as the template's
             blanks = re.search(r"[#\s]*$", self.template.system)[0]
@@ -522,8 +516,7 @@ class Session:
             yield part
 
     def texts(self, parts):
-        """The certain text of an answer, after each part and at the end, without blanks around it. Boxes are spelled in
-        it; what it says to painters is no text."""
+        """The certain text of an answer, after each part and at the end: Boxes spelled out, but no words to painters."""
         text, said, stream = "", "", data.TextStream(self.tok, [self.template.stop])
         silent = {None, *self.model.feeds}.union(*(self.model.cfg.signal(name) for name in self.wishes))
         for part in chain(parts, [None]):               # None: the end
@@ -553,9 +546,8 @@ class Session:
         how = {name: self.settings[name] or None for name in ("steps", "guidance")}         # None: as the painter likes
         for name in [name for name in turn.made if name in self.painters]:
             painter = self.load_painter(self.painters[name], self.weight.device, self.weight.dtype)
-            vocoder, prompts = painter.cfg.vocoder, turn.made[name]             # vocoder: of sounds
-            # a sound is drawn from one vector (1, C), anything else from several (1, T, C)
-            rate, prompts = (vocoder.rate, prompts) if vocoder else (8, prompts[:, None])
+            vocoder, prompts = painter.cfg.vocoder, turn.made[name]             # of sounds, each drawn from one vector
+            rate, prompts = (vocoder.rate, prompts) if vocoder else (8, prompts[:, None])   # (m, 1, C), (m, 1, T, C)
             for i, prompt in enumerate(prompts):
                 made = DRAW[name](painter, prompt, seed=self.settings["seed"] + i, **how)[0].cpu().numpy()
                 turn.drawn.append(Drawing(name, made, rate))
@@ -577,8 +569,7 @@ class Session:
         """Where in its prompt a turn asks for a box, at the last [VG]; behind it if it does not."""
         if not turn.find:
             return len(turn.prompt)
-        signal = self.tok.special[self.model.cfg.writes["vg"][0]]
-        return len(turn.prompt) - 1 - turn.prompt[::-1].index(signal)
+        return len(turn.prompt) - 1 - turn.prompt[::-1].index(self.tok.special[self.model.cfg.writes["vg"][0]])
 
     def search(self, turn, h):
         """Look for the box that the message asks for. h (1, T', C): hidden states of the prompt's end."""
@@ -695,8 +686,7 @@ class Drawing:
                 f.setnchannels(1), f.setsampwidth(2), f.setframerate(self.rate)
                 f.writeframes((self.content.clip(-1, 1) * 32767).astype("<i2").tobytes())       # 16 bits a sample
         else:
-            frames = self.content.reshape(-1, *self.content.shape[-3:])         # (F, H, W, 3), of a picture F = 1
-            first, *rest = map(Image.fromarray, frames)
+            first, *rest = map(Image.fromarray, self.content.reshape(-1, *self.content.shape[-3:]))         # (H, W, 3)
             first.save(file, self.ending, save_all=bool(rest), append_images=rest, duration=1000 // self.rate, loop=0)
 
 
@@ -769,7 +759,7 @@ def write_overlay(turn, picture, folder):
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 TERMINALS = [                           # variable, what it says, how such a terminal shows pictures; the first that fits
-    ("TMUX", ".*", "off"), ("TERM", "(tmux|screen).*", "off"), ("KITTY_WINDOW_ID", ".*", "kitty"),
+    ("TMUX", ".+", "off"), ("TERM", "(tmux|screen).*", "off"), ("KITTY_WINDOW_ID", ".+", "kitty"),
     ("TERM", "xterm-(kitty|ghostty)", "kitty"), ("TERM_PROGRAM", "ghostty|WezTerm", "kitty"),
     ("TERM_PROGRAM", r"iTerm\.app", "iterm"), ("LC_TERMINAL", "iTerm2", "iterm"), ("NO_COLOR", ".+", "off"),
     ("COLORTERM", "truecolor|24bit", "blocks")]
@@ -806,7 +796,7 @@ def preview(path, kind):
 
 def protocol(env):
     """How the terminal of this environment shows pictures."""
-    return next((how for name, says, how in TERMINALS if name in env and re.fullmatch(says, env[name], re.S)), "off")
+    return next((how for name, says, how in TERMINALS if re.fullmatch(says, env.get(name, ""), re.S)), "off")
 
 
 def half_blocks(picture):
@@ -1061,7 +1051,7 @@ class Chat:
 
     def stats(self, _):
         turn, n = self.session.last(), len(self.session.last().ids)
-        encode, prefill, decode = (b - a for a, b in zip(turn.clock, turn.clock[1:]))
+        encode, prefill, decode = np.diff(turn.clock)
         when = f"in {prefill:.2f} s" if prefill else "at once with the answer"                 # of beams
         return (f"encode {encode:.2f} s, prefill {len(turn.prompt) - turn.reused} tokens {when}, "
                 f"{turn.reused} reused, {n} new tokens at {max(n - 1, 0) / (decode or 1):.1f} tok/s, "
@@ -1078,8 +1068,8 @@ class Chat:
 
     def help(self, _):
         hidden = {*FITS, "region"} - {*self.session.model.cfg.reads}
-        rows = [(f"/{name} {usage}", text) for name, (_, usage, text) in COMMANDS.items() if name not in hidden]
-        return "\n".join(f"{left:22} {text}" for left, text in rows)
+        rows = [f"{f'/{name} {usage}':22} {text}" for name, (_, usage, text) in COMMANDS.items() if name not in hidden]
+        return "\n".join(rows)
 
     def quit(self, _):
         raise EOFError

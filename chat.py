@@ -113,7 +113,7 @@ def read_ahead(folder):
     """Have the system read weights into memory while Python imports: page by page, when they are needed, takes longer."""
     files = [path for path in Path(folder).glob("*") if path.is_file()]
     for path in sorted(files, key=os.path.getsize):             # config.json would else have to wait for the weights
-        with suppress(OSError, AttributeError), open(path, "rb") as f:          # macOS: none; loading says what is wrong
+        with suppress(OSError, AttributeError), open(path, "rb") as f:          # macOS: none; load says what is wrong
             for at in range(0, os.path.getsize(path), 1 << 22):                 # Linux heeds no more at a time
                 os.posix_fadvise(f.fileno(), at, 1 << 22, os.POSIX_FADV_WILLNEED)
 
@@ -230,7 +230,10 @@ class Session:
         if name == "seed":
             self.generator.manual_seed(self.settings[name])
 
-    folder = cached_property(lambda self: TemporaryDirectory())     # of pictures made of pixels; goes with the session
+    @cached_property
+    def folder(self):
+        """Of pictures that came as pixels; goes when the session does."""
+        return TemporaryDirectory()
 
     @property
     def media(self):
@@ -268,9 +271,8 @@ class Session:
     def found(self, frame, picture, kind=""):
         """The Box of a place (4,) in the frame of a picture, where the model put it."""
         geometry = data.Geometry(*(picture.size if picture else (1, 1)), self.spec.square)  # without a picture: 0..1
-        xyxy_px = tuple(geometry.to_pixels(frame.cpu()).tolist())
         kind = kind if kind in self.box_kinds else [*self.box_kinds, "box"][0]
-        return data.Box(xyxy_px, tensor=frame, picture=picture, kind=kind)
+        return data.Box(tuple(geometry.to_pixels(frame.cpu()).tolist()), tensor=frame, picture=picture, kind=kind)
 
     def last(self):
         """The last turn. Raises ValueError if there is none."""
@@ -350,8 +352,7 @@ class Session:
     def load(self, path):
         """Go on with a saved conversation; its media are read again."""
         try:
-            saved = json.loads(data.check_file(os.path.expanduser(path)).read_text(encoding="utf-8"))
-            pictures = {None: None}
+            saved, pictures = json.loads(data.check_file(os.path.expanduser(path)).read_bytes()), {None: None}
             turns = [self.restore(row, pictures) for row in saved["turns"]]
             system = str(saved["system"])
             self.tok.encode("".join([system, *(turn.text + turn.answer for turn in turns)]))    # refuses odd unicode
@@ -516,7 +517,7 @@ class Session:
             yield part
 
     def texts(self, parts):
-        """The certain text of an answer, after each part and at the end: Boxes spelled out, but no words to painters."""
+        """The certain text of an answer, after each part and at the end: Boxes spelled out, no words to painters."""
         text, said, stream = "", "", data.TextStream(self.tok, [self.template.stop])
         silent = {None, *self.model.feeds}.union(*(self.model.cfg.signal(name) for name in self.wishes))
         for part in chain(parts, [None]):               # None: the end
@@ -801,8 +802,7 @@ def protocol(env):
 
 def half_blocks(picture):
     """Two pixels a character, one above the other: the colour of a half block and of what is behind it."""
-    pixels = np.asarray(picture)                                                            # (H, W, 3)
-    pixels = np.pad(pixels, [(0, len(pixels) % 2), (0, 0), (0, 0)], "edge")                 # an odd last row is doubled
+    pixels = np.pad(picture, [(0, picture.height % 2), (0, 0), (0, 0)], "edge")             # (H, W, 3), H even
     pairs = np.concatenate([pixels[::2], pixels[1::2]], axis=2)                             # (H / 2, W, 6)
     line = "\033[38;2;%d;%d;%d;48;2;%d;%d;%dm▀" * pairs.shape[1] + "\033[0m\n"
     return (line * len(pairs)) % tuple(pairs.ravel())
@@ -820,9 +820,10 @@ def draw(picture, how):
     text = base64.b64encode(png.getvalue()).decode()
     if how == "iterm":
         return f"\033]1337;File=inline=1;size={len(png.getvalue())};width={picture.width}px:{text}\a\n"
-    # kitty takes no more than 4096 characters at a time; m=1: more of it comes
-    codes = re.sub(".{1,4096}", lambda part: f"\033_Gm={int(part.end() < len(text))};{part[0]}\033\\", text)
-    return codes.replace("\033_G", "\033_Gf=100,a=T,q=2,", 1) + "\n"            # a PNG, to be shown, without an answer
+    *chunks, last = re.findall(".{1,4096}", text)                               # kitty takes no more at a time
+    codes = [*(f"m=1;{chunk}" for chunk in chunks), f"m=0;{last}"]              # m=1: more of it comes
+    codes[0] = "f=100,a=T,q=2," + codes[0]                                      # a PNG, to be shown, without an answer
+    return "".join(f"\033_G{code}\033\\" for code in codes) + "\n"
 
 
 def file_names(text):
@@ -987,11 +988,10 @@ class Chat:
 
     def report(self, turn, files):      # for programs, as JSON
         masks = [mask_rle(box.mask) for box in turn.found if box.mask is not None]
-        return json.dumps({
-            "prompt": turn.text, "text": turn.answer, "media": [medium.path for medium in turn.media],
-            "boxes": turn.boxes, "score": turn.score, "masks": masks, "files": files,
-            "fault": turn.fault, "tokens": len(turn.ids), "seconds": round(turn.clock[3] - turn.clock[0], 3),
-            "seed": self.session.settings["seed"], "model": str(self.args.weights)})
+        return json.dumps({"prompt": turn.text, "text": turn.answer, "media": [medium.path for medium in turn.media],
+                           "boxes": turn.boxes, "score": turn.score, "masks": masks, "files": files, "fault": turn.fault,
+                           "tokens": len(turn.ids), "seconds": round(turn.clock[3] - turn.clock[0], 3),
+                           "seed": self.session.settings["seed"], "model": str(self.args.weights)})
 
     def show_drawings(self, turn, files):
         """Name and show what the writers made, and name the painters that are missing."""

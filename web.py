@@ -79,7 +79,7 @@ class Guard:
         self.check_page(method, path)
         if method == "POST":
             self.check_size(path, headers)
-            if path not in BIGGEST:     # others are files
+            if path not in BIGGEST:     # an upload is no JSON
                 body, receive = await read_body(receive)
                 self.check_body(body)
         return receive

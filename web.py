@@ -198,11 +198,10 @@ def attach(visit, paths):
 def click(visit, event: gr.SelectData):
     """One corner of a box in the picture, or with the second click the box."""
     picture = chat.last_picture(visit.session.media)
-    first = visit.corner.pop(picture, None)
-    if first is None:
+    if picture not in visit.corner:
         visit.corner = {picture: event.index}
         return "now click the opposite corner"
-    (x1, x2), (y1, y2) = map(sorted, zip(first, event.index))           # whichever corner came first
+    (x1, x2), (y1, y2) = map(sorted, zip(visit.corner.pop(picture), event.index))           # whichever came first
     return f"{visit.session.add_box((x1, y1, x2, y2))}; name it so in the message"          # pixels of the picture
 
 
@@ -303,8 +302,7 @@ def build(session, folder):
         own = chat.Session(*parts, painters=session.painters, **session.settings)
         own.load_painter = session.load_painter         # shared, for they are loaded when they are first needed
         return Visit(own, folder)
-    cfg, private = session.model.cfg, dict(api_visibility="private", show_progress="hidden")
-    one = dict(concurrency_id="model", concurrency_limit=1, **private)                  # the model serves one at a time
+    cfg = session.model.cfg
     with gr.Blocks(title="nanomni", analytics_enabled=False) as blocks:
         visit = gr.State()                              # each page that is opened has its own
         with gr.Row():
@@ -324,11 +322,11 @@ def build(session, folder):
                                    elem_id="picture")
                 note = gr.Textbox(label="note", interactive=False, elem_id="note")
                 find = gr.Checkbox(label="look for a box", visible="vg" in cfg.writes)
-                view = [talk, picture, note, text]
                 with gr.Accordion("settings", open=False):
-                    for name, row in chat.SETTINGS.items():
-                        number = gr.Number(session.settings[name], label=name, info=row[3])
-                        number.change(change(name), [visit, number], view, **one)
+                    numbers = {name: gr.Number(session.settings[name], label=name, info=row[3])
+                               for name, row in chat.SETTINGS.items()}
+        view, private = [talk, picture, note, text], dict(api_visibility="private", show_progress="hidden")
+        one = dict(concurrency_id="model", concurrency_limit=1, **private)              # the model serves one at a time
         blocks.load(new_visit, None, visit, **private)
         gr.on([text.submit, buttons["send"].click], say, [visit, text, find], view, **one)
         buttons["stop"].click(stop, visit, None, **private)             # beside the answer that it stops
@@ -339,6 +337,8 @@ def build(session, folder):
             button.click(partial(example, ability=name), visit, view, **one)
         files.upload(attach, [visit, files], view, **one).then(lambda: None, None, files, **private)    # empties the box
         picture.select(click, visit, view, **one)
+        for name, number in numbers.items():
+            number.change(change(name), [visit, number], view, **one)
     return blocks
 
 

@@ -13,7 +13,6 @@ Text typed by a user never becomes a special token. Text that is not ours loses 
 import argparse
 import atexit
 import base64
-import difflib
 import glob
 import io
 import json
@@ -26,7 +25,7 @@ import time
 import wave
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from itertools import chain, count, cycle, groupby
 from pathlib import Path
@@ -37,7 +36,9 @@ from weakref import WeakKeyDictionary
 # ---- Command line
 
 TINY = Path(__file__).with_name("weights") / "tiny"
-KINDS = ("image", "audio", "video", "depth", "thermal", "imu")
+FITS = {                                # kind of medium: what its file may hold, see contents
+    "image": ("image", "animation"), "audio": ("audio", "video"), "video": ("video", "animation"), "depth": ("",),
+    "thermal": ("image",), "imu": ("",)}
 SETTINGS = {                            # name: default, least, most, meaning
     "temperature": (0.0, 0, 100, "spread of sampling; 0 takes the likeliest token"),
     "top_k": (50, 0, 1 << 24, "sample among the k likeliest tokens; 0 = all"),
@@ -66,13 +67,11 @@ def setting(name, value):
     if name not in SETTINGS:
         raise ValueError(f"no setting {name!r:.40}; there are {', '.join(SETTINGS)}")
     default, least, most, _ = SETTINGS[name]
-    try:
+    with suppress(ValueError, OverflowError, TypeError):
         number = round(type(default)(value), 4)
-    except (ValueError, OverflowError, TypeError):
-        number = float("nan")           # lies between no limits
-    if not least <= number <= most:
-        raise ValueError(f"{name} is a number from {least} to {most}, not {value!r:.40}")
-    return number
+        if least <= number <= most:
+            return number
+    raise ValueError(f"{name} is a number from {least} to {most}, not {value!r:.40}")
 
 
 def parse_args():
@@ -81,7 +80,7 @@ def parse_args():
     add = parser.add_argument
     add("weights", nargs="?", default=TINY, help="weights folder (weights/tiny)")
     add("-p", "--prompt", metavar="TEXT", help="ask this one question and end; @FILE attaches a file")
-    for kind in KINDS:
+    for kind in FITS:
         add(f"--{kind}", dest="media", metavar="FILE", action="append", default=[],
             type=lambda path, kind=kind: (path, kind), help=f"attach {kind} to the first message; repeatable")
     add("--box", dest="boxes", nargs=4, metavar=("X1", "Y1", "X2", "Y2"), action="append", default=[],
@@ -112,9 +111,9 @@ def parse_args():
 
 def read_ahead(folder):
     """Have the system read weights into memory while Python imports: page by page, when they are needed, takes longer."""
-    files = [path for path in Path(folder).glob("*") if path.is_file() and hasattr(os, "posix_fadvise")]    # macOS: none
+    files = [path for path in Path(folder).glob("*") if path.is_file()]
     for path in sorted(files, key=os.path.getsize):             # config.json would else have to wait for the weights
-        with suppress(OSError), open(path, "rb") as f:          # whoever loads it will say what is wrong
+        with suppress(OSError, AttributeError), open(path, "rb") as f:          # macOS: none; load says what is wrong
             for at in range(0, os.path.getsize(path), 1 << 22):                 # Linux heeds no more at a time
                 os.posix_fadvise(f.fileno(), at, 1 << 22, os.POSIX_FADV_WILLNEED)
 
@@ -138,8 +137,6 @@ from model import (KVCache, Replay, beam_search, find_device, fuse, generate, ke
 # ---- Session
 
 MIN_IOU, MIN_SCORE = 0.3, 0.3           # of masks by SAM's own estimate, of boxes that were looked for; below: none
-FITS = {"image": ("image", "animation"), "thermal": ("image",), "audio": ("audio", "video"),
-        "video": ("video", "animation"), "depth": ("",), "imu": ("",)}          # what the file of a medium may hold
 
 
 @dataclass(eq=False)
@@ -151,7 +148,7 @@ class Turn:
     given: list = ()                    # Boxes that the message names
     found: list = field(default_factory=list)                   # Boxes that the model found
     find: bool = False                  # the model shall look for a box
-    score: float = 0.0                  # probability of the best box that it looked for
+    score: float | None = None          # probability of the best box that it looked for
     picture: data.Medium | None = None  # in which boxes lie
     prompt: list = ()                   # ids that asked for the answer
     ids: list = ()                      # generated
@@ -211,18 +208,19 @@ class Session:
 
     def __init__(self, model, tok, system, template, spec=data.MediaSpec(), context=0, parse_special=False, painters=(),
                  **settings):
-        self.painters = dict(painters)                  # writer: folder of its painter, or the Painter once needed
+        self.painters = dict(painters)                  # writer: folder of its painter
+        self.load_painter = cache(load_painter)         # when first needed; most talks draw nothing
         self.model, self.tok, self.system, self.template, self.spec = model, tok, system, template, spec
         self.weight, self.parse_special = model.llm.embed.weight, parse_special     # weight: for its device and dtype
         self.box_kinds = [kind for kind in ("box", "region") if kind in model.cfg.reads]    # the first unless told
+        self.wishes = [name for name in model.writers if name not in ("at", "vg")]  # writers that need no picture
         self.max_len = min(context or model.cfg.llm.max_len, model.cfg.llm.max_len)         # tokens
         self.generator, self.settings = torch.Generator(self.weight.device), {}
         for name, row in SETTINGS.items():
             self.set(name, settings.get(name, row[0]))
         self.system_text = ""                           # in place of the template's
         self.turns, self.pending, self.boxes = [], [], []       # pending, boxes: what goes with the next message
-        self.cache, self.held = None, []                # held: for each place of the cache, its id or the Medium there
-        self.replay = None                              # of the cache, if it is wished for
+        self.cache, self.replay, self.held = None, None, []     # held: for each place of the cache, its id or Medium
         self.features = WeakKeyDictionary()             # Medium -> (n, C)
         self.seen = WeakKeyDictionary()                 # picture -> levels, see model.RegionReader
 
@@ -240,18 +238,12 @@ class Session:
     @property
     def media(self):
         """All media; users count them from 1."""
-        return [medium for turn in self.turns for medium in turn.media] + self.pending
-
-    @property
-    def wishes(self):
-        """Names of the writers that need no picture."""
-        return [name for name in self.model.writers if name not in ("at", "vg")]
+        return [*chain(*(turn.media for turn in self.turns)), *self.pending]
 
     def read(self, path, kind=""):
         """The Medium of a file, of the kind that its content suggests or of a given one. Raises MediaError."""
         path, reads = os.path.expanduser(path), self.model.cfg.reads
-        found = contents(path)
-        # to a model that reads no clips an animation is its first picture
+        found = contents(path)          # to a model that reads no clips an animation is its first picture
         kind = kind or {"animation": "video" if "video" in reads else "image"}.get(found, found)
         if found not in FITS.get(kind, ()):
             raise data.MediaError(f"{path}: not readable as {kind or 'a medium'}, its type is {found or 'unknown'}")
@@ -267,16 +259,20 @@ class Session:
             raise ValueError(f"this model reads no {kind or 'boxe'}s")
         if picture is None:
             raise ValueError("a box needs a picture; attach one first")
-        box = data.Box(tuple(float(x) for x in xyxy_px), picture=picture, kind=kinds[0])
+        box = data.Box(tuple(map(float, xyxy_px)), picture=picture, kind=kinds[0])
         data.place_boxes([box], data.Geometry(*picture.size, self.spec.square), self.spec)
         return box
+
+    def add_box(self, xyxy_px, kind=""):
+        """Have a box in the last picture go with the next message; returns its name there."""
+        self.boxes.append(self.box(xyxy_px, last_picture(self.media), kind))
+        return f"[{len(self.boxes) - 1}] is {spell(self.boxes[-1])}"
 
     def found(self, frame, picture, kind=""):
         """The Box of a place (4,) in the frame of a picture, where the model put it."""
         geometry = data.Geometry(*(picture.size if picture else (1, 1)), self.spec.square)  # without a picture: 0..1
-        xyxy_px = tuple(geometry.to_pixels(frame.cpu()).tolist())
         kind = kind if kind in self.box_kinds else [*self.box_kinds, "box"][0]
-        return data.Box(xyxy_px, tensor=frame, picture=picture, kind=kind)
+        return data.Box(tuple(geometry.to_pixels(frame.cpu()).tolist()), tensor=frame, picture=picture, kind=kind)
 
     def last(self):
         """The last turn. Raises ValueError if there is none."""
@@ -291,15 +287,18 @@ class Session:
         of the last turn with boxes. find: look for a box that answers the message (ChatterBox's [VG]).
         """
         picture = last_picture([*self.media, *media])
-        given = [*self.boxes, *(self.box(box, picture) for box in boxes)]
-        if not given and len(data.box_references(text)) > 1:                    # names some, brings none
-            earlier = (turn.found or turn.given for turn in reversed(self.turns))
-            given = next(filter(None, earlier), [])
+        given = [*self.boxes, *(self.box(box, picture) for box in boxes)] or self.earlier_boxes(text)
         if find and "vg" not in self.model.writers:
             raise ValueError("this model does not look for boxes on demand; ask it in words")
         if find and picture is None:
             raise ValueError("a search needs a picture; attach one first")
         return self.answer([*self.turns, Turn(text, [*self.pending, *media], given=given, find=find, picture=picture)])
+
+    def earlier_boxes(self, text):
+        """Boxes of the last turn that has any, if a text names some."""
+        if len(data.box_references(text)) == 1:
+            return []
+        return next(filter(None, (turn.found or turn.given for turn in reversed(self.turns))), [])
 
     def ask(self, text, image=None, boxes=(), find=False):
         """One turn in one call -> its text, boxes [[x1, y1, x2, y2]], masks (m, H, W) or None, overlay or None.
@@ -330,8 +329,7 @@ class Session:
     def drop(self, medium):
         """Take a medium out of the conversation."""
         for media in (self.pending, *(turn.media for turn in self.turns)):
-            if medium in media:
-                media.remove(medium)
+            media[:] = [one for one in media if one is not medium]
         self.boxes = [box for box in self.boxes if box.picture is not medium]
 
     def clear(self):
@@ -354,10 +352,8 @@ class Session:
     def load(self, path):
         """Go on with a saved conversation; its media are read again."""
         try:
-            saved = json.loads(data.check_file(os.path.expanduser(path)).read_text(encoding="utf-8"))
-            turns, media = [], []
-            for row in saved["turns"]:
-                turns.append(self.restore(row, media))
+            saved, pictures = json.loads(data.check_file(os.path.expanduser(path)).read_bytes()), {None: None}
+            turns = [self.restore(row, pictures) for row in saved["turns"]]
             system = str(saved["system"])
             self.tok.encode("".join([system, *(turn.text + turn.answer for turn in turns)]))    # refuses odd unicode
         except data.MediaError:
@@ -366,32 +362,35 @@ class Session:
             raise ValueError(f"{path}: not a saved conversation ({type(error).__name__}: {error})") from None
         self.turns, self.pending, self.boxes, self.system_text = turns, [], [], system
 
-    def restore(self, row, media):
-        """The Turn of a saved row; its media go to those of the turns before it."""
+    def restore(self, row, pictures):
+        """The Turn of a saved row. pictures: {path: Medium} of the turns before it, which gets its own."""
         turn = Turn(str(row["text"]), [self.read(str(m["path"]), str(m["kind"])) for m in row["media"]])
-        media += turn.media
+        pictures |= {os.path.abspath(m.path): m for m in turn.media if m.kind == "image"}
 
         def picture(path):              # of an earlier turn, or one that is no longer in the conversation
-            seen = (m for m in media if m.kind == "image" and os.path.abspath(m.path) == path)
-            return next(seen, None) or (self.read(str(path), "image") if path else None)
+            if path not in pictures:
+                pictures[path] = self.read(str(path), "image")
+            return pictures[path]
+
+        def boxes(rows):
+            return [self.found(torch.tensor(box["frame"]).float().view(4), picture(box["picture"]), box.get("kind"))
+                    for box in rows if self.box_kinds]
         turn.answer, turn.picture = str(row["answer"]), picture(row.get("picture"))
         turn.find = bool(row.get("find")) and "vg" in self.model.writers
-        turn.given, turn.found = (
-            [self.found(torch.tensor(box["frame"]).float().view(4), picture(box["picture"]), box.get("kind"))
-             for box in row.get(key, ()) if self.box_kinds] for key in ("given", "found"))
+        turn.given, turn.found = boxes(row.get("given", ())), boxes(row.get("found", ()))
         return turn
 
     def question(self, turn, current):
         """Parts of a message: its text with Boxes, and media before it or, a line each, below. Raises ValueError."""
         parts = name_boxes(turn.text, turn.given)
         if current:
-            signal = self.model.cfg.writes["vg"] if turn.find else ()
-            parts = [self.template.ask, *parts, *(data.Piece(name, special=True) for name in signal)]
+            signal = [data.Piece(self.model.cfg.writes["vg"][0], special=True)] if turn.find else []
+            parts = [self.template.ask, *parts, *signal]
         else:                                           # parity: ChatterBox forgets regions and [VG] of earlier rounds
             parts = [part for part in parts if getattr(part, "kind", "") != "region"]
         if not self.system.media_last:
             return [*turn.media, *parts]
-        return [*parts, *(part for medium in turn.media for part in ("\n", medium))]
+        return [*parts, *chain(*(("\n", medium) for medium in turn.media))]
 
     def reply(self, turn):
         """Parts of an answer: its text, with Boxes where they are spelled in it."""
@@ -403,15 +402,15 @@ class Session:
 
     def prompt(self, turns):
         """-> ids that ask for the last turn's answer, [(Medium or Box, its first place)]."""
-        rows = [row for turn in turns for row in (self.question(turn, turn is turns[-1]), self.reply(turn))]
-        rows[-1] = None                                 # the answer that is asked for
+        rows = chain(*((self.question(turn, current=False), self.reply(turn)) for turn in turns[:-1]))
+        rows = [*rows, self.question(turns[-1], current=True), None]            # None: the answer that is asked for
         parts = data.conversation_pieces(rows, self.tok, self.system, self.template, self.model.cfg.n_token)
         if self.system_text:                            # a plain piece, since users type it; it ends as the template's
             blanks = re.search(r"[#\s]*$", self.template.system)[0]
             parts[0] = [data.Piece(self.system_text + (blanks or " "))]
-        pieces = list(chain(*parts))
+        pieces = chain(*parts)
         if self.parse_special:
-            pieces = [p for piece in pieces for p in ([piece] if piece.special else self.tok.parse(piece.text))]
+            pieces = chain(*([piece] if piece.special else self.tok.parse(piece.text) for piece in pieces))
         ids, _, slots = self.tok.encode_pieces(pieces)
         return ids, slots
 
@@ -427,32 +426,38 @@ class Session:
         return turns[first:], ids, slots
 
     def answer(self, turns):
-        """Generate the last turn's answer, running only what the cache does not hold yet; then keep the turns."""
+        """Generate the last turn's answer; then keep the turns."""
         kept, ids, slots = self.fit(turns)
-        turn, places = kept[-1], list(ids)
-        for medium, at in slots:                        # ids alone do not tell which medium stands there
-            n = self.model.cfg.n_token(medium.kind)
-            places[at:at + n] = [medium] * n
+        turn = kept[-1]
         turn.prompt, turn.dropped = ids, len(turns) - len(kept)
-        turn.reused = self.reusable(turn, places)
         try:
-            self.cache = self.cache or KVCache(self.model.llm, 1, self.max_len)                 # one for all turns
-            self.cache.pos = turn.reused
-            yield from self.decode(turn, slots, places)
+            yield from self.run(turn, slots)
         except (KeyboardInterrupt, GeneratorExit):
             if turn.answer or turn.made:
                 self.keep(kept)
             raise
         except (*data.FAULTS, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):    # a CPU's words for it
-                self.cache = self.replay = None         # the largest thing that can be given back
+                self.cache, self.replay, self.held = None, None, []             # the largest that can be given back
                 error = MemoryError("out of memory: lower --context, attach less, or try --dtype bfloat16")
             if not turn.made:
                 raise error from None
             turn.fault = str(error) or repr(error)
-        finally:
-            self.held = places[:self.cache.pos] if self.cache else []
         self.keep(kept)
+
+    def run(self, turn, slots):
+        """Yield the answer in pieces, running only what the cache does not hold yet; note what it holds then."""
+        places = list(turn.prompt)
+        for medium, at in slots:                        # ids alone do not tell which medium stands there
+            n = self.model.cfg.n_token(medium.kind)
+            places[at:at + n] = [medium] * n
+        turn.reused = self.reusable(turn, places)
+        self.cache = cache = self.cache or KVCache(self.model.llm, 1, self.max_len)             # one for all turns
+        cache.pos = turn.reused
+        try:
+            yield from self.decode(turn, slots, places)
+        finally:
+            self.held = places[:cache.pos]
 
     def reusable(self, turn, places):
         """How many places of a prompt need not run. The last must, since it says what comes next, and the one before a
@@ -512,14 +517,13 @@ class Session:
             yield part
 
     def texts(self, parts):
-        """The certain text of an answer, after each part and at the end, without blanks around it. Boxes are spelled in
-        it; what it says to painters is no text."""
+        """The certain text of an answer, after each part and at the end: Boxes spelled out, no words to painters."""
         text, said, stream = "", "", data.TextStream(self.tok, [self.template.stop])
-        silent = {*self.model.feeds, *(id for name in self.wishes for id in self.model.cfg.signal(name))}
-        for part in chain(parts, [None]):               # None: the end, when all that was held back comes out
+        silent = {None, *self.model.feeds}.union(*(self.model.cfg.signal(name) for name in self.wishes))
+        for part in chain(parts, [None]):               # None: the end
             if isinstance(part, data.Box):
                 said, stream = f"{text} {spell(part)}", data.TextStream(self.tok, [self.template.stop])
-            elif part is None or part in silent:
+            elif part in silent:                        # all that was held back comes out
                 stream.flush()
             else:
                 stream.push(part)
@@ -542,14 +546,12 @@ class Session:
         """Have the painters that are there draw what the writers asked for."""
         how = {name: self.settings[name] or None for name in ("steps", "guidance")}         # None: as the painter likes
         for name in [name for name in turn.made if name in self.painters]:
-            if isinstance(self.painters[name], (str, Path)):                    # not loaded yet; most talks draw none
-                self.painters[name] = load_painter(self.painters[name], self.weight.device, self.weight.dtype)
-            painter = self.painters[name]
-            vocoder = painter.cfg.vocoder               # of sounds, each of which is drawn from one vector
-            for i, prompt in enumerate(turn.made[name]):
-                prompt = prompt if vocoder else prompt[None]                                # (1, C) or (1, T, C)
+            painter = self.load_painter(self.painters[name], self.weight.device, self.weight.dtype)
+            vocoder, prompts = painter.cfg.vocoder, turn.made[name]             # of sounds, each drawn from one vector
+            rate, prompts = (vocoder.rate, prompts) if vocoder else (8, prompts[:, None])   # (m, 1, C), (m, 1, T, C)
+            for i, prompt in enumerate(prompts):
                 made = DRAW[name](painter, prompt, seed=self.settings["seed"] + i, **how)[0].cpu().numpy()
-                turn.drawn.append(Drawing(name, made, vocoder.rate if vocoder else 8))
+                turn.drawn.append(Drawing(name, made, rate))
 
     @torch.inference_mode()
     def outline(self, turn, parts, hidden):
@@ -566,8 +568,9 @@ class Session:
 
     def asked(self, turn):
         """Where in its prompt a turn asks for a box, at the last [VG]; behind it if it does not."""
-        signal = self.tok.special[self.model.cfg.writes["vg"][0]] if turn.find else None
-        return max((i for i, id in enumerate(turn.prompt) if id == signal), default=len(turn.prompt))
+        if not turn.find:
+            return len(turn.prompt)
+        return len(turn.prompt) - 1 - turn.prompt[::-1].index(self.tok.special[self.model.cfg.writes["vg"][0]])
 
     def search(self, turn, h):
         """Look for the box that the message asks for. h (1, T', C): hidden states of the prompt's end."""
@@ -674,7 +677,7 @@ class Drawing:
     @property
     def ending(self):
         """Of its file: png, wav, and mp4 or, where PyAV is missing, gif."""
-        return {"img": "png", "aud": "wav"}.get(self.kind) or ("mp4" if find_spec("av") else "gif")
+        return {"img": "png", "vid": "mp4" if find_spec("av") else "gif", "aud": "wav"}[self.kind]
 
     def write(self, file):
         if self.ending == "mp4":
@@ -683,17 +686,15 @@ class Drawing:
             with wave.open(file, "wb") as f:
                 f.setnchannels(1), f.setsampwidth(2), f.setframerate(self.rate)
                 f.writeframes((self.content.clip(-1, 1) * 32767).astype("<i2").tobytes())       # 16 bits a sample
-        elif self.kind == "img":
-            self.picture.save(file, "PNG")
         else:
-            first, *rest = map(Image.fromarray, self.content)
-            first.save(file, "GIF", save_all=True, append_images=rest, duration=1000 // self.rate, loop=0)
+            first, *rest = map(Image.fromarray, self.content.reshape(-1, *self.content.shape[-3:]))         # (H, W, 3)
+            first.save(file, self.ending, save_all=bool(rest), append_images=rest, duration=1000 // self.rate, loop=0)
 
 
 def write_mp4(frames, rate, file):
     """uint8 frames (F, H, W, 3) as a film; H.264 wants even sides, so the last row or column may be there twice."""
     import av                                           # extra [media]
-    frames = np.pad(frames, [(0, 0), *((0, side % 2) for side in frames.shape[1:3]), (0, 0)], "edge")
+    frames = np.pad(frames, [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)], "edge")
     with av.open(file, "w", "mp4") as film:
         stream = film.add_stream("libx264" if "libx264" in av.codecs_available else "mpeg4", rate, options={"crf": "15"})
         stream.height, stream.width = frames.shape[1:3]
@@ -737,8 +738,8 @@ def drawn(medium, boxes):
             picture.paste(colour, mask=Image.fromarray(box.mask.astype(np.uint8) * 128))    # alpha 0.5
     pen = ImageDraw.Draw(picture)
     for i, (box, colour) in enumerate(zip(boxes, cycle(COLOURS))):
-        x1, y1, x2, y2 = np.nan_to_num(np.array(box.xyxy_px)).clip(0, limits)
-        x1, x2, y1, y2 = *sorted((x1, x2)), *sorted((y1, y2))
+        corners = np.nan_to_num(np.array(box.xyxy_px)).clip(0, limits).reshape(2, 2)
+        (x1, y1), (x2, y2) = np.sort(corners, axis=0)
         pen.rectangle((x1, y1, x2, y2), outline=colour, width=max(1, em // 5))
         pen.rectangle((x1, y2 - 1.2 * em, x1 + (len(str(i)) + 0.8) * 0.6 * em, y2), fill=colour)
         pen.text((x1 + 0.24 * em, y2 - 0.6 * em), str(i), "white", font, anchor="lm")
@@ -759,7 +760,7 @@ def write_overlay(turn, picture, folder):
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 TERMINALS = [                           # variable, what it says, how such a terminal shows pictures; the first that fits
-    ("TMUX", ".*", "off"), ("TERM", "(tmux|screen).*", "off"), ("KITTY_WINDOW_ID", ".*", "kitty"),
+    ("TMUX", ".+", "off"), ("TERM", "(tmux|screen).*", "off"), ("KITTY_WINDOW_ID", ".+", "kitty"),
     ("TERM", "xterm-(kitty|ghostty)", "kitty"), ("TERM_PROGRAM", "ghostty|WezTerm", "kitty"),
     ("TERM_PROGRAM", r"iTerm\.app", "iterm"), ("LC_TERMINAL", "iTerm2", "iterm"), ("NO_COLOR", ".+", "off"),
     ("COLORTERM", "truecolor|24bit", "blocks")]
@@ -796,30 +797,30 @@ def preview(path, kind):
 
 def protocol(env):
     """How the terminal of this environment shows pictures."""
-    return next((how for name, says, how in TERMINALS if name in env and re.fullmatch(says, env[name], re.S)), "off")
+    return next((how for name, says, how in TERMINALS if re.fullmatch(says, env.get(name, ""), re.S)), "off")
 
 
 def half_blocks(picture):
     """Two pixels a character, one above the other: the colour of a half block and of what is behind it."""
-    pixels = np.asarray(picture)                                                            # (H, W, 3)
-    pixels = np.pad(pixels, [(0, len(pixels) % 2), (0, 0), (0, 0)], "edge")                 # an odd last row is doubled
+    pixels = np.pad(picture, [(0, picture.height % 2), (0, 0), (0, 0)], "edge")             # (H, W, 3), H even
     pairs = np.concatenate([pixels[::2], pixels[1::2]], axis=2)                             # (H / 2, W, 6)
-    lines = ("".join("\033[38;2;%d;%d;%d;48;2;%d;%d;%dm▀" % tuple(pair) for pair in line) for line in pairs)
-    return "".join(line + "\033[0m\n" for line in lines)
+    line = "\033[38;2;%d;%d;%d;48;2;%d;%d;%dm▀" * pairs.shape[1] + "\033[0m\n"
+    return (line * len(pairs)) % tuple(pairs.ravel())
 
 
 def draw(picture, how):
     """The characters that show a picture: half blocks of two pixels, or a PNG in escape codes of kitty or iTerm2."""
     picture = picture.convert("RGB")
-    picture.thumbnail((60, 48) if how == "blocks" else (480, 320))
     if how == "blocks":
+        picture.thumbnail((60, 48))
         return half_blocks(picture)
+    picture.thumbnail((480, 320))
     png = io.BytesIO()
     picture.save(png, "PNG")
     text = base64.b64encode(png.getvalue()).decode()
     if how == "iterm":
         return f"\033]1337;File=inline=1;size={len(png.getvalue())};width={picture.width}px:{text}\a\n"
-    *chunks, last = (text[i:i + 4096] for i in range(0, len(text), 4096))       # kitty takes no more at a time
+    *chunks, last = re.findall(".{1,4096}", text)                               # kitty takes no more at a time
     codes = [*(f"m=1;{chunk}" for chunk in chunks), f"m=0;{last}"]              # m=1: more of it comes
     codes[0] = "f=100,a=T,q=2," + codes[0]                                      # a PNG, to be shown, without an answer
     return "".join(f"\033_G{code}\033\\" for code in codes) + "\n"
@@ -859,7 +860,7 @@ def complete(text, state):
     files = sorted(glob.glob(glob.escape(os.path.expanduser(start)) + "*"))
     names = [f"/{name}" for name in COMMANDS if f"/{name}".startswith(text) and text]
     names += [mark + re.sub(r"""([\s'"\\()&;])""", r"\\\1", path) + "/" * os.path.isdir(path) for path in files]
-    return names[state] if state < len(names) else None
+    return [*names, None][state]
 
 
 def use_readline(history):
@@ -926,9 +927,7 @@ class Chat:
         """Run a command by name and print what it returns. An unknown one is never said to the model."""
         name = ALIASES.get(name, name)
         if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, 1)
-            hint = f"did you mean /{near[0]}?" if near else "/help lists the commands"
-            raise ValueError(f"no command or file /{name:.80}; {hint}")
+            raise ValueError(f"no command or file /{name:.80}; /help lists the commands")
         run, usage, _ = COMMANDS[name]
         if usage.startswith("FILE") and not rest:
             raise ValueError(f"usage: /{name} {usage}")
@@ -937,7 +936,7 @@ class Chat:
 
     def inline(self, text):
         """Attach the files that @path names in a message; returns it without them. A missing one is an error."""
-        self.add([word for match in INLINE.findall(text) for word in file_names(match)])
+        self.add(chain(*map(file_names, INLINE.findall(text))))
         return INLINE.sub("", text).strip()
 
     def add(self, paths, kind=""):
@@ -962,9 +961,7 @@ class Chat:
             self.stream(self.session.say(text, find=find or self.args.find))
 
     def add_box(self, text, kind=""):
-        session, numbers = self.session, re.sub(r"[\[\](),]", " ", text).split()
-        session.boxes.append(session.box(numbers, last_picture(session.media), kind))
-        return f"[{len(session.boxes) - 1}] is {spell(session.boxes[-1])}"
+        return self.session.add_box(re.sub(r"[\[\](),]", " ", text).split(), kind)
 
     def stream(self, pieces):
         """Print an answer while it comes, then what belongs to it. Ctrl-C ends it and keeps what was said."""
@@ -974,25 +971,30 @@ class Chat:
                     print("" if self.args.json else clean(piece), end="", flush=True)
         except KeyboardInterrupt:
             return print(" [stopped]")
-        turn = self.session.last()
+        self.finish(self.session.last())
+
+    def finish(self, turn):
+        """End the line of an answer, or report it, and say what came of it. Raises ValueError if a painter failed."""
         files = [str(write_drawing(drawing, self.args.out or "drawn")) for drawing in turn.drawn]
         print(clean(self.report(turn, files)) if self.args.json else "", flush=True)
-        self.remark(turn, files)
+        if turn.stray:
+            log(f"asked for media, but not with a complete run of signal tokens: {' '.join(turn.stray)}")
+        self.show_drawings(turn, files)
+        self.show_boxes(turn)
+        if turn.dropped:
+            log(f"the context is full: the oldest {turn.dropped} turns are forgotten")
         if turn.fault:
             raise ValueError(turn.fault)
 
     def report(self, turn, files):      # for programs, as JSON
         masks = [mask_rle(box.mask) for box in turn.found if box.mask is not None]
-        return json.dumps({
-            "prompt": turn.text, "text": turn.answer, "media": [medium.path for medium in turn.media],
-            "boxes": turn.boxes, "score": turn.score if turn.find else None, "masks": masks, "files": files,
-            "fault": turn.fault, "tokens": len(turn.ids), "seconds": round(turn.clock[3] - turn.clock[0], 3),
-            "seed": self.session.settings["seed"], "model": str(self.args.weights)})
+        return json.dumps({"prompt": turn.text, "text": turn.answer, "media": [medium.path for medium in turn.media],
+                           "boxes": turn.boxes, "score": turn.score, "masks": masks, "files": files, "fault": turn.fault,
+                           "tokens": len(turn.ids), "seconds": round(turn.clock[3] - turn.clock[0], 3),
+                           "seed": self.session.settings["seed"], "model": str(self.args.weights)})
 
-    def remark(self, turn, files):
-        """Say what came of an answer beside its text."""
-        if turn.stray:
-            log(f"asked for media, but not with a complete run of signal tokens: {' '.join(turn.stray)}")
+    def show_drawings(self, turn, files):
+        """Name and show what the writers made, and name the painters that are missing."""
         for drawing, name in zip(turn.drawn, files):
             log(f"{WHAT[drawing.kind]}: {name}")
             self.draw(drawing.picture)
@@ -1001,29 +1003,27 @@ class Chat:
         missing = " or a ".join(WHAT[name] for name in WHAT if name in {*turn.made} - {*self.session.painters})
         if missing and not self.args.no_draw:
             log(f"no painter for a {missing}: put its folder into `painters` of the weights, or name --painters")
-        self.show_boxes(turn)
-        if turn.dropped:
-            log(f"the context is full: the oldest {turn.dropped} turns are forgotten")
 
     def show_boxes(self, turn):
         """List the boxes that were found and show them, here and in the folder for them."""
+        if turn.find and not turn.found:
+            return log(f"no box found, the best has a score of {turn.score:.2f}")
         size = " of {}x{}".format(*turn.picture.size) if turn.picture else ""
         score = f" score {turn.score:.2f}" if turn.find else ""
         for i, box in enumerate(turn.found):
             log(f"box {i}: {spell(box)}{size}{score}")
-        if turn.find and not turn.found:
-            log(f"no box found, the best has a score of {turn.score:.2f}")
         if picture := overlay(turn):
             self.draw(picture)
-        if picture and self.args.out:
-            log(f"written: {write_overlay(turn, picture, self.args.out)}")
+            if self.args.out:
+                log(f"written: {write_overlay(turn, picture, self.args.out)}")
 
     def medium(self, text):
         """The medium that `#2` means; `last` or nothing is the last."""
-        media, match = self.session.media, re.fullmatch(r"#?([1-9]\d{0,5})|last|", text)
-        if not match or int(match[1] or 1) > len(media):
-            raise ValueError(f"no such medium among {len(media)}; /media lists them")
-        return media[int(match[1] or 0) - 1]
+        numbered = {str(i): medium for i, medium in enumerate(self.session.media, 1)}
+        number = str(len(numbered)) if text in ("", "last") else text.removeprefix("#")
+        if number not in numbered:
+            raise ValueError(f"no such medium among {len(numbered)}; /media lists them")
+        return numbered[number]
 
     def list_media(self, _):
         where = {m: f"in message {i}" for i, turn in enumerate(self.session.turns, 1) for m in turn.media}
@@ -1051,7 +1051,7 @@ class Chat:
 
     def stats(self, _):
         turn, n = self.session.last(), len(self.session.last().ids)
-        encode, prefill, decode = (b - a for a, b in zip(turn.clock, turn.clock[1:]))
+        encode, prefill, decode = np.diff(turn.clock)
         when = f"in {prefill:.2f} s" if prefill else "at once with the answer"                 # of beams
         return (f"encode {encode:.2f} s, prefill {len(turn.prompt) - turn.reused} tokens {when}, "
                 f"{turn.reused} reused, {n} new tokens at {max(n - 1, 0) / (decode or 1):.1f} tok/s, "
@@ -1067,9 +1067,9 @@ class Chat:
         return f"{self.args.weights}: {', '.join([*facts, *(what for what, can in able.items() if can)])}"
 
     def help(self, _):
-        hidden = {*KINDS, "region"} - {*self.session.model.cfg.reads}
-        rows = [(f"/{name} {usage}", text) for name, (_, usage, text) in COMMANDS.items() if name not in hidden]
-        return "\n".join(f"{left:22} {text}" for left, text in rows)
+        hidden = {*FITS, "region"} - {*self.session.model.cfg.reads}
+        rows = [f"{f'/{name} {usage}':22} {text}" for name, (_, usage, text) in COMMANDS.items() if name not in hidden]
+        return "\n".join(rows)
 
     def quit(self, _):
         raise EOFError
@@ -1077,7 +1077,7 @@ class Chat:
 
 COMMANDS = {                            # name: what runs, usage, help
     **{kind: (lambda chat, text, kind=kind: chat.add(file_names(text), kind), "FILE ...", f"attach {kind} files")
-       for kind in KINDS},
+       for kind in FITS},
     "box": (Chat.add_box, "X1 Y1 X2 Y2", "a box for the next message, pixels; the first is [0]"),
     "region": (lambda chat, text: chat.add_box(text, "region"), "X1 Y1 X2 Y2", "the same, known by what is in it"),
     "find": (lambda chat, text: chat.say(text, find=True), "QUESTION", "ask, and look for a box that answers"),

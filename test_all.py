@@ -6641,7 +6641,7 @@ def chat_prompt_only(name, **options):
     row, path = data.SYSTEMS[name], need(LLAMA_TOKENIZER, "LLAMA_TOKENIZER")
     tok = data.Tokenizer(path, {token: 32000 + i for i, token in enumerate(row.added)}, row.legacy)
     cfg = Thing(llm=Thing(max_len=2048), n_token=lambda kind: 3, reads={})
-    model = Thing(llm=Thing(embed=Thing(weight=torch.zeros(1))), cfg=cfg)
+    model = Thing(llm=Thing(embed=Thing(weight=torch.zeros(1))), cfg=cfg, writers={})
     return chat.Session(model, tok, row, data.TEMPLATES[row.template], **options)
 
 

@@ -3,8 +3,7 @@
     python web.py                                           the small model that comes along, at http://127.0.0.1:7860
     python web.py weights/nextchat-7b-336 --port 8000       converted weights
 
-In order: Guard (which requests are answered at all), Visit (a Session and what its page shows), what the page does,
-examples, the page.
+In order: Guard (which requests are answered), Visit (a Session and what is shown), what the page does, examples, page.
 It needs Gradio: pip install -e ".[web]". It listens to this computer alone; from afar: ssh -L 7860:127.0.0.1:7860 HOST.
 Text of users and models is shown as it stands, never as HTML or Markdown. All files lie in one temporary folder.
 """
@@ -17,7 +16,7 @@ import signal
 import socket
 import tempfile
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from html import escape
@@ -27,6 +26,8 @@ try:
     import gradio as gr
 except ModuleNotFoundError:
     raise SystemExit("web.py needs Gradio: pip install -e '.[web]'") from None
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
@@ -58,12 +59,10 @@ class Guard:
     async def __call__(self, scope, receive, send):
         if scope["type"] == "lifespan":                 # the server's own start and end
             return await self.app(scope, receive, send)
-        fault = self.fault(scope) if scope["type"] == "http" else (403, "no such protocol")
-        if not fault and scope["method"] == "POST" and scope["path"] not in BIGGEST:
-            body, receive = await read_body(receive)
-            fault = self.body_fault(body)
-        if fault:
-            return await PlainTextResponse(fault[1], fault[0])(scope, receive, send)
+        try:
+            receive = await self.check(scope, receive)
+        except HTTPException as fault:
+            return await PlainTextResponse(fault.detail, fault.status_code)(scope, receive, send)
 
         async def reply(message):
             if message["type"] == "http.response.start":
@@ -71,65 +70,72 @@ class Guard:
             await send(message)
         await self.app(scope, receive, reply)
 
-    def fault(self, scope):
-        """What is wrong with a request, told from its head -> (status, why), or None."""
-        names, method, path = (b"host", b"origin", b"content-length"), scope["method"], scope["path"]
-        hosts, origins, lengths = ([v.decode("latin1") for k, v in scope["headers"] if k == name] for name in names)
-        fault = self.sender_fault(hosts, origins) or self.page_fault(method, path)
-        return fault or (self.size_fault(path, lengths) if method == "POST" else None)
+    async def check(self, scope, receive):
+        """-> a `receive` that gives the body of a good request. Raises HTTPException for what is wrong with another."""
+        if scope["type"] != "http":
+            raise HTTPException(403, "no such protocol")
+        headers, method, path = Headers(scope=scope), scope["method"], scope["path"]
+        self.check_sender(headers)
+        self.check_page(method, path)
+        if method == "POST":
+            self.check_size(path, headers)
+            if path not in BIGGEST:     # an upload is no JSON
+                body, receive = await read_body(receive)
+                self.check_body(body)
+        return receive
 
-    def sender_fault(self, hosts, origins):
+    def check_sender(self, headers):
         """Names of other sites may lead here (DNS rebinding), their pages send us requests; browsers tell both."""
-        if len(hosts) != 1 or not LOCAL.fullmatch(hosts[0]) or any(one != f"http://{hosts[0]}" for one in origins):
-            return 403, "not from this computer's own page"
+        host = ",".join(headers.getlist("host"))        # none or several are no name
+        if not LOCAL.fullmatch(host) or {*headers.getlist("origin")} - {f"http://{host}"}:
+            raise HTTPException(403, "not from this computer's own page")
 
-    def page_fault(self, method, path):
+    def check_page(self, method, path):
         if method not in PATHS:
-            return 405, "no such method"
-        if not PATHS[method].fullmatch(path) or ".." in path or "\\" in path:
-            return 404, "no such page"
-        name = path.partition(f"{API}/file=")[2]                        # what the page wants to show or play
-        if name and not self.is_ours(name):
-            return 403, "no such file"
+            raise HTTPException(405, "no such method")
+        if not PATHS[method].fullmatch(path) or re.search(r"\.\.|\\", path):
+            raise HTTPException(404, "no such page")
+        if name := path.partition(f"{API}/file=")[2]:   # what the page wants to show or play
+            self.check_file(name)
 
-    def size_fault(self, path, lengths):
-        if len(lengths) != 1 or not lengths[0].isdecimal():             # sent in chunks, it might never end
-            return 411, "say how long it is"
-        if int(lengths[0]) > BIGGEST.get(path, MB):     # before a byte of it is read
-            return 413, "too large"
+    def check_size(self, path, headers):
+        length = ",".join(headers.getlist("content-length"))            # none or several are no number
+        if not length.isdecimal():                      # sent in chunks, it might never end
+            raise HTTPException(411, "say how long it is")
+        if int(length) > BIGGEST.get(path, MB):         # before a byte of it is read
+            raise HTTPException(413, "too large")
         if path in BIGGEST and sum(file.stat().st_size for file in self.folder.rglob("*")) > FOLDER:
-            return 507, "too many uploads; start the page again"
+            raise HTTPException(507, "too many uploads; start the page again")
 
-    def body_fault(self, body):
+    def check_body(self, body):
         """JSON may name no file but ours: Gradio itself would fetch addresses."""
         pairs = []                      # (key, value) of all objects in it, however deep
         try:
             json.loads(body or "null", object_pairs_hook=pairs.extend)
         except (ValueError, RecursionError):
-            return 400, "not JSON"
-        if not all(self.is_ours(value) for key, value in pairs if key == "path"):
-            return 403, "no such file"
+            raise HTTPException(400, "not JSON") from None
+        for key, value in pairs:
+            if key == "path":
+                self.check_file(value)
 
-    def is_ours(self, name):
-        """Whether a file name leads to a file in our folder, links followed."""
-        try:
+    def check_file(self, name):
+        """A file name must lead to a file in our folder, links followed."""
+        with suppress(OSError, ValueError, TypeError):
             path = Path(name).resolve(strict=True)
-        except (OSError, ValueError, TypeError):
-            return False
-        return path.is_file() and self.folder in path.parents
+            if path.is_file() and self.folder in path.parents:
+                return
+        raise HTTPException(403, "no such file")
 
 
 async def read_body(receive):
     """-> the whole body of a request, and a `receive` that gives it again, then what comes after it."""
-    body, more = b"", True
-    while more:
-        part = await receive()          # of the body, or the news that the browser has left
-        body, more = body + part.get("body", b""), part.get("more_body")
-    parts = [{"type": "http.request", "body": body, "more_body": False}]
+    parts = [await receive()]           # of the body, or the news that the browser has left
+    while parts[-1].get("more_body"):
+        parts.append(await receive())
 
     async def again():
-        return parts.pop() if parts else await receive()
-    return body, again
+        return parts.pop(0) if parts else await receive()
+    return b"".join(part.get("body", b"") for part in parts), again
 
 
 # ---- Visit
@@ -151,11 +157,6 @@ class Visit:
                         for role, text in (("user", turn.text), ("assistant", turn.answer)) if text)
             yield from ({"role": "assistant", "content": {"path": str(path)}} for path in self.shown.get(turn, ()))
 
-    def picture(self):
-        """The picture in which one can click, with the boxes that go with the next message; None without a picture."""
-        picture = chat.last_picture(self.session.media)
-        return picture and chat.drawn(picture, self.session.boxes)
-
     def keep(self, turn):
         """Write what a turn found and drew, as files to be shown."""
         found = chat.overlay(turn)
@@ -169,8 +170,9 @@ def show(visit, note="", turns=None, text=gr.skip()):
     """-> messages, picture, note, text to edit. turns: of an answer that is coming; else all, and what is attached."""
     if turns is not None:
         return list(visit.messages(turns)), gr.skip(), note, text       # skip: that part of the page stays as it is
-    waiting = chat.Turn("", visit.session.pending)
-    return list(visit.messages([*visit.session.turns, waiting])), visit.picture(), note, text
+    session, picture = visit.session, chat.last_picture(visit.session.media)
+    messages = visit.messages([*session.turns, chat.Turn("", session.pending)])
+    return list(messages), picture and chat.drawn(picture, session.boxes), note, text       # a picture to click in
 
 
 def guarded(act):
@@ -195,14 +197,12 @@ def attach(visit, paths):
 @guarded
 def click(visit, event: gr.SelectData):
     """One corner of a box in the picture, or with the second click the box."""
-    session, picture = visit.session, chat.last_picture(visit.session.media)
-    first = visit.corner.pop(picture, None)
-    if first is None:
+    picture = chat.last_picture(visit.session.media)
+    if picture not in visit.corner:
         visit.corner = {picture: event.index}
         return "now click the opposite corner"
-    (x1, x2), (y1, y2) = map(sorted, zip(first, event.index))           # whichever corner came first
-    session.boxes.append(session.box((x1, y1, x2, y2), picture))        # pixels of the picture
-    return f"[{len(session.boxes) - 1}] is {chat.spell(session.boxes[-1])}; name it so in the message"
+    (x1, x2), (y1, y2) = map(sorted, zip(visit.corner.pop(picture), event.index))           # whichever came first
+    return f"{visit.session.add_box((x1, y1, x2, y2))}; name it so in the message"          # pixels of the picture
 
 
 @guarded
@@ -289,7 +289,7 @@ def example(visit, ability):
     if message is not wish:             # a wish is for something that does not exist yet
         session.pending.append(session.read(str(visit.folder / m.name)))
     if need in ("box", "region"):
-        session.boxes.append(session.box(shapes.box(m.things[0]), session.pending[-1], need))
+        session.add_box(shapes.box(m.things[0]), need)
     return show(visit, text=message(m))
 
 
@@ -299,8 +299,8 @@ def build(session, folder):
     """The page as Gradio's blocks. Every visit has a conversation of its own with the one model."""
     def new_visit():
         parts = session.model, session.tok, session.system, session.template, session.spec, session.max_len
-        own = chat.Session(*parts, **session.settings)
-        own.painters = session.painters                 # shared, for they are loaded when they are first needed
+        own = chat.Session(*parts, painters=session.painters, **session.settings)
+        own.load_painter = session.load_painter         # shared, for they are loaded when they are first needed
         return Visit(own, folder)
     cfg = session.model.cfg
     with gr.Blocks(title="nanomni", analytics_enabled=False) as blocks:

@@ -21,6 +21,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
+from itertools import chain, starmap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -225,17 +226,17 @@ CHATTERBOX = under("lm.base_model.model.", "", LLAVA + LORA) + under("visual_gro
 ]
 
 # A diffusion decoder is a folder of its own; theirs is the subfolder, then the key, as in unet.conv_in.weight. Where
-# old and new releases have different names, ours repeats itself.
+# old and new releases have different names, ours repeats itself; the last of theirs is the one to go back to.
 CODER, PIXELS = "vae.{encoder,decoder}.", "vae.{encoder,decoder}.mid_block.attentions.0."
 UNCHANGED = ["unet.*", "vae.{quant_conv,post_quant_conv}.*", CODER + "mid_block.resnets.*", PIXELS + "group_norm.*",
              CODER + "{conv_in,conv_norm_out,conv_out,down_blocks,up_blocks}.*",
              "vocoder.{conv_pre,upsampler,resblocks,conv_post}.*"]
 PAINTER = [(name, name) for name in UNCHANGED] + [
-    (PIXELS + "{to_q,to_k,to_v,to_out.0,query,key,value,proj_attn}.*",
+    (PIXELS + "{query,key,value,proj_attn,to_q,to_k,to_v,to_out.0}.*",
      PIXELS + "{to_q,to_k,to_v,to_out.0,to_q,to_k,to_v,to_out.0}.*"),
     ("vocoder.{mean,scale}",                            None, "statistics of speech, not used"),
     ("text_encoder.text_projection.linear{1,2}.*",      "text.fc{1,2}.*"),
-] + under("text_encoder.{text_model.,}", "text.{,}", CLIP_BLOCKS + [                        # transformers 5: no prefix
+] + under("text_encoder.{,text_model.}", "text.{,}", CLIP_BLOCKS + [                        # transformers 5: no prefix
     ("embeddings.{position,token_type}_ids",            None, "they count 0, 1, 2, ...; they are 0"),
     ("{embeddings.token_embedding,embeddings.position_embedding,final_layer_norm}.*", "{embed,pos,norm}.*"),
 ]) + under("text_encoder.text_model.", "text.", [       # of CLAP: a RoBERTa, which norms behind each layer
@@ -258,7 +259,7 @@ OUTPUT_PROJECTION = under("gen_text_hidden_fcs{,_video,_audio}.0.", "writers.{im
     ("tfm.decoder.layers.{}.norm{1,2,3}.*",             "decoder.{}.{attn,cross,mlp}_norm.*"),
 ])
 # The prefix says whether the model has LoRA; {,} in our name makes nothing of either.
-NEXTGPT = under("llama_model.{,base_model.model.}", "{,}", LLAMA) + under("llama_model.base_model.model.", "", LORA) + [
+NEXTGPT = under("llama_model.{base_model.model.,}", "{,}", LLAMA) + under("llama_model.base_model.model.", "", LORA) + [
     ("input_embeddings.weight",                         None, "the embedding once more"),
     ("llama_proj.*",                                    "readers.imagebind.projector.*"),
 ] + OUTPUT_PROJECTION
@@ -289,18 +290,13 @@ VOCODER_FIELDS = {"model_in_dim": "mel_bins", "sampling_rate": "rate", "upsample
 # ---- Engine
 
 HOLES = re.compile(r"\{([^}]*)\}|\*")
-NO_WORDS = {"": r"\d+", None: ".+"}                     # {} and *
+AS_REGEX = str.maketrans({".": r"\.", "*": "(.+)", "{": "(", ",": "|", "}": ")"})
 
 
 @lru_cache(maxsize=None)
-def compiled(pattern):                                  # (regular expression, [the words of a hole, or None])
-    text, *rest = HOLES.split(pattern)                  # text, hole, text, hole, ..., text
-    regex, words = re.escape(text), []
-    for hole, text in zip(rest[::2], rest[1::2]):
-        words.append(hole.split(",") if hole else None)
-        inside = NO_WORDS.get(hole) or "|".join(map(re.escape, words[-1]))
-        regex += f"({inside}){re.escape(text)}"
-    return re.compile(regex), words
+def compiled(pattern):                                  # (regular expression, [the words of each hole])
+    regex = pattern.replace("{}", r"{\d+}").translate(AS_REGEX)
+    return re.compile(regex), [words.split(",") for words in HOLES.findall(pattern)]
 
 
 def rewrite(key, pattern, target):
@@ -309,10 +305,8 @@ def rewrite(key, pattern, target):
     match = regex.fullmatch(key)
     if not match:
         return None
-    out, *rest = HOLES.split(target)
-    for names, found, hole, text in zip(words, match.groups(), rest[::2], rest[1::2]):
-        out += (hole.split(",")[names.index(found)] if names else found) + text
-    return out
+    names = (dict(zip(*both)).get(found, found) for found, *both in zip(match.groups(), words, compiled(target)[1]))
+    return HOLES.sub(lambda hole: next(names), target)
 
 
 def matching(key, table):                               # the rows for a key: one, or table and key do not fit
@@ -329,8 +323,8 @@ def translate(key, table):
 
 
 def original(name, tables=(TABLE, *TABLES.values())):   # their name of one of our tensors, None if it has none
-    rows = (row for table in tables for row in table if row[1])
-    return next(filter(None, (rewrite(name, row[1], row[0]) for row in rows)), None)
+    keys = (rewrite(name, ours, theirs) for theirs, ours, *_ in chain(*tables) if ours)
+    return next(filter(None, keys), None)
 
 
 def rename(state, table):

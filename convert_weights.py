@@ -336,7 +336,7 @@ def rename(state, table):
 
 WRAPPERS = "state_dict", "model", "module"              # Lightning; GroundingDINO; DeepSpeed
 INDICES = "model.safetensors.index.json", "pytorch_model.bin.index.json"
-LAYOUTS = ("model.safetensors", "diffusion_pytorch_model.safetensors", "model*.safetensors", "*.safetensors",
+LAYOUTS = (*INDICES, "model.safetensors", "diffusion_pytorch_model.safetensors", "model*.safetensors", "*.safetensors",
            "pytorch_model.bin", "diffusion_pytorch_model.bin", "pytorch_model*.bin", "*.bin", "*.pth",
            "mp_rank_00_model_states.pt", "*.pt", "*.ckpt")          # of DeepSpeed, beside states of its optimizer
 PAINTER_PARTS = "unet", "vae", "text_encoder", "vocoder"        # folders of a diffusion model
@@ -346,29 +346,27 @@ class Stored(NamedTuple):
     """A tensor in a file, unread. `like` (on meta) has its shape, strides and type; its bytes begin at `start`."""
     path: Path
     key: str
-    start: int
     like: torch.Tensor
-    value: torch.Tensor | None = None                   # files of torch's old format are read whole
+    start: int | None = None            # None: `like` is no likeness but the tensor
 
     @property
     def span(self):
         """Bytes from the first to the last number; more than like.nbytes if the tensor is a view of a larger one."""
-        if not self.like.numel():
-            return 0
-        last = sum((n - 1) * step for n, step in zip(self.like.shape, self.like.stride()))
-        return (last + 1) * self.like.itemsize
+        return self.like.untyped_storage().nbytes()
+
+    @property
+    def plain(self):                                    # nbytes > span: an expanded view, of few bytes but any size
+        return isinstance(self.key, str) and self.like.dtype in CODES and self.like.nbytes <= self.span
 
     def read(self):                                     # by plain reads: mapped pages would count as memory in use
-        if self.value is not None:
-            return self.value.clone()                   # rows are written into what is read, and storages may be shared
-        if not self.span:                               # frombuffer wants at least a byte
-            return torch.empty(self.like.shape, dtype=self.like.dtype)
-        data = bytearray(self.span)
+        if self.start is None:
+            return self.like.clone()                    # rows are written into what is read, and storages may be shared
+        data = torch.empty(self.span, dtype=torch.uint8)
         with open(self.path, "rb") as f:
             f.seek(self.start)
-            if f.readinto(data) < len(data):
+            if f.readinto(data.numpy()) < len(data):
                 raise Refused(f"{self.path}: ends too early; download it again", 3)
-        return torch.frombuffer(data, dtype=self.like.dtype).as_strided(self.like.shape, self.like.stride())
+        return data.view(self.like.dtype).as_strided(self.like.shape, self.like.stride())
 
 
 def beside(path, name):                                 # a file of the folder that a source is, or lies in
@@ -386,7 +384,7 @@ def read_json(path):                                    # the object in a JSON f
 
 
 def open_safetensors(path):
-    return [Stored(path, key, start, torch.empty(shape, dtype=dtype, device="meta"))
+    return [Stored(path, key, torch.empty(shape, dtype=dtype, device="meta"), start)
             for key, (dtype, shape, start) in M.stored_in(path).items()]
 
 
@@ -425,26 +423,30 @@ def unpickle(path, zipped):
                       f"{f' ({found[1]})' if found else ''}; use a .safetensors version", 3) from None
 
 
+def stored_in_zip(path, tensors):
+    """[Stored] of a zip of torch's. tensors: {key: without numbers, but it knows where torch thinks that these lie}."""
+    records, out = zip_records(path), []
+    for key, x in tensors.items():
+        like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        record = x.untyped_storage()._checkpoint_offset
+        out.append(Stored(path, key, like, record + x.storage_offset() * x.itemsize))
+        if record + records.get(record, -1) < out[-1].start + out[-1].span:
+            raise ValueError(f"{key} does not lie in a plain record of the zip")
+    return out
+
+
 def open_pickle(path):                                  # a .bin, .pth, .pt or .ckpt file
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
         raise Refused(f"{path}: reading such files safely needs torch 2.10 or newer; update torch or use .safetensors")
     with open(path, "rb") as f:
         zipped = f.read(2) == b"PK"
-    records = zip_records(path) if zipped else {}
     state = unpickle(path, zipped)
     for _ in WRAPPERS:                                  # one may lie in another
         state = next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), state)
-    out = []
-    for key, x in ((key, x.detach()) for key, x in state.items() if isinstance(x, torch.Tensor)):
-        like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        if not zipped:
-            out.append(Stored(path, key, 0, like, x))
-            continue
-        record = x.untyped_storage()._checkpoint_offset         # where torch thinks that the bytes of its storage begin
-        out.append(Stored(path, key, record + x.storage_offset() * x.itemsize, like))
-        if record + records.get(record, -1) < out[-1].start + out[-1].span:
-            raise ValueError(f"{key} does not lie in a plain record of the zip")
-    return out
+    tensors = {key: x.detach() for key, x in state.items() if isinstance(x, torch.Tensor)}
+    if zipped:
+        return stored_in_zip(path, tensors)
+    return [Stored(path, key, x) for key, x in tensors.items()]         # of torch's old format, which is read whole
 
 
 def open_file(path):
@@ -457,8 +459,8 @@ def open_file(path):
         raise Refused(f"{path}: a web page, not weights; the download needs a login or another address", 3)
     with refusing(f"{path}: truncated or damaged", "; download it again", 3):   # JSON begins behind 8 bytes of length
         found = open_safetensors(path) if path.suffix == ".safetensors" or head[8:9] == b"{" else open_pickle(path)
-        for x in found:                                 # nbytes > span: an expanded view, of few bytes but any size
-            if not isinstance(x.key, str) or x.like.dtype not in CODES or x.like.nbytes > x.span:
+        for x in found:
+            if not x.plain:
                 raise ValueError(f"{x.key!r:.60} is no plain tensor")
         if not found:
             raise ValueError("it holds no tensors")
@@ -466,34 +468,30 @@ def open_file(path):
 
 
 def indexed(index):                                     # the files that an index names, which must lie beside it
-    names = read_json(index).get("weight_map")
-    names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
-    for name in names or ["?"]:
-        if Path(name).name != name or not (index.parent / name).is_file():      # "../x" would lead out of the folder
-            raise Refused(f"{index}: shard {name!r} is not a file of this folder; download both again", 3)
-    return [index.parent / name for name in names]
+    with refusing(f"{index}: names no shards", "; download it again", 3):
+        names = set(map(str, read_json(index)["weight_map"].values())) or {"?"}
+    if absent := names - {path.name for path in index.parent.iterdir() if path.is_file()}:      # as "../x": it leads out
+        raise Refused(f"{index}: shard {min(absent)!r} is not a file of this folder; download both again", 3)
+    return [index.parent / name for name in sorted(names)]
 
 
 def files_of(path):
     """The files of a source: itself, the shards an index names, or what a folder has of the first of LAYOUTS."""
     if path.is_file():
         return [path]
-    for index in (path / name for name in INDICES):
-        if index.is_file():
-            return indexed(index)
     for layout in LAYOUTS:
         if files := sorted(path.glob(layout)):
-            return files
+            return indexed(*files) if layout in INDICES else files
     advice = "name one of its folders snapshots/*" if (path / "snapshots").is_dir() else "download it first"
     raise Refused(f"{path}: {'holds no weights' if path.is_dir() else 'no such file or folder'}; {advice}")
 
 
 def open_files(path):                                   # {key: Stored} of a source; of a painter {folder.key: Stored}
     if (path / "model_index.json").is_file():
-        parts = {part: open_files(path / part) for part in PAINTER_PARTS if (path / part).is_dir()}
-        return {f"{part}.{key}": x for part, found in parts.items() for key, x in found.items()}
+        parts = [part for part in PAINTER_PARTS if (path / part).is_dir()]
+        return {f"{part}.{key}": x for part in parts for key, x in open_files(path / part).items()}
     out = {}
-    for x in (x for file in files_of(path) for x in open_file(file)):
+    for x in chain.from_iterable(map(open_file, files_of(path))):
         if x.key in out:
             raise Refused(f"{x.key} stands in {out[x.key].path} and again in {x.path}; remove one of them")
         out[x.key] = x
@@ -509,9 +507,10 @@ SIGNS = {"imagebind": "modality_", "chatterbox": r"^lm\.base_model\.", "nextchat
 SPELLINGS = {"projector": (r"^.*?(?=(mm_projector|embed_tokens)\.)", "model."),         # written with or without prefix
              "clip": (r"^(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)", "vision_model.")}     # transformers 5
 LLMS = "llama", "llava", "chatbind", "nextchat", "chatterbox"           # kinds with a whole language model
-ADDITIONS = "delta", "projector", "nextgpt"                             # what is trained for one
 BASES = {"sam": "--preset nextchat-7b-336 vicuna-7b/ clip-large-336/",                  # what it takes to use one
-         "groundingdino": "--preset chatterbox-13b llava-llama-2-13b/ clip-large/"}
+         "groundingdino": "--preset chatterbox-13b llava-llama-2-13b/ clip-large/",
+         **dict.fromkeys(("delta", "projector", "nextgpt"), "vicuna-7b/ imagebind_huge.pth")}
+BRIDGED = "delta", "projector", "nextgpt", *LLMS[1:]    # kinds that bring a projector
 TOKENS = list(M.CHATBIND_TOKENS)                        # padding first, then the three around media
 PUBLISHED = {p.system: p.added_tokens for p in M.PRESETS.values() if p.system != "tiny"}
 EMBED, NORM, HEAD = "llm.embed.weight", "llm.norm.weight", "llm.lm_head.weight"
@@ -554,9 +553,12 @@ class Source(NamedTuple):
     def size(self):                                     # of the language model
         return f"{self.depth('llm')} layers of width {self.shape(EMBED)[-1]}"
 
+    def vocabulary(self):                               # rows of its embedding, 0 if it has none
+        return self.shape(EMBED)[0] if EMBED in self.tensors else 0
+
     def tokens(self, needed=()):
         """{added token: row of its embedding}, as its files say or as published. Raises Refused if they do not fit."""
-        rows = self.shape(EMBED)[0] if EMBED in self.tensors else 0
+        rows = self.vocabulary()
         if self.kind == "projector":                    # of a file of 2 rows: those around media, without the patch's
             names = TOKENS[max(1, len(TOKENS) - rows):]
             return dict(zip(names, range(rows - len(names), rows)))
@@ -575,7 +577,12 @@ LLM_KNOWN = {"llama": PLAIN, "llava": SEEN, "nextchat": SEEN | FRAMED, "chatbind
 
 
 def kind_of(keys):
-    return next((kind for kind, sign in SIGNS.items() if any(re.search(sign, key) for key in keys)), None)
+    lines = "\n".join(keys)
+    return next((kind for kind, sign in SIGNS.items() if re.search(sign, lines, re.M)), None)
+
+
+def series(path):                                       # the same for all shards of a checkpoint
+    return path.parent / re.sub(r"\d", "", path.name)
 
 
 def group(paths):
@@ -583,8 +590,7 @@ def group(paths):
     out = [(Path(), {})]
     for path in map(Path, paths):
         found, (last, others) = open_files(path), out[-1]
-        alike = path.parent == last.parent and re.sub(r"\d", "", path.name) == re.sub(r"\d", "", last.name)
-        if alike and path.is_file() and not found.keys() & others.keys():
+        if path.is_file() and series(path) == series(last) and not found.keys() & others.keys():
             others |= found
         else:
             out.append((path, found))
@@ -607,49 +613,55 @@ def translate_all(found, kind, path):                   # -> {our name: Stored},
     return tensors, rest
 
 
+def llama_kind(keys, c):                                # more exactly, what has the layers of a LLaMA
+    if re.fullmatch("llava(?!.*bind).*", str(c.get("model_type"))):
+        return "llava"                                  # its projector is for CLIP; a ChatBind's has the same name
+    return "chatbind" if "model.mm_projector.weight" in keys else "llama"
+
+
+def is_delta(tensors):                                  # its norms average 0, those of a whole model are near 1
+    norms = [x.read().double().mean() for name, x in tensors.items() if re.match(r"llm\..*norm\.weight", name)]
+    return abs(sum(norms)) < 0.05 * len(norms)
+
+
 def open_source(path, found):                           # -> the Source of one checkpoint
     kind = kind_of(found)
     if kind is None:
         raise Refused(f"{path}: not a LLaMA, CLIP, SAM, GroundingDINO, ImageBind, ChatBind, NExT-Chat, ChatterBox, "
                       f"NExT-GPT or diffusion model (it holds {min(found)}); give one of those")
     c = read_json(beside(path, "config.json")) if kind in LLM_KNOWN else {}
-    if kind == "llama" and re.fullmatch("llava(?!.*bind).*", str(c.get("model_type"))):
-        kind = "llava"                                  # its projector is for CLIP; a ChatBind's has the same name
-    tensors, rest = translate_all(found, kind, path)
-    if kind == "llama" and BRIDGE in tensors:
-        kind = "chatbind"
+    if kind == "llama":
+        kind = llama_kind(found, c)
     require(LLM_KNOWN.get(kind, {}), c, path)
-    if kind in ("llama", "chatbind", "llava"):
-        norms = [x.read().double().mean() for name, x in tensors.items() if re.match(r"llm\..*norm\.weight", name)]
-        if norms and abs(sum(norms) / len(norms)) < 0.05:                       # in a whole model they are near 1
-            kind = "delta"
+    tensors, rest = translate_all(found, kind, path)
+    if kind in ("llama", "chatbind", "llava") and is_delta(tensors):
+        kind = "delta"
     return Source(path, kind, tensors, [Row(str(path), kind, fate, key, note=note) for fate, key, note in rest])
 
 
 def check_parts(parts, preset):
-    """Refuse additions without what they are added to, two that exclude each other, and a painter in company."""
-    llm, additions = parts.get("llm"), [parts[kind] for kind in ADDITIONS if kind in parts]
-    useless = [parts[kind] for kind in ("sam", "groundingdino", *ADDITIONS) if kind in parts]
-    if useless and not llm:
+    """Refuse additions without what they are added to, two projectors, and a painter in company."""
+    useless = [parts[kind] for kind in BASES if kind in parts]
+    if useless and "llm" not in parts:
         path, kind = useless[-1].path, useless[-1].kind
-        base = BASES.get(kind, "vicuna-7b/ imagebind_huge.pth")
         raise Refused(f"{path} is a {kind}, useless alone; name its base model too, for instance: "
-                      f"convert_weights.py {base} {path} --out DIR")
-    if additions and not preset and len(additions) + (llm.kind != "llama") > 1:         # only a bare LLaMA brings none
-        raise Refused(f"{llm.path} and {additions[0].path}: the projector would be given twice; leave one of them out")
+                      f"convert_weights.py {BASES[kind]} {path} --out DIR")
+    bridges = [part.path for part in parts.values() if part.kind in BRIDGED]
+    if len(bridges) > 1 and not preset:
+        raise Refused(f"{bridges[0]} and {bridges[1]}: the projector would be given twice; leave one of them out")
     if "painter" in parts and (preset or len(parts) > 1):
         raise Refused(f"{parts['painter'].path}: a diffusion model makes a weights folder of its own; convert it alone")
 
 
 def open_sources(paths, preset):
     """{role: Source}: its kind, or llm for the first whole language model. Of a preset others may bring parts."""
-    parts = {}
-    for source in (open_source(*pair) for pair in group(paths)):
+    parts, taken = {}, {}                               # taken: {role or kind: Source}
+    for source in starmap(open_source, group(paths)):
         role = "llm" if source.kind in LLMS and not (preset and "llm" in parts) else source.kind
-        if rivals := [part for taken, part in parts.items() if role in (taken, part.kind)]:
+        if role in taken:
             what = "whole language models (norm weights of a delta average 0)" if role == "llm" else f"of kind {role}"
-            raise Refused(f"{rivals[0].path} and {source.path} are both {what}; leave one of them out")
-        parts[role] = source
+            raise Refused(f"{taken[role].path} and {source.path} are both {what}; leave one of them out")
+        parts[role] = taken[role] = taken[source.kind] = source
     check_parts(parts, preset)
     return parts
 
@@ -662,14 +674,21 @@ def require(known, given, where):                       # known: {name: pattern 
             raise Refused(f"{where}: {key} {given[key]!r} is not supported; known: {pattern}")
 
 
+def picked(values, table):                              # what a table names of their values, under our names
+    return {ours: values[theirs] for theirs, ours in table.items() if values.get(theirs) is not None}
+
+
+def word(token):                                        # of tokenizer files: it, or an object with all that is known of it
+    return token["content"] if isinstance(token, dict) else token
+
+
 def llm_config(path, rows, c):
     """What their config.json says about the language model; left out values have the original LLaMA's defaults."""
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}      # the new name and the old one
-    scaling = rope.get("rope_type") or rope.get("type") or "default"
+    scaling = rope.get("rope_type", rope.get("type", "default"))
     require({"rope_scaling": "default|llama3"}, {"rope_scaling": scaling}, path)
     defaults = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": rope.get("rope_theta")}
-    c = {key: value for key, value in (defaults | c | {"vocab_size": rows}).items() if value is not None}
-    values = {ours: c[theirs] for theirs, ours in LLM_FIELDS.items() if theirs in c}
+    values = picked(defaults | c | {"vocab_size": rows}, LLM_FIELDS)
     if scaling == "llama3":
         values |= {ours: rope[theirs] for theirs, ours in ROPE_FIELDS.items()}          # all of them, or it is refused
     if values.get("head_dim") == values["dim"] // values["n_head"]:     # LLMConfig names it only if it is another
@@ -681,13 +700,12 @@ def first_and_last(path, c):
     """Ids that begin prompts, as the tokenizer's files say, and end answers, by generation_config.json, config.json."""
     generation, tokenizer, special = (read_json(beside(path, f"{name}.json")) for name in
                                       ("generation_config", "tokenizer_config", "special_tokens_map"))
-    c = {key: x for key, x in (c | generation).items() if x is not None}
-    bos, eos = c.get("bos_token_id", 1), c.get("eos_token_id", 2)       # Llama 3 ends in several ways
-    if (bos, eos) == (0, 1):                            # early conversions of LLaMA: its tokenizer says 1 and 2
-        bos, eos = 1, 2
-    token = (tokenizer | special).get("bos_token")
-    bos = {"<s>": 1, "</s>": 2}.get(token["content"] if isinstance(token, dict) else token, bos)    # 2: Vicuna v0
-    return {"bos": int(bos), "eos": tuple(map(int, eos if isinstance(eos, list) else [eos]))}
+    ids = {"bos": 1, "eos": 2} | picked(c | generation, {"bos_token_id": "bos", "eos_token_id": "eos"})
+    if ids == {"bos": 0, "eos": 1}:                     # early conversions of LLaMA: its tokenizer says 1 and 2
+        ids = {"bos": 1, "eos": 2}
+    bos = {"<s>": 1, "</s>": 2}.get(word((tokenizer | special).get("bos_token")), ids["bos"])           # 2: Vicuna v0
+    eos = ids["eos"] if isinstance(ids["eos"], list) else [ids["eos"]]  # Llama 3 ends in several ways
+    return {"bos": int(bos), "eos": tuple(map(int, eos))}
 
 
 def closest_preset(source):
@@ -780,27 +798,43 @@ def unet_config(c):                                     # what UNetConfig says i
             "context_dim": 0 if c.get("class_embed_type") else c["cross_attention_dim"]}
 
 
+def text_ids(text, tokenizer, sounds):                  # what TextConfig says of tokens; sounds are prompted by a RoBERTa
+    if sounds:
+        return {"start": 0, "end": 2, "pad": 1, "out_dim": text["projection_dim"]}
+    end = text["vocab_size"] - 1
+    return {"start": end - 1, "end": end, "pad": 0 if word(tokenizer.get("pad_token")) == "!" else end}     # ZeroScope's
+
+
 def painter_config(files, where):                       # files: {subfolder: values} of a diffusion model's JSON
     files = {part: {k: v for k, v in values.items() if v is not None} for part, values in files.items()}
     for part, known in PAINTER_KNOWN.items():
         require(known, files.get(part, {}), f"{where}: {part}")
 
     def read(cls, part, table, **more):
-        values = {ours: files[part][theirs] for theirs, ours in table.items() if theirs in files[part]}
-        return M.to_config(cls, values | more, f"{where}: {part}")
-    text, schedule, vocoder = files["text_encoder"], files["scheduler"], None
-    end, pad = text["vocab_size"] - 1, files.get("tokenizer", {}).get("pad_token")
-    pad = pad["content"] if isinstance(pad, dict) else pad
-    ids = {"start": end - 1, "end": end, "pad": 0 if pad == "!" else end}       # "!": ZeroScope's
-    if files.get("vocoder"):                            # sounds are prompted by a RoBERTa
-        ids = {"start": 0, "end": 2, "pad": 1, "out_dim": text["projection_dim"]}
-        vocoder = read(G.VocoderConfig, "vocoder", VOCODER_FIELDS)
+        return M.to_config(cls, picked(files[part], table) | more, f"{where}: {part}")
+    sounds, schedule = bool(files.get("vocoder")), files["scheduler"]
+    ids = text_ids(files["text_encoder"], files.get("tokenizer", {}), sounds)
     pndm = schedule.get("_class_name", "PNDMScheduler") == "PNDMScheduler"      # others may keep its fields
     return G.PainterConfig(
         read(G.UNetConfig, "unet", UNET_FIELDS, **unet_config(files["unet"])), read(G.VAEConfig, "vae", VAE_FIELDS),
-        read(G.TextConfig, "text_encoder", TEXT_FIELDS, **ids), vocoder,
+        read(G.TextConfig, "text_encoder", TEXT_FIELDS, **ids),
+        read(G.VocoderConfig, "vocoder", VOCODER_FIELDS) if sounds else None,
         scheduler="plms" if pndm and schedule.get("skip_prk_steps") else "ddim",
         beta_start=schedule["beta_start"], beta_end=schedule["beta_end"])
+
+
+def place_tokens(source, rows, projector):
+    """({added token: id}, embedding rows). A projector file alone appends the tokens it was trained with."""
+    tokens = source.json("added_tokens.json")
+    if not projector or tokens.keys() >= set(TOKENS[1:]):
+        return source.tokens(TOKENS[1:]), rows
+    trained = projector.vocabulary() or 2
+    new = rows + 3 if trained == 2 else trained         # 2: only those around media, beside a third that never learned
+    if new - rows not in (0, 3, 4):
+        raise Refused(f"{projector.path} was trained with {trained} embedding rows, {source.path} has {rows}; "
+                      "give it the language model it was trained with")
+    names = TOKENS[-max(3, new - rows):]                # 0: they are there already, in the last rows
+    return tokens | dict(zip(names, range(new - len(names), new))), new
 
 
 def place_tokens(source, rows, projector):
@@ -844,33 +878,39 @@ def nextgpt_config(source, llm):
     return out
 
 
-def language_config(main, parts):
-    """What the files of a language model tell: its sizes, of ChatBind also its added tokens and bridge to ImageBind."""
-    rows, projector = main.shape(EMBED)[0], parts.get("projector")
-    out = {"added_tokens": {token: i for token, i in main.json("added_tokens.json").items() if i < rows}}
+def vocabulary_config(main, projector):
+    """Added tokens of a language model and, of ChatBind, its bridge to ImageBind. -> fields, rows of the embedding"""
+    rows = main.shape(EMBED)[0]
     if projector or BRIDGE in main.tensors:
         tokens, rows = place_tokens(main, rows, projector)
         bind = M.ImageBindConfig({}, (projector or main).shape(BRIDGE)[-1])             # no towers, only their width
-        out = {"system": "chatbind", "added_tokens": tokens, "imagebind": bind}
+        return {"system": "chatbind", "added_tokens": tokens, "imagebind": bind}, rows
     if main.kind == "llava":
-        out = {"added_tokens": main.tokens()}
+        return {"added_tokens": main.tokens()}, rows
+    return {"added_tokens": {token: i for token, i in main.json("added_tokens.json").items() if i < rows}}, rows
+
+
+def language_config(main, parts):
+    """What the files of a language model, and of what was trained for it, tell."""
+    out, rows = vocabulary_config(main, parts.get("projector"))
     if c := main.json("config.json") or parts["llm"].json("config.json"):
         llm = llm_config(main.path, rows, c)
     else:
         llm = replace(closest_preset(main).llm, vocab_size=rows, lora_rank=0)
-    return out | {"llm": llm} | first_and_last(main.path, c)
+    out |= {"llm": llm} | first_and_last(main.path, c)
+    if "nextgpt" in parts:
+        out |= nextgpt_config(parts["nextgpt"], llm)
+    return out
 
 
 def configure(parts):                                   # -> the config; ChatterBox's files tell no sizes: a preset's
     if "painter" in parts:
         return painter_config(painter_files(parts["painter"]), parts["painter"].path)
-    main = parts.get("delta") or parts.get("llm")
+    main = parts.get("delta", parts.get("llm"))
     kind = main.kind if main else ""
     if kind == "chatterbox":
         return closest_preset(main)
     out = language_config(main, parts) if main else {}
-    if "nextgpt" in parts:
-        out |= nextgpt_config(parts["nextgpt"], out["llm"])
     if kind == "nextchat":
         out |= nextchat_config(main, parts)
     elif "clip" in parts:
@@ -1166,7 +1206,7 @@ def plan_export(folder, dtype="keep"):
     if cfg.imagebind and "text" in cfg.imagebind.towers:        # the original's strict load asks for it
         n = cfg.imagebind.towers["text"].size[0]
         key, mask = "modality_preprocessors.text.mask", torch.full((n, n), -torch.inf).triu(1)
-        files["imagebind"][key] = Target(Stored(folder, key, 0, mask, mask), (n, n), mask.dtype)
+        files["imagebind"][key] = Target(Stored(folder, key, mask), (n, n), mask.dtype)
     if cfg.llm:
         texts["config.json"] = their_config(cfg, files["model"]["model.embed_tokens.weight"].dtype)
     elif cfg.clip:

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from itertools import chain, starmap
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -274,6 +275,14 @@ LLM_FIELDS = SIZES | {"num_key_value_heads": "n_kv_head", "rms_norm_eps": "norm_
                       "vocab_size": "vocab_size"}
 ROPE_FIELDS = {"factor": "rope_factor", "low_freq_factor": "rope_low", "high_freq_factor": "rope_high",
                "original_max_position_embeddings": "rope_train_len"}                        # of Llama 3
+PUBLIC = {                              # of a system: what config.json says besides, and {theirs: ours}
+    "plain": ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, {}),
+    "chatbind": ({"model_type": "llava_image_bind_select_all", "architectures": ["LlavaLlamaImageBindSelectForCausalLM"],
+                  "use_mm_proj": True, "mm_use_im_start_end": True}, {"mm_hidden_size": "imagebind.out_dim"}),
+    "nextchat": ({"model_type": "nextchat", "architectures": ["NextChatForSegLM"], "use_mm_proj": True,
+                  "mm_use_im_start_end": True},
+                 {"mm_hidden_size": "clip.dim", "mm_depth": "projector_depth",
+                  "mm_vision_select_layer": "clip.feature_layer"})}
 TOLD = "norm_eps", "max_len", "rope_theta", *ROPE_FIELDS.values()             # what no shape tells
 CLIP_FIELDS = SIZES | {"image_size": "image_size", "patch_size": "patch_size"}
 TEXT_FIELDS = SIZES | {"vocab_size": "vocab_size", "max_position_embeddings": "max_len", "hidden_act": "act",
@@ -1170,49 +1179,48 @@ def merge(targets, cfg, report):                        # let the weights absorb
     return replace(cfg, llm=replace(cfg.llm, lora_rank=0)), report
 
 
-def their_config(cfg, dtype):                           # config.json of a LLaMA, of ChatBind or of NExT-Chat
-    llm = cfg.llm
-    out = {name: getattr(llm, ours) for name, ours in LLM_FIELDS.items()} | {
-        "model_type": "llama", "hidden_act": "silu", "architectures": ["LlamaForCausalLM"],
-        "head_dim": llm.head_dim or llm.dim // llm.n_head, "torch_dtype": str(dtype).removeprefix("torch."),
-        "bos_token_id": cfg.bos, "eos_token_id": list(cfg.eos) if len(cfg.eos) > 1 else cfg.eos[0]}
-    if llm.rope_factor != 1:
-        out["rope_scaling"] = {"rope_type": "llama3"} | {name: getattr(llm, ours) for name, ours in ROPE_FIELDS.items()}
-    if cfg.system == "chatbind":
-        out |= {"model_type": "llava_image_bind_select_all", "architectures": ["LlavaLlamaImageBindSelectForCausalLM"],
-                "mm_hidden_size": cfg.imagebind.out_dim}
-    if cfg.system == "nextchat":
-        out |= {"model_type": "nextchat", "architectures": ["NextChatForSegLM"], "mm_hidden_size": cfg.clip.dim,
-                "mm_depth": cfg.projector_depth, "mm_vision_select_layer": cfg.clip.feature_layer}
-    return out if cfg.system == "plain" else out | {"use_mm_proj": True, "mm_use_im_start_end": True}
+def named(config, table):                               # what a table names of a config of ours, under their names
+    return {theirs: attrgetter(ours)(config) for theirs, ours in table.items()}
+
+
+def their_llm(cfg, dtype):                              # config.json of a LLaMA, of ChatBind or of NExT-Chat
+    says, fields = PUBLIC[cfg.system]
+    out = named(cfg.llm, LLM_FIELDS) | named(cfg, fields) | says | {
+        "hidden_act": "silu", "head_dim": cfg.llm.head_dim or cfg.llm.dim // cfg.llm.n_head,
+        "torch_dtype": str(dtype).removeprefix("torch."), "bos_token_id": cfg.bos,
+        "eos_token_id": list(cfg.eos) if len(cfg.eos) > 1 else cfg.eos[0]}
+    if cfg.llm.rope_factor != 1:
+        out["rope_scaling"] = {"rope_type": "llama3"} | named(cfg.llm, ROPE_FIELDS)
+    return out
+
+
+def their_config(cfg, targets):                         # config.json of the file with the language model or CLIP
+    if cfg.llm:
+        return their_llm(cfg, targets["model.embed_tokens.weight"].dtype)
+    if cfg.clip:
+        return named(cfg.clip, CLIP_FIELDS) | {
+            "model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"], "hidden_act": "quick_gelu"}
+    return {}                                           # of a mere ImageBind
 
 
 def plan_export(folder, dtype="keep"):
-    """The Plan that writes a weights folder under the public names: that of the LLaMA or CLIP, with other towers."""
+    """The Plan that writes a weights folder under the public names: that of the LLaMA or CLIP, and that of ImageBind."""
     cfg, folder = M.read_config(folder), Path(folder)
-    files, texts, report = {}, {"added_tokens.json": cfg.added_tokens} if cfg.added_tokens else {}, []
-    table, towers = TABLE, {"readers.imagebind.tower": "imagebind", "readers.clip.tower": "clip"}
-    if cfg.system == "nextchat":                        # its towers lie in the same file
-        table, towers = NEXTCHAT, {}
-    elif not cfg.llm:                                   # a mere CLIP is the model
-        del towers["readers.clip.tower"]
+    table, files, report = NEXTCHAT if cfg.system == "nextchat" else TABLE, {}, []
     for name, x in open_files(folder).items():
         key, part = original(name, [table]), part_of(name)
         if not key:
             raise Refused(f"{folder}: {name} has no public name; what has all of them is a LLaMA, a CLIP, an "
                           "ImageBind, a ChatBind or a NExT-Chat, without LoRA and not quantised")
         report.append(Row(str(folder), "weights", "renamed", name, part, key))
-        files.setdefault(towers.get(part, "model"), {})[key] = Target(x, tuple(x.like.shape), cast(x.like.dtype, dtype))
+        file = "imagebind" if part == "readers.imagebind.tower" else "model"
+        files.setdefault(file, {})[key] = Target(x, tuple(x.like.shape), cast(x.like.dtype, dtype))
     if cfg.imagebind and "text" in cfg.imagebind.towers:        # the original's strict load asks for it
         n = cfg.imagebind.towers["text"].size[0]
         key, mask = "modality_preprocessors.text.mask", torch.full((n, n), -torch.inf).triu(1)
         files["imagebind"][key] = Target(Stored(folder, key, mask), (n, n), mask.dtype)
-    if cfg.llm:
-        texts["config.json"] = their_config(cfg, files["model"]["model.embed_tokens.weight"].dtype)
-    elif cfg.clip:
-        texts["config.json"] = {name: getattr(cfg.clip, ours) for name, ours in CLIP_FIELDS.items()} | {
-            "model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"], "hidden_act": "quick_gelu"}
-    return Plan(files, texts, tokenizer_files(folder), report)
+    texts = {"added_tokens.json": cfg.added_tokens, "config.json": their_config(cfg, files.get("model"))}
+    return Plan(files, {name: values for name, values in texts.items() if values}, tokenizer_files(folder), report)
 
 
 def say(text, file=None):                               # names found in files could move the cursor

@@ -537,6 +537,10 @@ class Row(NamedTuple):
     part: str = ""
     note: str = ""
 
+    @property
+    def told(self):                                     # what is counted: why one is dropped, else where one goes
+        return self.fate, self.note if self.fate == "dropped" else self.part
+
 
 class Source(NamedTuple):
     """One checkpoint under our names. kind: one of SIGNS, llava, chatbind or delta."""
@@ -846,20 +850,6 @@ def place_tokens(source, rows, projector):
     return tokens | dict(zip(names, range(new - len(names), new))), new
 
 
-def place_tokens(source, rows, projector):
-    """({added token: id}, embedding rows). A projector file alone appends the tokens it was trained with."""
-    tokens = source.json("added_tokens.json")
-    if not projector or tokens.keys() >= set(TOKENS[1:]):
-        return source.tokens(TOKENS[1:]), rows
-    trained = projector.shape(EMBED)[0] if EMBED in projector.tensors else 2
-    new = rows + 3 if trained == 2 else trained         # 2: only those around media, beside a third that never learned
-    if new - rows not in (0, 3, 4):
-        raise Refused(f"{projector.path} was trained with {trained} embedding rows, {source.path} has {rows}; "
-                      "give it the language model it was trained with")
-    names = TOKENS if new - rows == 4 else TOKENS[1:]   # 0: they are there already, in the last rows
-    return tokens | dict(zip(names, range(new - len(names), new))), new
-
-
 def nextchat_config(source, parts):
     """What a NExT-Chat adds to the configuration of its language model; its towers may lie in files of their own."""
     clip, sam = (next((part for part in parts.values() if name in part.tensors), None) for name in (CLS, MASK_TOKENS))
@@ -955,8 +945,7 @@ class Target(NamedTuple):
     shape: tuple
     dtype: torch.dtype
     base: Stored | None = None          # what a delta is added to, in its first rows
-    keep: int | None = None             # rows of the vocabulary without added tokens
-    rows: tuple = ()                    # of added tokens: (Stored, its rows, ours)
+    tokens: tuple = ()                  # of the vocabulary: how many rows to keep, [(Stored, its rows, ours)] of tokens
     lora: tuple = ()                    # B, A, factor
 
     @property
@@ -968,16 +957,27 @@ class Target(NamedTuple):
         if self.base:                                   # parity: apply_delta adds in float16
             x = x.half().contiguous()
             x[:self.base.like.shape[0]] += self.base.read().half()
-        if self.keep:
-            x = x[:self.keep]                           # (V, C) -> (keep, C)
-        if x.shape != self.shape:                       # as in training: new rows are the mean of the old ones
-            x = torch.cat([x, x.float().mean(0, keepdim=True).to(x.dtype).expand(self.shape[0] - len(x), -1)])
-        for other, theirs, ours in self.rows:
-            x[ours] = other.read()[theirs].to(x.dtype)
+        if self.tokens:
+            x = self.with_tokens(x, *self.tokens)
         if self.lora:
             b, a, factor = self.lora                    # (out, r), (r, in)
             x = x.float() + factor * b.read().float() @ a.read().float()
         return x.to(self.dtype).contiguous()
+
+    def use_of(self, x):                                # -> (fate, note) of a Stored that is not the first of its name
+        if x is self.base:
+            return "merged", ""
+        if self.tokens and any(x is other for other, *_ in self.tokens[1]):
+            return "merged", "rows of added tokens"
+        return "dropped", "another source gives it"
+
+    def with_tokens(self, x, keep, rows):               # as in training: new rows begin as the mean of the old ones
+        x = x[:keep]                                    # (V, C) -> (keep, C)
+        mean = x.float().mean(0, keepdim=True).to(x.dtype)
+        x = torch.cat([x, mean.expand(self.shape[0] - len(x), -1)])
+        for other, theirs, ours in rows:
+            x[ours] = other.read()[theirs].to(x.dtype)
+        return x
 
 
 class Made(NamedTuple):
@@ -1006,6 +1006,10 @@ class Plan(NamedTuple):
     cfg: M.ModelConfig | None = None    # of a weights folder
 
     @property
+    def llm(self):                                      # of a weights folder with a language model
+        return getattr(self.cfg, "llm", None)
+
+    @property
     def nbytes(self):
         return sum(target.nbytes for targets in self.files.values() for target in targets.values())
 
@@ -1026,8 +1030,8 @@ class Recipe(NamedTuple):
     """What is made of what, and what of it has been found."""
     cfg: M.ModelConfig
     shapes: dict                        # our name: shape, of all that the model stores
-    parts: dict                         # role: Source
-    sources: list                       # the same, in the order in which they are asked
+    sources: list                       # in the order in which they are asked
+    bases: dict                         # our name: what the delta's tensor is added to
     preset: str
     placed: tuple                       # tensors of the vocabulary, if their added tokens come from several sources
     targets: dict                       # our name: Target
@@ -1040,58 +1044,49 @@ class Recipe(NamedTuple):
 
     def take(self, name, source):
         """Make a target of a tensor if the model has it, no other source gave it and it fits. -> (fate, note)"""
-        delta, x = self.parts.get("delta"), source.tensors[name]
-        if delta and source is self.parts["llm"]:       # taken with the delta
-            return ("merged", "") if name in delta.tensors else ("UNEXPECTED", f"{delta.path} does not have it")
+        x, shape = source.tensors[name], tuple(source.tensors[name].like.shape)
         if source.kind == "projector" and name == EMBED:
             return "merged", "rows of added tokens"
         if name not in self.shapes:
             return NOT_NEEDED.get(name, ("UNEXPECTED", f"{self.preset or 'a model of these sizes'} has no such tensor"))
         if name in self.targets:
-            shared = any(other is x for other, *_ in self.targets[name].rows)
-            return ("merged", "rows of added tokens") if shared else ("dropped", "another source gives it")
-        shape = tuple(x.like.shape)
+            return self.targets[name].use_of(x)
         if not self.fits(name, shape):
             return "MISMATCHED", f"{list(shape)}, where the model needs {list(self.shapes[name])}"
-        if source is delta and not name.startswith("readers."):         # a ChatBind's projector is whole
-            return self.add(name, x, shape)
-        self.targets[name] = self.place(name, Target(x, self.shapes[name], x.like.dtype))
+        target = Target(x, self.shapes[name], x.like.dtype, tokens=self.tokens(name))
+        if source.kind == "delta" and name in self.bases:               # a ChatBind's projector is whole
+            self.targets[name] = target._replace(dtype=torch.float16, base=self.bases[name])
+            return "merged", ""
+        self.targets[name] = target
         return "renamed", ""
 
-    def add(self, name, x, shape):                      # the same for a delta, whose base may lack rows of tokens
-        base = self.parts["llm"]
-        if name not in base.tensors:
-            return "MISMATCHED", f"{list(shape)} in the delta, absent in {base.path}"
-        old = tuple(base.tensors[name].like.shape)
-        if old != shape and (name not in (EMBED, HEAD) or old[1:] != shape[1:] or old[0] > shape[0]):
-            return "MISMATCHED", f"{list(shape)} in the delta, {list(old)} in {base.path}"
-        self.targets[name] = self.place(name, Target(x, self.shapes[name], torch.float16, base.tensors[name]))
-        return "merged", ""
-
-    def place(self, name, target):                      # added tokens go to their rows, whatever other rows they had
+    def tokens(self, name):                             # added tokens go to their rows, whatever other rows they had
         if name not in self.placed:
-            return target
+            return ()
         keep = min(self.cfg.added_tokens.values(), default=self.shapes[name][0]) if self.preset else None
-        return target._replace(keep=keep, rows=self.token_rows(name))
+        return keep, self.token_rows(name)
 
     def token_rows(self, name):
-        """(Stored, its rows, ours) of the added tokens, each from the first of the sources that has learned it."""
+        """[(Stored, its rows, ours)] of added tokens, each from the first of the sources that has learned it."""
         out, missing = [], dict(self.cfg.added_tokens)
         for source in self.sources:
             x = source.tensors.get(name)
             if x is None or x.like.shape[1:] != self.shapes[name][1:]:
                 continue
-            first = self.parts["llm"].shape(EMBED)[0] if source.kind == "delta" else 0      # a delta has these whole
-            rows = {token: row for token, row in source.tokens().items() if row >= first}
-            if new := {row: missing.pop(token) for token, row in rows.items() if token in missing}:
-                out.append((x, list(new), list(new.values())))
+            first = self.bases[EMBED].like.shape[0] if source.kind == "delta" else 0        # a delta has these whole
+            rows = {token: row for token, row in source.tokens().items() if row >= first and token in missing}
+            if rows:
+                out.append((x, [*rows.values()], [missing.pop(token) for token in rows]))
         return out
+
+    def unfit(self, source):                            # parts of which a tensor does not fit: a preset leaves them out
+        names = source.tensors.keys() & self.shapes if self.preset else ()
+        return {part_of(name) for name in names if not self.fits(name, tuple(source.tensors[name].like.shape))}
 
     def gather(self):                                   # -> rows of the report on what the sources hold
         report = [row for source in self.sources for row in source.rows]
         for source in self.sources:
-            unfit = {part_of(name) for name, x in source.tensors.items()        # a preset takes a part whole or not
-                     if name in self.shapes and not self.fits(name, tuple(x.like.shape))} if self.preset else ()
+            unfit = self.unfit(source)
             for name, x in source.tensors.items():
                 fate, note = "dropped", "its part has other sizes"
                 if part_of(name) not in unfit:
@@ -1125,6 +1120,14 @@ def check_base(base, delta, cfg):
     if cfg.added_tokens and (new - rows != len(fresh) or cfg.added_tokens.keys() & {*TOKENS[1:]} - fresh):
         raise Refused(f"{base.path} has {rows} embedding rows, {delta.path} {new}, which its added tokens "
                       f"({', '.join(cfg.added_tokens)}) do not explain; name the base it was made against")
+    if odd := base.tensors.keys() ^ {name for name in delta.tensors if name.startswith("llm.")}:
+        raise Refused(f"{base.path} is not the base of {delta.path}: only one of them has {min(odd)}; name that")
+    for name, x in base.tensors.items():
+        old, new = tuple(x.like.shape), tuple(delta.tensors[name].like.shape)
+        if name in (EMBED, HEAD):
+            old = max(old, new[:1] + old[1:])           # with rows of added tokens
+        if old != new:
+            raise Refused(f"{name}: {[*new]} in the delta, {[*x.like.shape]} in {base.path}; name its base")
 
 
 def skeleton(parts, preset):                            # the module of these sources, on meta
@@ -1144,29 +1147,39 @@ def as_told(cfg, targets):
     return replace(cfg, llm=replace(cfg.llm, **{name: getattr(llm, name) for name in TOLD}), **ends)
 
 
-def plan_weights(paths, preset="", dtype="keep", merge_lora=False):
-    """The Plan that makes one weights folder of public checkpoints. Reads headers, and norms to tell a delta."""
-    if preset and preset not in M.PRESETS:
-        raise Refused(f"unknown preset {preset!r}; known: {', '.join(M.PRESETS)}")
-    parts = open_sources(paths, preset)
-    model = skeleton(parts, preset)
-    cfg, own = model.cfg, ("delta", "projector", getattr(model.cfg, "system", ""))
-    if "delta" in parts:
-        check_base(parts["llm"], parts["delta"], cfg)
+def recipe_of(parts, model, preset):
+    """The Recipe, without targets yet, of the module that these sources make."""
+    own = "delta", "projector", getattr(model.cfg, "system", "")
     # the first that has a tensor gives it: own system and additions, then whole language models, then the others
     sources = sorted(parts.values(), key=lambda source: (source.kind not in own, source.kind not in LLMS))
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if name not in M.tied(model)}
-    recipe = Recipe(cfg, shapes, parts, sources, preset, (EMBED, HEAD) if preset or "projector" in parts else (), {})
+    placed = (EMBED, HEAD) if preset or "projector" in parts else ()
+    bases = parts["llm"].tensors if "delta" in parts else {}
+    return Recipe(model.cfg, shapes, sources, bases, preset, placed, {})
+
+
+def plan_weights(paths, preset="", dtype="keep", merge_lora=False):
+    """The Plan that makes one weights folder of public checkpoints. Reads headers, and norms to tell a delta."""
+    if preset not in ("", *M.PRESETS):
+        raise Refused(f"unknown preset {preset!r}; known: {', '.join(M.PRESETS)}")
+    parts = open_sources(paths, preset)
+    model = skeleton(parts, preset)
+    if "delta" in parts:
+        check_base(parts["llm"], parts["delta"], model.cfg)
+    recipe = recipe_of(parts, model, preset)
     report = recipe.gather() + recipe.fill(model)
-    cfg = as_told(cfg, recipe.targets) if preset else cfg
-    if merge_lora and getattr(getattr(cfg, "llm", None), "lora_rank", 0):
+    cfg = as_told(model.cfg, recipe.targets) if preset else model.cfg
+    if merge_lora:
         cfg, report = merge(recipe.targets, cfg, report)
-    targets = {name: recipe.targets[name] for name in shapes if name in recipe.targets}     # as M.fuse wants them
+    targets = {name: recipe.targets[name] for name in recipe.shapes if name in recipe.targets}      # as M.fuse wants them
     targets = {name: target._replace(dtype=cast(target.dtype, dtype)) for name, target in targets.items()}
+    return Plan({"model": targets}, {}, tokenizers_of(recipe.sources), report, cfg)
+
+
+def tokenizers_of(sources):                             # files to copy; of those of one name the last one's is kept
     order = sorted(reversed(sources), key=lambda source: source.kind in (*LLMS, "delta", "nextgpt"))
     folders = [beside(source.path, "tokenizer" if source.kind == "painter" else "") for source in order]
-    copies = [path for folder in folders for path in tokenizer_files(folder)]
-    return Plan({"model": targets}, {}, copies, report, cfg)            # of files of one name the last one's is kept
+    return list(chain.from_iterable(map(tokenizer_files, folders)))
 
 
 def merge(targets, cfg, report):                        # let the weights absorb their LoRA -> config, report
@@ -1229,23 +1242,25 @@ def say(text, file=None):                               # names found in files c
 
 def show(plan, verbose=False):
     """Print what happens to each key: counts first, then whatever stops the conversion (verbose: everything)."""
-    for source, kind in dict.fromkeys((row.source, row.kind) for row in plan.report if row.source):
-        rows = [row for row in plan.report if row.source == source]
-        say(f"{source}: {kind}, {len(rows)} keys")
-        counts = Counter((row.fate, row.note if row.fate == "dropped" else row.part) for row in rows)
-        for (fate, what), n in counts.items():
+    for (source, kind), n in Counter((row.source, row.kind) for row in plan.report if row.source).items():
+        say(f"{source}: {kind}, {n} keys")
+        fates = Counter(row.told for row in plan.report if row.source == source)
+        for (fate, what), n in fates.items():
             say(f"    {n:6} {fate:10} {what}")
-    for fate in dict.fromkeys(row.fate for row in plan.report if verbose or row.fate.isupper()):
-        lines = [f"{row.key}  {row.note}" for row in plan.report if row.fate == fate]
-        shown = lines if verbose else lines[:20]
-        say("\n    ".join([f"{fate} {len(lines)}", *shown]))
-        if len(shown) < len(lines):
-            say(f"    ... and {len(lines) - 20} more; --verbose lists them")
+    show_keys([row for row in plan.report if verbose or row.fate.isupper()], None if verbose else 20)
     if (bind := getattr(plan.cfg, "imagebind", None)) and not bind.towers:
         say("note: without an ImageBind tower this model reads no media; add imagebind_huge.pth to the sources")
-    if getattr(plan.cfg, "llm", None) and "tokenizer.model" not in {path.name for path in plan.copies}:
+    if plan.llm and "tokenizer.model" not in {path.name for path in plan.copies}:
         say("note: no source has a tokenizer.model beside it; put that of the language model into the new folder")
     say(f"{sum(map(len, plan.files.values()))} tensors, {plan.nbytes / 1e9:.2f} GB to write")
+
+
+def show_keys(rows, limit):                             # those of each fate, the first ones
+    for fate, n in Counter(row.fate for row in rows).items():
+        lines = [f"{row.key}  {row.note}" for row in rows if row.fate == fate][:limit]
+        say("\n    ".join([f"{fate} {n}", *lines]))
+        if len(lines) < n:
+            say(f"    ... and {n - limit} more; --verbose lists them")
 
 
 def check(plan):                                        # Raises Refused if the report says that something does not fit
@@ -1271,11 +1286,11 @@ def clear(out):                                         # remove what dead runs 
 def make_room(out, nbytes, sources, overwrite):         # raise Refused if out must not be written or is too large
     if out.exists() and not overwrite:
         raise Refused(f"{out} exists; choose another --out, or add --overwrite to replace it")
-    for path in out.iterdir() if out.is_dir() else ():
+    for path in out.glob("*"):
         if path.is_dir() or not WRITTEN.fullmatch(path.name):
             raise Refused(f"{out} is not replaced, for it holds {path.name}, which no conversion wrote; "
                           "move that away or choose another --out")
-    if any(out == path or out in path.parents for path in (Path(source).resolve() for source in sources)):
+    if any(Path(source).resolve().is_relative_to(out) for source in sources):
         raise Refused(f"{out} holds a source; choose another --out")
     if nbytes > (free := shutil.disk_usage(out.parent).free):
         raise Refused(f"{out}: needs {nbytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
@@ -1303,9 +1318,15 @@ def write_shard(path, targets, bar):                    # each tensor is compute
     M.write_tensors(path, targets, values())
 
 
+def index_of(shards):                                   # {file: what it says of shards of the model}, {} of one file
+    stem_of = {key: name for name, shard in shards.items() for key in shard if name.startswith("model-")}
+    total = sum(target.nbytes for shard in shards.values() for target in shard.values())
+    return {INDICES[0]: {"metadata": {"total_size": total}, "weight_map": stem_of}} if stem_of else {}
+
+
 def write(plan, out, sources, max_shard=5e9, overwrite=False, quantize=""):     # whole or not at all
     check(plan)
-    if quantize and not getattr(plan.cfg, "llm", None):
+    if quantize and not plan.llm:
         raise Refused("--quantize is for language models, and here is none")
     out = Path(out).resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -1316,12 +1337,10 @@ def write(plan, out, sources, max_shard=5e9, overwrite=False, quantize=""):     
             shutil.copyfile(path, new / path.name)
         texts = dict(plan.texts)
         for stem, targets in plan.files.items():
-            files = split(targets, stem, max_shard if stem == "model" else math.inf)
-            for name, shard in files.items():
+            shards = split(targets, stem, max_shard if stem == "model" else math.inf)
+            texts |= index_of(shards)
+            for name, shard in shards.items():
                 write_shard(new / name, shard, bar)
-            if len(files) > 1:
-                texts[INDICES[0]] = {"metadata": {"total_size": sum(target.nbytes for target in targets.values())},
-                                     "weight_map": {key: name for name, shard in files.items() for key in shard}}
         for name, values in texts.items():
             (new / name).write_text(json.dumps(values, indent=1))
         if plan.cfg:

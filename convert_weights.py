@@ -275,14 +275,12 @@ LLM_FIELDS = SIZES | {"num_key_value_heads": "n_kv_head", "rms_norm_eps": "norm_
                       "vocab_size": "vocab_size"}
 ROPE_FIELDS = {"factor": "rope_factor", "low_freq_factor": "rope_low", "high_freq_factor": "rope_high",
                "original_max_position_embeddings": "rope_train_len"}                        # of Llama 3
-PUBLIC = {                              # of a system: what config.json says besides, and {theirs: ours}
-    "plain": ({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, {}),
-    "chatbind": ({"model_type": "llava_image_bind_select_all", "architectures": ["LlavaLlamaImageBindSelectForCausalLM"],
-                  "use_mm_proj": True, "mm_use_im_start_end": True}, {"mm_hidden_size": "imagebind.out_dim"}),
-    "nextchat": ({"model_type": "nextchat", "architectures": ["NextChatForSegLM"], "use_mm_proj": True,
-                  "mm_use_im_start_end": True},
-                 {"mm_hidden_size": "clip.dim", "mm_depth": "projector_depth",
-                  "mm_vision_select_layer": "clip.feature_layer"})}
+PUBLIC = {                              # of a system: model_type, architecture and {theirs: ours} of config.json
+    "plain": ("llama", "LlamaForCausalLM", {}),
+    "chatbind": ("llava_image_bind_select_all", "LlavaLlamaImageBindSelectForCausalLM",
+                 {"mm_hidden_size": "imagebind.out_dim"}),
+    "nextchat": ("nextchat", "NextChatForSegLM", {"mm_hidden_size": "clip.dim", "mm_depth": "projector_depth",
+                                                  "mm_vision_select_layer": "clip.feature_layer"})}
 TOLD = "norm_eps", "max_len", "rope_theta", *ROPE_FIELDS.values()             # what no shape tells
 CLIP_FIELDS = SIZES | {"image_size": "image_size", "patch_size": "patch_size"}
 TEXT_FIELDS = SIZES | {"vocab_size": "vocab_size", "max_position_embeddings": "max_len", "hidden_act": "act",
@@ -537,10 +535,6 @@ class Row(NamedTuple):
     part: str = ""
     note: str = ""
 
-    @property
-    def told(self):                                     # what is counted: why one is dropped, else where one goes
-        return self.fate, self.note if self.fate == "dropped" else self.part
-
 
 class Source(NamedTuple):
     """One checkpoint under our names. kind: one of SIGNS, llava, chatbind or delta."""
@@ -594,16 +588,13 @@ def kind_of(keys):
     return next((kind for kind, sign in SIGNS.items() if re.search(sign, lines, re.M)), None)
 
 
-def series(path):                                       # the same for all shards of a checkpoint
-    return path.parent / re.sub(r"\d", "", path.name)
-
-
 def group(paths):
     """(path, {key: Stored}) of each source. Files whose names differ by a number and that share no key are shards."""
     out = [(Path(), {})]
     for path in map(Path, paths):
         found, (last, others) = open_files(path), out[-1]
-        if path.is_file() and series(path) == series(last) and not found.keys() & others.keys():
+        alike = path.parent == last.parent and re.sub(r"\d", "", path.name) == re.sub(r"\d", "", last.name)
+        if alike and path.is_file() and not found.keys() & others.keys():
             others |= found
         else:
             out.append((path, found))
@@ -899,21 +890,19 @@ def language_config(main, parts):
     out |= {"llm": llm} | first_and_last(main.path, c)
     if "nextgpt" in parts:
         out |= nextgpt_config(parts["nextgpt"], llm)
+    if main.kind == "nextchat":
+        out |= nextchat_config(main, parts)
     return out
 
 
 def configure(parts):                                   # -> the config; ChatterBox's files tell no sizes: a preset's
-    if "painter" in parts:
-        return painter_config(painter_files(parts["painter"]), parts["painter"].path)
-    main = parts.get("delta", parts.get("llm"))
-    kind = main.kind if main else ""
-    if kind == "chatterbox":
+    out, main = {}, parts.get("delta", parts.get("llm"))
+    if main and main.kind == "chatterbox":
         return closest_preset(main)
-    out = language_config(main, parts) if main else {}
-    if kind == "nextchat":
-        out |= nextchat_config(main, parts)
-    elif "clip" in parts:
-        out |= {"clip": clip_config(parts["clip"]), "reads": {"image": "clip"}}
+    if "clip" in parts:
+        out = {"clip": clip_config(parts["clip"]), "reads": {"image": "clip"}}
+    if main:
+        out |= language_config(main, parts)
     if "imagebind" in parts:
         bind = imagebind_config(parts["imagebind"], unit_sounds="nextgpt" in parts)
         reads = {kind: "imagebind" for kind in M.IMAGEBIND_READS if M.TOWERS.get(kind, kind) in bind.towers}
@@ -1004,10 +993,6 @@ class Plan(NamedTuple):
     copies: list                        # files to copy
     report: list                        # of Row
     cfg: M.ModelConfig | None = None    # of a weights folder
-
-    @property
-    def llm(self):                                      # of a weights folder with a language model
-        return getattr(self.cfg, "llm", None)
 
     @property
     def nbytes(self):
@@ -1132,8 +1117,9 @@ def check_base(base, delta, cfg):
 
 def skeleton(parts, preset):                            # the module of these sources, on meta
     with refusing(f"{[*parts.values()][-1].path}: {NO_MODEL}"), torch.device("meta"):
-        cfg = M.PRESETS[preset] if preset else configure(parts)
-        return G.Painter(cfg) if "painter" in parts else M.Model(cfg)
+        if painter := parts.get("painter"):
+            return G.Painter(painter_config(painter_files(painter), painter.path))
+        return M.Model(M.PRESETS[preset] if preset else configure(parts))
 
 
 def as_told(cfg, targets):
@@ -1196,30 +1182,22 @@ def named(config, table):                               # what a table names of 
     return {theirs: attrgetter(ours)(config) for theirs, ours in table.items()}
 
 
-def their_llm(cfg, dtype):                              # config.json of a LLaMA, of ChatBind or of NExT-Chat
-    says, fields = PUBLIC[cfg.system]
-    out = named(cfg.llm, LLM_FIELDS) | named(cfg, fields) | says | {
-        "hidden_act": "silu", "head_dim": cfg.llm.head_dim or cfg.llm.dim // cfg.llm.n_head,
-        "torch_dtype": str(dtype).removeprefix("torch."), "bos_token_id": cfg.bos,
-        "eos_token_id": list(cfg.eos) if len(cfg.eos) > 1 else cfg.eos[0]}
+def their_config(cfg, dtype):                           # config.json of a LLaMA, of ChatBind or of NExT-Chat
+    model_type, architecture, fields = PUBLIC[cfg.system]
+    out = named(cfg.llm, LLM_FIELDS) | named(cfg, fields) | {
+        "model_type": model_type, "hidden_act": "silu", "architectures": [architecture],
+        "head_dim": cfg.llm.head_dim or cfg.llm.dim // cfg.llm.n_head, "torch_dtype": str(dtype).removeprefix("torch."),
+        "bos_token_id": cfg.bos, "eos_token_id": list(cfg.eos) if len(cfg.eos) > 1 else cfg.eos[0]}
     if cfg.llm.rope_factor != 1:
         out["rope_scaling"] = {"rope_type": "llama3"} | named(cfg.llm, ROPE_FIELDS)
-    return out
-
-
-def their_config(cfg, targets):                         # config.json of the file with the language model or CLIP
-    if cfg.llm:
-        return their_llm(cfg, targets["model.embed_tokens.weight"].dtype)
-    if cfg.clip:
-        return named(cfg.clip, CLIP_FIELDS) | {
-            "model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"], "hidden_act": "quick_gelu"}
-    return {}                                           # of a mere ImageBind
+    return out | {"use_mm_proj": True, "mm_use_im_start_end": True} if fields else out
 
 
 def plan_export(folder, dtype="keep"):
     """The Plan that writes a weights folder under the public names: that of the LLaMA or CLIP, and that of ImageBind."""
     cfg, folder = M.read_config(folder), Path(folder)
-    table, files, report = NEXTCHAT if cfg.system == "nextchat" else TABLE, {}, []
+    table = NEXTCHAT if cfg.system == "nextchat" else TABLE
+    files, texts, report = {}, {"added_tokens.json": cfg.added_tokens} if cfg.added_tokens else {}, []
     for name, x in open_files(folder).items():
         key, part = original(name, [table]), part_of(name)
         if not key:
@@ -1232,35 +1210,44 @@ def plan_export(folder, dtype="keep"):
         n = cfg.imagebind.towers["text"].size[0]
         key, mask = "modality_preprocessors.text.mask", torch.full((n, n), -torch.inf).triu(1)
         files["imagebind"][key] = Target(Stored(folder, key, mask), (n, n), mask.dtype)
-    texts = {"added_tokens.json": cfg.added_tokens, "config.json": their_config(cfg, files.get("model"))}
-    return Plan(files, {name: values for name, values in texts.items() if values}, tokenizer_files(folder), report)
+    if cfg.llm:
+        texts["config.json"] = their_config(cfg, files["model"]["model.embed_tokens.weight"].dtype)
+    elif cfg.clip:
+        texts["config.json"] = named(cfg.clip, CLIP_FIELDS) | {
+            "model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"], "hidden_act": "quick_gelu"}
+    return Plan(files, texts, tokenizer_files(folder), report)
 
 
 def say(text, file=None):                               # names found in files could move the cursor
     print(re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", text), file=file, flush=True)
 
 
-def show(plan, verbose=False):
-    """Print what happens to each key: counts first, then whatever stops the conversion (verbose: everything)."""
-    for (source, kind), n in Counter((row.source, row.kind) for row in plan.report if row.source).items():
+def show_sources(report):                               # how many of the keys of each went where, or why they are dropped
+    for (source, kind), n in Counter((row.source, row.kind) for row in report if row.source).items():
         say(f"{source}: {kind}, {n} keys")
-        fates = Counter(row.told for row in plan.report if row.source == source)
-        for (fate, what), n in fates.items():
+        rows = [row for row in report if row.source == source]
+        counts = Counter((row.fate, row.note if row.fate == "dropped" else row.part) for row in rows)
+        for (fate, what), n in counts.items():
             say(f"    {n:6} {fate:10} {what}")
-    show_keys([row for row in plan.report if verbose or row.fate.isupper()], None if verbose else 20)
-    if (bind := getattr(plan.cfg, "imagebind", None)) and not bind.towers:
-        say("note: without an ImageBind tower this model reads no media; add imagebind_huge.pth to the sources")
-    if plan.llm and "tokenizer.model" not in {path.name for path in plan.copies}:
-        say("note: no source has a tokenizer.model beside it; put that of the language model into the new folder")
-    say(f"{sum(map(len, plan.files.values()))} tensors, {plan.nbytes / 1e9:.2f} GB to write")
 
 
-def show_keys(rows, limit):                             # those of each fate, the first ones
+def show_keys(rows, limit):                             # the first ones of each fate
     for fate, n in Counter(row.fate for row in rows).items():
         lines = [f"{row.key}  {row.note}" for row in rows if row.fate == fate][:limit]
         say("\n    ".join([f"{fate} {n}", *lines]))
         if len(lines) < n:
             say(f"    ... and {n - limit} more; --verbose lists them")
+
+
+def show(plan, verbose=False):
+    """Print what happens to each key: counts first, then whatever stops the conversion (verbose: everything)."""
+    show_sources(plan.report)
+    show_keys([row for row in plan.report if verbose or row.fate.isupper()], limit=None if verbose else 20)
+    if (bind := getattr(plan.cfg, "imagebind", None)) and not bind.towers:
+        say("note: without an ImageBind tower this model reads no media; add imagebind_huge.pth to the sources")
+    if getattr(plan.cfg, "llm", None) and "tokenizer.model" not in {path.name for path in plan.copies}:
+        say("note: no source has a tokenizer.model beside it; put that of the language model into the new folder")
+    say(f"{sum(map(len, plan.files.values()))} tensors, {plan.nbytes / 1e9:.2f} GB to write")
 
 
 def check(plan):                                        # Raises Refused if the report says that something does not fit
@@ -1309,6 +1296,14 @@ def split(targets, stem, limit):          # {file name: targets}, each of one te
     return {f"{stem}-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
+def index_of(shards):                                   # {its name: what it says}, {} for a single file
+    if len(shards) == 1:
+        return {}
+    file_of = {key: file for file, shard in shards.items() for key in shard}
+    size = sum(target.nbytes for shard in shards.values() for target in shard.values())
+    return {INDICES[0]: {"metadata": {"total_size": size}, "weight_map": file_of}}
+
+
 def write_shard(path, targets, bar):                    # each tensor is computed when its turn comes
     def values():
         for target in targets.values():
@@ -1318,15 +1313,9 @@ def write_shard(path, targets, bar):                    # each tensor is compute
     M.write_tensors(path, targets, values())
 
 
-def index_of(shards):                                   # {file: what it says of shards of the model}, {} of one file
-    stem_of = {key: name for name, shard in shards.items() for key in shard if name.startswith("model-")}
-    total = sum(target.nbytes for shard in shards.values() for target in shard.values())
-    return {INDICES[0]: {"metadata": {"total_size": total}, "weight_map": stem_of}} if stem_of else {}
-
-
 def write(plan, out, sources, max_shard=5e9, overwrite=False, quantize=""):     # whole or not at all
     check(plan)
-    if quantize and not plan.llm:
+    if quantize and not getattr(plan.cfg, "llm", None):
         raise Refused("--quantize is for language models, and here is none")
     out = Path(out).resolve()
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -383,11 +383,8 @@ def beside(path, name):                                 # a file of the folder t
 def read_json(path):                                    # the object in a JSON file, {} if there is no such file
     if not path.is_file():
         return {}
-    with refusing(f"{path}: not JSON", "; download it again", 3):
-        values = json.loads(path.read_bytes())
-    if not isinstance(values, dict):
-        raise Refused(f"{path}: holds a {type(values).__name__} instead of an object; download it again", 3)
-    return values
+    with refusing(f"{path}: not a JSON object", "; download it again", 3):
+        return {**json.loads(path.read_bytes())}
 
 
 def open_safetensors(path):
@@ -870,11 +867,11 @@ def nextgpt_config(source, llm):
 
 def vocabulary_config(main, projector):
     """Added tokens of a language model and, of ChatBind, its bridge to ImageBind. -> fields, rows of the embedding"""
-    rows = main.shape(EMBED)[0]
-    if projector or BRIDGE in main.tensors:
+    rows, bridge = main.shape(EMBED)[0], projector or main
+    if BRIDGE in bridge.tensors:
         tokens, rows = place_tokens(main, rows, projector)
-        bind = M.ImageBindConfig({}, (projector or main).shape(BRIDGE)[-1])             # no towers, only their width
-        return {"system": "chatbind", "added_tokens": tokens, "imagebind": bind}, rows
+        towers = M.ImageBindConfig({}, bridge.shape(BRIDGE)[-1])        # none, only their width
+        return {"system": "chatbind", "added_tokens": tokens, "imagebind": towers}, rows
     if main.kind == "llava":
         return {"added_tokens": main.tokens()}, rows
     return {"added_tokens": {token: i for token, i in main.json("added_tokens.json").items() if i < rows}}, rows
@@ -914,7 +911,7 @@ def configure(parts):                                   # -> the config; Chatter
 
 COPIES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
           "bpe_simple_vocab_16e6.txt.gz", "merges.txt", "vocab.json")
-WRITTEN = re.compile(r"(model(-\d+-of-\d+)?|imagebind|clip)\.safetensors|" +           # all that conversions write
+WRITTEN = re.compile(r"(model(-\d+-of-\d+)?|imagebind)\.safetensors|" +           # all that conversions write
                      "|".join(map(re.escape, (*COPIES, "config.json", "added_tokens.json", INDICES[0]))))
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_NEEDED = {HEAD: ("dropped", "tied to the embedding"),
@@ -1007,8 +1004,9 @@ def part_of(name):                                      # component of a tensor:
     return ".".join(name.split(".")[:3 if name.startswith(("readers.", "writers.")) else 1])
 
 
-def tokenizer_files(folder):                            # and what else a weights folder keeps of a source
-    return [folder / name for name in COPIES if (folder / name).is_file()]
+def tokenizer_files(folders):                           # and what else of sources is kept; of one name the last one's
+    paths = [folder / name for folder in folders for name in COPIES]
+    return [path for path in paths if path.is_file()]
 
 
 class Recipe(NamedTuple):
@@ -1038,21 +1036,17 @@ class Recipe(NamedTuple):
             return self.targets[name].use_of(x)
         if not self.fits(name, shape):
             return "MISMATCHED", f"{list(shape)}, where the model needs {list(self.shapes[name])}"
-        target = Target(x, self.shapes[name], x.like.dtype, tokens=self.tokens(name))
+        tokens = self.tokens(name) if name in self.placed else ()       # go to their rows, whatever rows they had
+        target = Target(x, self.shapes[name], x.like.dtype, tokens=tokens)
         if source.kind == "delta" and name in self.bases:               # a ChatBind's projector is whole
             self.targets[name] = target._replace(dtype=torch.float16, base=self.bases[name])
             return "merged", ""
         self.targets[name] = target
         return "renamed", ""
 
-    def tokens(self, name):                             # added tokens go to their rows, whatever other rows they had
-        if name not in self.placed:
-            return ()
+    def tokens(self, name):
+        """What Target needs of the vocabulary: each added token is of the first of the sources that has learned it."""
         keep = min(self.cfg.added_tokens.values(), default=self.shapes[name][0]) if self.preset else None
-        return keep, self.token_rows(name)
-
-    def token_rows(self, name):
-        """[(Stored, its rows, ours)] of added tokens, each from the first of the sources that has learned it."""
         out, missing = [], dict(self.cfg.added_tokens)
         for source in self.sources:
             x = source.tensors.get(name)
@@ -1062,7 +1056,7 @@ class Recipe(NamedTuple):
             rows = {token: row for token, row in source.tokens().items() if row >= first and token in missing}
             if rows:
                 out.append((x, [*rows.values()], [missing.pop(token) for token in rows]))
-        return out
+        return keep, out
 
     def unfit(self, source):                            # parts of which a tensor does not fit: a preset leaves them out
         names = source.tensors.keys() & self.shapes if self.preset else ()
@@ -1105,6 +1099,10 @@ def check_base(base, delta, cfg):
     if cfg.added_tokens and (new - rows != len(fresh) or cfg.added_tokens.keys() & {*TOKENS[1:]} - fresh):
         raise Refused(f"{base.path} has {rows} embedding rows, {delta.path} {new}, which its added tokens "
                       f"({', '.join(cfg.added_tokens)}) do not explain; name the base it was made against")
+
+
+def check_shapes(base, delta):
+    """Refuse a base with a tensor to which a delta's cannot be added."""
     if odd := base.tensors.keys() ^ {name for name in delta.tensors if name.startswith("llm.")}:
         raise Refused(f"{base.path} is not the base of {delta.path}: only one of them has {min(odd)}; name that")
     for name, x in base.tensors.items():
@@ -1152,28 +1150,25 @@ def plan_weights(paths, preset="", dtype="keep", merge_lora=False):
     model = skeleton(parts, preset)
     if "delta" in parts:
         check_base(parts["llm"], parts["delta"], model.cfg)
+        check_shapes(parts["llm"], parts["delta"])
     recipe = recipe_of(parts, model, preset)
     report = recipe.gather() + recipe.fill(model)
     cfg = as_told(model.cfg, recipe.targets) if preset else model.cfg
-    if merge_lora:
+    if merge_lora and getattr(cfg, "llm", None):
         cfg, report = merge(recipe.targets, cfg, report)
     targets = {name: recipe.targets[name] for name in recipe.shapes if name in recipe.targets}      # as M.fuse wants them
     targets = {name: target._replace(dtype=cast(target.dtype, dtype)) for name, target in targets.items()}
-    return Plan({"model": targets}, {}, tokenizers_of(recipe.sources), report, cfg)
-
-
-def tokenizers_of(sources):                             # files to copy; of those of one name the last one's is kept
-    order = sorted(reversed(sources), key=lambda source: source.kind in (*LLMS, "delta", "nextgpt"))
+    order = sorted(reversed(recipe.sources), key=lambda source: source.kind in (*LLMS, "delta", "nextgpt"))
     folders = [beside(source.path, "tokenizer" if source.kind == "painter" else "") for source in order]
-    return list(chain.from_iterable(map(tokenizer_files, folders)))
+    return Plan({"model": targets}, {}, tokenizer_files(folders), report, cfg)
 
 
 def merge(targets, cfg, report):                        # let the weights absorb their LoRA -> config, report
-    for name in [name for name in targets if name.endswith("lora_A")]:
-        pair, weight = [name[:-1] + x for x in "AB"], name.replace("lora_A", "weight")
-        if {*pair, weight} <= targets.keys():           # else one is reported missing
-            a, b = (targets.pop(x).stored for x in pair)
-            targets[weight] = targets[weight]._replace(lora=(b, a, cfg.llm.lora_alpha / cfg.llm.lora_rank))
+    for a in [name for name in targets if name.endswith("lora_A")]:
+        b, weight = a.replace("lora_A", "lora_B"), a.replace("lora_A", "weight")
+        if {b, weight} <= targets.keys():               # else one is reported missing
+            lora = targets.pop(b).stored, targets.pop(a).stored, cfg.llm.lora_alpha / cfg.llm.lora_rank
+            targets[weight] = targets[weight]._replace(lora=lora)
     report = [row._replace(fate="merged") if row.fate == "renamed" and ".lora_" in row.key else row for row in report]
     return replace(cfg, llm=replace(cfg.llm, lora_rank=0)), report
 
@@ -1215,7 +1210,7 @@ def plan_export(folder, dtype="keep"):
     elif cfg.clip:
         texts["config.json"] = named(cfg.clip, CLIP_FIELDS) | {
             "model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"], "hidden_act": "quick_gelu"}
-    return Plan(files, texts, tokenizer_files(folder), report)
+    return Plan(files, texts, tokenizer_files([folder]), report)
 
 
 def say(text, file=None):                               # names found in files could move the cursor

@@ -99,7 +99,6 @@ from tqdm import tqdm
 
 import generate as G
 import model as M
-from model import CODES
 from vision import HUGE, SAMConfig
 
 
@@ -361,10 +360,6 @@ class Stored(NamedTuple):
         """Bytes from the first to the last number; more than like.nbytes if the tensor is a view of a larger one."""
         return self.like.untyped_storage().nbytes()
 
-    @property
-    def plain(self):                                    # nbytes > span: an expanded view, of few bytes but any size
-        return isinstance(self.key, str) and self.like.dtype in CODES and self.like.nbytes <= self.span
-
     def read(self):                                     # by plain reads: mapped pages would count as memory in use
         if self.start is None:
             return self.like.clone()                    # rows are written into what is read, and storages may be shared
@@ -463,8 +458,8 @@ def open_file(path):
         raise Refused(f"{path}: a web page, not weights; the download needs a login or another address", 3)
     with refusing(f"{path}: truncated or damaged", "; download it again", 3):   # JSON begins behind 8 bytes of length
         found = open_safetensors(path) if path.suffix == ".safetensors" or head[8:9] == b"{" else open_pickle(path)
-        for x in found:
-            if not x.plain:
+        for x in found:                                 # nbytes > span: an expanded view, of few bytes but any size
+            if not isinstance(x.key, str) or x.like.dtype not in M.CODES or x.like.nbytes > x.span:
                 raise ValueError(f"{x.key!r:.60} is no plain tensor")
         if not found:
             raise ValueError("it holds no tensors")
@@ -768,8 +763,7 @@ PAINTER_KNOWN = {
              "center_input_sample": "False", "mid_block_scale_factor": r"1(\.0)?", "dual_cross_attention": "False",
              "resnet_time_scale_shift": "default", "class_embed_type": "simple_projection",
              "time_embedding_type": "positional"},
-    "vae": {"act_fn": "silu"},
-    "text_encoder": {"hidden_act": "quick_gelu|gelu", "projection_hidden_act": "relu"},
+    "vae": {"act_fn": "silu"}, "text_encoder": {"hidden_act": "quick_gelu|gelu", "projection_hidden_act": "relu"},
     "vocoder": {"leaky_relu_slope": "0.1", "normalize_before": "False"},
     "scheduler": {"_class_name": "PNDMScheduler|DDIMScheduler", "num_train_timesteps": "1000",
                   "beta_schedule": "scaled_linear", "skip_prk_steps": "True", "steps_offset": "1",
@@ -950,13 +944,6 @@ class Target(NamedTuple):
             x = x.float() + factor * b.read().float() @ a.read().float()
         return x.to(self.dtype).contiguous()
 
-    def use_of(self, x):                                # -> (fate, note) of a Stored that is not the first of its name
-        if x is self.base:
-            return "merged", ""
-        if self.tokens and any(x is other for other, *_ in self.tokens[1]):
-            return "merged", "rows of added tokens"
-        return "dropped", "another source gives it"
-
     def with_tokens(self, x, keep, rows):               # as in training: new rows begin as the mean of the old ones
         x = x[:keep]                                    # (V, C) -> (keep, C)
         mean = x.float().mean(0, keepdim=True).to(x.dtype)
@@ -1028,21 +1015,27 @@ class Recipe(NamedTuple):
     def take(self, name, source):
         """Make a target of a tensor if the model has it, no other source gave it and it fits. -> (fate, note)"""
         x, shape = source.tensors[name], tuple(source.tensors[name].like.shape)
+        if x is self.bases.get(name):                   # taken with the delta
+            return "merged", ""
         if source.kind == "projector" and name == EMBED:
             return "merged", "rows of added tokens"
         if name not in self.shapes:
             return NOT_NEEDED.get(name, ("UNEXPECTED", f"{self.preset or 'a model of these sizes'} has no such tensor"))
         if name in self.targets:
-            return self.targets[name].use_of(x)
+            _, rows = self.targets[name].tokens or (0, ())
+            shared = any(x is other for other, *_ in rows)
+            return ("merged", "rows of added tokens") if shared else ("dropped", "another source gives it")
         if not self.fits(name, shape):
             return "MISMATCHED", f"{list(shape)}, where the model needs {list(self.shapes[name])}"
-        tokens = self.tokens(name) if name in self.placed else ()       # go to their rows, whatever rows they had
+        return self.add(name, source)
+
+    def add(self, name, source):                        # a target -> (fate, note)
+        x, tokens = source.tensors[name], self.tokens(name) if name in self.placed else ()
         target = Target(x, self.shapes[name], x.like.dtype, tokens=tokens)
         if source.kind == "delta" and name in self.bases:               # a ChatBind's projector is whole
-            self.targets[name] = target._replace(dtype=torch.float16, base=self.bases[name])
-            return "merged", ""
+            target = target._replace(dtype=torch.float16, base=self.bases[name])
         self.targets[name] = target
-        return "renamed", ""
+        return "merged" if target.base else "renamed", ""
 
     def tokens(self, name):
         """What Target needs of the vocabulary: each added token is of the first of the sources that has learned it."""
@@ -1091,7 +1084,7 @@ class Recipe(NamedTuple):
 
 
 def check_base(base, delta, cfg):
-    """Refuse a base of other sizes, or one that a delta extends by other rows than its added tokens."""
+    """Refuse a base of other sizes, or one that a delta extends by other rows than its added tokens. -> its tensors"""
     if base.size() != delta.size():
         raise Refused(f"{base.path} ({base.size()}) is not the base of {delta.path} ({delta.size()}); name that")
     rows, new = base.shape(EMBED)[0], cfg.llm.vocab_size
@@ -1099,10 +1092,6 @@ def check_base(base, delta, cfg):
     if cfg.added_tokens and (new - rows != len(fresh) or cfg.added_tokens.keys() & {*TOKENS[1:]} - fresh):
         raise Refused(f"{base.path} has {rows} embedding rows, {delta.path} {new}, which its added tokens "
                       f"({', '.join(cfg.added_tokens)}) do not explain; name the base it was made against")
-
-
-def check_shapes(base, delta):
-    """Refuse a base with a tensor to which a delta's cannot be added."""
     if odd := base.tensors.keys() ^ {name for name in delta.tensors if name.startswith("llm.")}:
         raise Refused(f"{base.path} is not the base of {delta.path}: only one of them has {min(odd)}; name that")
     for name, x in base.tensors.items():
@@ -1111,6 +1100,7 @@ def check_shapes(base, delta):
             old = max(old, new[:1] + old[1:])           # with rows of added tokens
         if old != new:
             raise Refused(f"{name}: {[*new]} in the delta, {[*x.like.shape]} in {base.path}; name its base")
+    return base.tensors
 
 
 def skeleton(parts, preset):                            # the module of these sources, on meta
@@ -1131,34 +1121,25 @@ def as_told(cfg, targets):
     return replace(cfg, llm=replace(cfg.llm, **{name: getattr(llm, name) for name in TOLD}), **ends)
 
 
-def recipe_of(parts, model, preset):
-    """The Recipe, without targets yet, of the module that these sources make."""
-    own = "delta", "projector", getattr(model.cfg, "system", "")
-    # the first that has a tensor gives it: own system and additions, then whole language models, then the others
-    sources = sorted(parts.values(), key=lambda source: (source.kind not in own, source.kind not in LLMS))
-    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if name not in M.tied(model)}
-    placed = (EMBED, HEAD) if preset or "projector" in parts else ()
-    bases = parts["llm"].tensors if "delta" in parts else {}
-    return Recipe(model.cfg, shapes, sources, bases, preset, placed, {})
-
-
 def plan_weights(paths, preset="", dtype="keep", merge_lora=False):
     """The Plan that makes one weights folder of public checkpoints. Reads headers, and norms to tell a delta."""
     if preset not in ("", *M.PRESETS):
         raise Refused(f"unknown preset {preset!r}; known: {', '.join(M.PRESETS)}")
     parts = open_sources(paths, preset)
     model = skeleton(parts, preset)
-    if "delta" in parts:
-        check_base(parts["llm"], parts["delta"], model.cfg)
-        check_shapes(parts["llm"], parts["delta"])
-    recipe = recipe_of(parts, model, preset)
+    cfg, own = model.cfg, ("delta", "projector", getattr(model.cfg, "system", ""))
+    bases = check_base(parts["llm"], parts["delta"], cfg) if "delta" in parts else {}
+    # the first that has a tensor gives it: own system and additions, then whole language models, then the others
+    sources = sorted(parts.values(), key=lambda source: (source.kind not in own, source.kind not in LLMS))
+    shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if name not in M.tied(model)}
+    recipe = Recipe(cfg, shapes, sources, bases, preset, (EMBED, HEAD) if preset or "projector" in parts else (), {})
     report = recipe.gather() + recipe.fill(model)
-    cfg = as_told(model.cfg, recipe.targets) if preset else model.cfg
+    cfg = as_told(cfg, recipe.targets) if preset else cfg
     if merge_lora and getattr(cfg, "llm", None):
         cfg, report = merge(recipe.targets, cfg, report)
-    targets = {name: recipe.targets[name] for name in recipe.shapes if name in recipe.targets}      # as M.fuse wants them
+    targets = {name: recipe.targets[name] for name in shapes if name in recipe.targets}     # as M.fuse wants them
     targets = {name: target._replace(dtype=cast(target.dtype, dtype)) for name, target in targets.items()}
-    order = sorted(reversed(recipe.sources), key=lambda source: source.kind in (*LLMS, "delta", "nextgpt"))
+    order = sorted(reversed(sources), key=lambda source: source.kind in (*LLMS, "delta", "nextgpt"))
     folders = [beside(source.path, "tokenizer" if source.kind == "painter" else "") for source in order]
     return Plan({"model": targets}, {}, tokenizer_files(folders), report, cfg)
 
@@ -1291,14 +1272,6 @@ def split(targets, stem, limit):          # {file name: targets}, each of one te
     return {f"{stem}-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def index_of(shards):                                   # {its name: what it says}, {} for a single file
-    if len(shards) == 1:
-        return {}
-    file_of = {key: file for file, shard in shards.items() for key in shard}
-    size = sum(target.nbytes for shard in shards.values() for target in shard.values())
-    return {INDICES[0]: {"metadata": {"total_size": size}, "weight_map": file_of}}
-
-
 def write_shard(path, targets, bar):                    # each tensor is computed when its turn comes
     def values():
         for target in targets.values():
@@ -1322,9 +1295,11 @@ def write(plan, out, sources, max_shard=5e9, overwrite=False, quantize=""):     
         texts = dict(plan.texts)
         for stem, targets in plan.files.items():
             shards = split(targets, stem, max_shard if stem == "model" else math.inf)
-            texts |= index_of(shards)
             for name, shard in shards.items():
                 write_shard(new / name, shard, bar)
+            if len(shards) > 1:
+                texts[INDICES[0]] = {"metadata": {"total_size": sum(target.nbytes for target in targets.values())},
+                                     "weight_map": {key: name for name, shard in shards.items() for key in shard}}
         for name, values in texts.items():
             (new / name).write_text(json.dumps(values, indent=1))
         if plan.cfg:

@@ -932,6 +932,9 @@ class Target(NamedTuple):
     def nbytes(self):
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def cast(self, choice):                             # only floating point is ever converted
+        return self._replace(dtype=FLOATS.get(choice, self.dtype)) if self.dtype.is_floating_point else self
+
     def value(self):
         x = self.stored.read()
         if self.base:                                   # parity: apply_delta adds in float16
@@ -982,9 +985,15 @@ class Plan(NamedTuple):
     def nbytes(self):
         return sum(target.nbytes for targets in self.files.values() for target in targets.values())
 
-
-def cast(dtype, choice):                                # only floating point is ever converted
-    return FLOATS.get(choice, dtype) if dtype.is_floating_point else dtype
+    def layout(self, limit):                            # {file: its targets}, {file: what to write as JSON}
+        files, texts = {}, dict(self.texts)
+        for stem, targets in self.files.items():
+            shards = split(targets, stem, limit if stem == "model" else math.inf)
+            files |= shards
+            if len(shards) > 1:
+                texts[INDICES[0]] = {"metadata": {"total_size": sum(target.nbytes for target in targets.values())},
+                                     "weight_map": {key: name for name, shard in shards.items() for key in shard}}
+        return files, texts
 
 
 def part_of(name):                                      # component of a tensor: llm, readers.clip.tower, ...
@@ -1037,18 +1046,21 @@ class Recipe(NamedTuple):
         self.targets[name] = target
         return "merged" if target.base else "renamed", ""
 
+    def learned(self, source, name):                    # {added token: row} in a source's tensor of the vocabulary
+        x = source.tensors.get(name)
+        if x is None or x.like.shape[1:] != self.shapes[name][1:]:
+            return {}
+        first = self.bases[EMBED].like.shape[0] if source.kind == "delta" else 0        # a delta has these whole
+        return {token: row for token, row in source.tokens().items() if row >= first}
+
     def tokens(self, name):
         """What Target needs of the vocabulary: each added token is of the first of the sources that has learned it."""
         keep = min(self.cfg.added_tokens.values(), default=self.shapes[name][0]) if self.preset else None
         out, missing = [], dict(self.cfg.added_tokens)
         for source in self.sources:
-            x = source.tensors.get(name)
-            if x is None or x.like.shape[1:] != self.shapes[name][1:]:
-                continue
-            first = self.bases[EMBED].like.shape[0] if source.kind == "delta" else 0        # a delta has these whole
-            rows = {token: row for token, row in source.tokens().items() if row >= first and token in missing}
-            if rows:
-                out.append((x, [*rows.values()], [missing.pop(token) for token in rows]))
+            rows = self.learned(source, name)
+            if new := {rows[token]: missing.pop(token) for token in rows if token in missing}:
+                out.append((source.tensors[name], [*new], [*new.values()]))
         return keep, out
 
     def unfit(self, source):                            # parts of which a tensor does not fit: a preset leaves them out
@@ -1137,8 +1149,7 @@ def plan_weights(paths, preset="", dtype="keep", merge_lora=False):
     cfg = as_told(cfg, recipe.targets) if preset else cfg
     if merge_lora and getattr(cfg, "llm", None):
         cfg, report = merge(recipe.targets, cfg, report)
-    targets = {name: recipe.targets[name] for name in shapes if name in recipe.targets}     # as M.fuse wants them
-    targets = {name: target._replace(dtype=cast(target.dtype, dtype)) for name, target in targets.items()}
+    targets = {name: recipe.targets[name].cast(dtype) for name in shapes if name in recipe.targets}     # as M.fuse wants
     order = sorted(reversed(sources), key=lambda source: source.kind in (*LLMS, "delta", "nextgpt"))
     folders = [beside(source.path, "tokenizer" if source.kind == "painter" else "") for source in order]
     return Plan({"model": targets}, {}, tokenizer_files(folders), report, cfg)
@@ -1181,7 +1192,7 @@ def plan_export(folder, dtype="keep"):
                           "ImageBind, a ChatBind or a NExT-Chat, without LoRA and not quantised")
         report.append(Row(str(folder), "weights", "renamed", name, part, key))
         file = "imagebind" if part == "readers.imagebind.tower" else "model"
-        files.setdefault(file, {})[key] = Target(x, tuple(x.like.shape), cast(x.like.dtype, dtype))
+        files.setdefault(file, {})[key] = Target(x, tuple(x.like.shape), x.like.dtype).cast(dtype)
     if cfg.imagebind and "text" in cfg.imagebind.towers:        # the original's strict load asks for it
         n = cfg.imagebind.towers["text"].size[0]
         key, mask = "modality_preprocessors.text.mask", torch.full((n, n), -torch.inf).triu(1)
@@ -1236,14 +1247,13 @@ def check(plan):                                        # Raises Refused if the 
 
 def clear(out):                                         # remove what dead runs left of it: out.tmp-1234 of process 1234
     for left in out.parent.glob("*.tmp-*"):
-        if not (found := re.fullmatch(re.escape(out.name) + r"(\.tmp-(\d+))+", left.name)):
-            continue
-        try:
-            os.kill(int(found[2]), 0)                   # signal 0 only asks
-        except ProcessLookupError:
-            shutil.rmtree(left)
-        except PermissionError:                         # it lives, and is someone else's
-            pass
+        if found := re.fullmatch(re.escape(out.name) + r"(\.tmp-(\d+))+", left.name):
+            try:
+                os.kill(int(found[2]), 0)               # signal 0 only asks
+            except ProcessLookupError:
+                shutil.rmtree(left)
+            except PermissionError:                     # it lives, and is someone else's
+                pass
 
 
 def make_room(out, nbytes, sources, overwrite):         # raise Refused if out must not be written or is too large
@@ -1260,9 +1270,9 @@ def make_room(out, nbytes, sources, overwrite):         # raise Refused if out m
 
 
 def split(targets, stem, limit):          # {file name: targets}, each of one tensor or at most limit bytes
-    shards, room = [], 0                                # wide types first: numbers lie at multiples of their width
+    shards, room = [], -1                               # wide types first: numbers lie at multiples of their width
     for name, target in sorted(targets.items(), key=lambda item: -item[1].dtype.itemsize):
-        if not shards or target.nbytes > room:
+        if target.nbytes > room:
             shards.append({})
             room = limit
         shards[-1][name] = target
@@ -1292,14 +1302,9 @@ def write(plan, out, sources, max_shard=5e9, overwrite=False, quantize=""):     
     with M.new_folder(out) as new, tqdm(total=plan.nbytes, unit="B", unit_scale=True, disable=None) as bar:
         for path in plan.copies:
             shutil.copyfile(path, new / path.name)
-        texts = dict(plan.texts)
-        for stem, targets in plan.files.items():
-            shards = split(targets, stem, max_shard if stem == "model" else math.inf)
-            for name, shard in shards.items():
-                write_shard(new / name, shard, bar)
-            if len(shards) > 1:
-                texts[INDICES[0]] = {"metadata": {"total_size": sum(target.nbytes for target in targets.values())},
-                                     "weight_map": {key: name for name, shard in shards.items() for key in shard}}
+        files, texts = plan.layout(max_shard)
+        for name, targets in files.items():
+            write_shard(new / name, targets, bar)
         for name, values in texts.items():
             (new / name).write_text(json.dumps(values, indent=1))
         if plan.cfg:
@@ -1320,10 +1325,9 @@ def main(args):
     if args.report:
         args.report.write_text(json.dumps([row._asdict() for row in plan.report], indent=1))
     check(plan)
-    if args.dry_run:
-        return
-    write(plan, args.out, args.sources or [args.export], args.max_shard, args.overwrite, args.quantize)
-    say(f"wrote {args.out}")
+    if not args.dry_run:
+        write(plan, args.out, args.sources or [args.export], args.max_shard, args.overwrite, args.quantize)
+        say(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

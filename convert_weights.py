@@ -63,9 +63,8 @@ def size(text):                                         # '5GB' or '5' -> 5e9, '
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Public checkpoints to a weights folder, or back.",
-                                     epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Public checkpoints to a weights folder, or back.", epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("sources", nargs="*", metavar="SOURCE", help="folders and files that together make one model")
     add("--out", type=Path, metavar="DIR", help="folder to write: all of it or, if anything goes wrong, nothing")
@@ -202,8 +201,7 @@ GROUNDING_DINO = under("", LOCATOR, under("backbone.0.", "swin.", [
     ("{self_attn,ca_text}.in_proj_{weight,bias}",       "{self_attn,text_attn}.wqkv.{weight,bias}"),
     ("{self_attn,ca_text}.out_proj.*",                  "{self_attn,text_attn}.wo.*"),
     ("cross_attn.{sampling_offsets,attention_weights,value_proj,output_proj}.*", "attn.{offsets,weights,wv,wo}.*"),
-    ("{norm1,norm2,norm3,catext_norm}.*",               "{attn_norm,self_norm,mlp_norm,text_norm}.*"),
-    ("linear{1,2}.*",                                   "mlp.fc{1,2}.*"),
+    ("{norm1,norm2,norm3,catext_norm,linear1,linear2}.*", "{attn_norm,self_norm,mlp_norm,text_norm,mlp.fc1,mlp.fc2}.*"),
 ]) + [
     ("transformer.decoder.ref_point_head.layers.{0,1}.*", "query_pos.{0,2}.*"),             # Linear, ReLU, Linear
     ("transformer.{decoder.bbox_embed.0,enc_out_bbox_embed}.layers.{0,1,2}.*", "{box,proposal_box}.{0,2,4}.*"),
@@ -356,8 +354,7 @@ class Stored(NamedTuple):
     start: int | None = None            # None: `like` is no likeness but the tensor
 
     @property
-    def span(self):
-        """Bytes from the first to the last number; more than like.nbytes if the tensor is a view of a larger one."""
+    def span(self):                                     # bytes from the first to the last number, of a view of more too
         return self.like.untyped_storage().nbytes()
 
     def read(self):                                     # by plain reads: mapped pages would count as memory in use
@@ -469,7 +466,7 @@ def open_file(path):
 def indexed(index):                                     # the files that an index names, which must lie beside it
     with refusing(f"{index}: names no shards", "; download it again", 3):
         names = set(map(str, read_json(index)["weight_map"].values())) or {"?"}
-    if absent := names - {path.name for path in index.parent.iterdir() if path.is_file()}:      # as "../x": it leads out
+    if absent := names - {path.name for path in index.parent.iterdir() if path.is_file()}:      # as "../x": leads out
         raise Refused(f"{index}: shard {min(absent)!r} is not a file of this folder; download both again", 3)
     return [index.parent / name for name in sorted(names)]
 
@@ -552,12 +549,9 @@ class Source(NamedTuple):
     def size(self):                                     # of the language model
         return f"{self.depth('llm')} layers of width {self.shape(EMBED)[-1]}"
 
-    def vocabulary(self):                               # rows of its embedding, 0 if it has none
-        return self.shape(EMBED)[0] if EMBED in self.tensors else 0
-
     def tokens(self, needed=()):
         """{added token: row of its embedding}, as its files say or as published. Raises Refused if they do not fit."""
-        rows = self.vocabulary()
+        rows = self.shape(EMBED)[0] if EMBED in self.tensors else 0
         if self.kind == "projector":                    # of a file of 2 rows: those around media, without the patch's
             names = TOKENS[max(1, len(TOKENS) - rows):]
             return dict(zip(names, range(rows - len(names), rows)))
@@ -609,12 +603,6 @@ def translate_all(found, kind, path):                   # -> {our name: Stored},
     return tensors, rest
 
 
-def llama_kind(keys, c):                                # more exactly, what has the layers of a LLaMA
-    if re.fullmatch("llava(?!.*bind).*", str(c.get("model_type"))):
-        return "llava"                                  # its projector is for CLIP; a ChatBind's has the same name
-    return "chatbind" if "model.mm_projector.weight" in keys else "llama"
-
-
 def is_delta(tensors):                                  # its norms average 0, those of a whole model are near 1
     norms = [x.read().double().mean() for name, x in tensors.items() if re.match(r"llm\..*norm\.weight", name)]
     return abs(sum(norms)) < 0.05 * len(norms)
@@ -626,8 +614,10 @@ def open_source(path, found):                           # -> the Source of one c
         raise Refused(f"{path}: not a LLaMA, CLIP, SAM, GroundingDINO, ImageBind, ChatBind, NExT-Chat, ChatterBox, "
                       f"NExT-GPT or diffusion model (it holds {min(found)}); give one of those")
     c = read_json(beside(path, "config.json")) if kind in LLM_KNOWN else {}
-    if kind == "llama":
-        kind = llama_kind(found, c)
+    if kind == "llama" and re.fullmatch("llava(?!.*bind).*", str(c.get("model_type"))):
+        kind = "llava"                                  # its projector is for CLIP; a ChatBind's has the same name
+    if kind == "llama" and "model.mm_projector.weight" in found:
+        kind = "chatbind"
     require(LLM_KNOWN.get(kind, {}), c, path)
     tensors, rest = translate_all(found, kind, path)
     if kind in ("llama", "chatbind", "llava") and is_delta(tensors):
@@ -674,7 +664,7 @@ def picked(values, table):                              # what a table names of 
     return {ours: values[theirs] for theirs, ours in table.items() if values.get(theirs) is not None}
 
 
-def word(token):                                        # of tokenizer files: it, or an object with all that is known of it
+def word(token):                                        # of a tokenizer: itself, or an object with all that is known
     return token["content"] if isinstance(token, dict) else token
 
 
@@ -793,13 +783,6 @@ def unet_config(c):                                     # what UNetConfig says i
             "context_dim": 0 if c.get("class_embed_type") else c["cross_attention_dim"]}
 
 
-def text_ids(text, tokenizer, sounds):                  # what TextConfig says of tokens; sounds are prompted by a RoBERTa
-    if sounds:
-        return {"start": 0, "end": 2, "pad": 1, "out_dim": text["projection_dim"]}
-    end = text["vocab_size"] - 1
-    return {"start": end - 1, "end": end, "pad": 0 if word(tokenizer.get("pad_token")) == "!" else end}     # ZeroScope's
-
-
 def painter_config(files, where):                       # files: {subfolder: values} of a diffusion model's JSON
     files = {part: {k: v for k, v in values.items() if v is not None} for part, values in files.items()}
     for part, known in PAINTER_KNOWN.items():
@@ -807,8 +790,11 @@ def painter_config(files, where):                       # files: {subfolder: val
 
     def read(cls, part, table, **more):
         return M.to_config(cls, picked(files[part], table) | more, f"{where}: {part}")
-    sounds, schedule = bool(files.get("vocoder")), files["scheduler"]
-    ids = text_ids(files["text_encoder"], files.get("tokenizer", {}), sounds)
+    text, schedule, sounds = files["text_encoder"], files["scheduler"], bool(files.get("vocoder"))
+    end, pad = text["vocab_size"] - 1, word(files.get("tokenizer", {}).get("pad_token"))
+    ids = {"start": end - 1, "end": end, "pad": 0 if pad == "!" else end}       # "!": ZeroScope's
+    if sounds:                                          # prompted by a RoBERTa
+        ids = {"start": 0, "end": 2, "pad": 1, "out_dim": text["projection_dim"]}
     pndm = schedule.get("_class_name", "PNDMScheduler") == "PNDMScheduler"      # others may keep its fields
     return G.PainterConfig(
         read(G.UNetConfig, "unet", UNET_FIELDS, **unet_config(files["unet"])), read(G.VAEConfig, "vae", VAE_FIELDS),
@@ -823,7 +809,7 @@ def place_tokens(source, rows, projector):
     tokens = source.json("added_tokens.json")
     if not projector or tokens.keys() >= set(TOKENS[1:]):
         return source.tokens(TOKENS[1:]), rows
-    trained = projector.vocabulary() or 2
+    trained = projector.shape(EMBED)[0] if EMBED in projector.tensors else 2
     new = rows + 3 if trained == 2 else trained         # 2: only those around media, beside a third that never learned
     if new - rows not in (0, 3, 4):
         raise Refused(f"{projector.path} was trained with {trained} embedding rows, {source.path} has {rows}; "
@@ -859,8 +845,7 @@ def nextgpt_config(source, llm):
     return out
 
 
-def vocabulary_config(main, projector):
-    """Added tokens of a language model and, of ChatBind, its bridge to ImageBind. -> fields, rows of the embedding"""
+def vocabulary_config(main, projector):                 # -> added tokens and, of ChatBind, its bridge; embedding rows
     rows, bridge = main.shape(EMBED)[0], projector or main
     if BRIDGE in bridge.tensors:
         tokens, rows = place_tokens(main, rows, projector)
@@ -871,8 +856,7 @@ def vocabulary_config(main, projector):
     return {"added_tokens": {token: i for token, i in main.json("added_tokens.json").items() if i < rows}}, rows
 
 
-def language_config(main, parts):
-    """What the files of a language model, and of what was trained for it, tell."""
+def language_config(main, parts):                       # what files of a language model, and of additions, tell
     out, rows = vocabulary_config(main, parts.get("projector"))
     if c := main.json("config.json") or parts["llm"].json("config.json"):
         llm = llm_config(main.path, rows, c)
@@ -1001,8 +985,7 @@ def part_of(name):                                      # component of a tensor:
 
 
 def tokenizer_files(folders):                           # and what else of sources is kept; of one name the last one's
-    paths = [folder / name for folder in folders for name in COPIES]
-    return [path for path in paths if path.is_file()]
+    return [path for folder in folders for name in COPIES if (path := folder / name).is_file()]
 
 
 class Recipe(NamedTuple):
@@ -1015,27 +998,28 @@ class Recipe(NamedTuple):
     placed: tuple                       # tensors of the vocabulary, if their added tokens come from several sources
     targets: dict                       # our name: Target
 
-    def fits(self, name, shape):
-        wanted = self.shapes[name]
+    def fits(self, name, x):                            # or is nothing that the model has
+        shape = tuple(x.like.shape)
+        wanted = self.shapes.get(name, shape)
         if name in self.placed and shape[1:] == wanted[1:]:             # (V, C)
             return bool(self.preset) or shape[0] <= wanted[0]
         return shape == wanted
 
     def take(self, name, source):
         """Make a target of a tensor if the model has it, no other source gave it and it fits. -> (fate, note)"""
-        x, shape = source.tensors[name], tuple(source.tensors[name].like.shape)
+        x = source.tensors[name]
         if x is self.bases.get(name):                   # taken with the delta
             return "merged", ""
         if source.kind == "projector" and name == EMBED:
             return "merged", "rows of added tokens"
         if name not in self.shapes:
-            return NOT_NEEDED.get(name, ("UNEXPECTED", f"{self.preset or 'a model of these sizes'} has no such tensor"))
+            fate = "dropped" if self.preset else "UNEXPECTED"           # a preset takes what fits
+            return NOT_NEEDED.get(name, (fate, f"{self.preset or 'a model of these sizes'} has no such tensor"))
         if name in self.targets:
-            _, rows = self.targets[name].tokens or (0, ())
-            shared = any(x is other for other, *_ in rows)
+            shared = name in self.placed and any(x is other for other, *_ in self.targets[name].tokens[1])
             return ("merged", "rows of added tokens") if shared else ("dropped", "another source gives it")
-        if not self.fits(name, shape):
-            return "MISMATCHED", f"{list(shape)}, where the model needs {list(self.shapes[name])}"
+        if not self.fits(name, x):
+            return "MISMATCHED", f"{[*x.like.shape]}, where the model needs {list(self.shapes[name])}"
         return self.add(name, source)
 
     def add(self, name, source):                        # a target -> (fate, note)
@@ -1053,8 +1037,7 @@ class Recipe(NamedTuple):
         first = self.bases[EMBED].like.shape[0] if source.kind == "delta" else 0        # a delta has these whole
         return {token: row for token, row in source.tokens().items() if row >= first}
 
-    def tokens(self, name):
-        """What Target needs of the vocabulary: each added token is of the first of the sources that has learned it."""
+    def tokens(self, name):                             # of a Target: each token of the first that has learned it
         keep = min(self.cfg.added_tokens.values(), default=self.shapes[name][0]) if self.preset else None
         out, missing = [], dict(self.cfg.added_tokens)
         for source in self.sources:
@@ -1063,21 +1046,14 @@ class Recipe(NamedTuple):
                 out.append((source.tensors[name], [*new], [*new.values()]))
         return keep, out
 
-    def unfit(self, source):                            # parts of which a tensor does not fit: a preset leaves them out
-        names = source.tensors.keys() & self.shapes if self.preset else ()
-        return {part_of(name) for name in names if not self.fits(name, tuple(source.tensors[name].like.shape))}
-
     def gather(self):                                   # -> rows of the report on what the sources hold
         report = [row for source in self.sources for row in source.rows]
         for source in self.sources:
-            unfit = self.unfit(source)
+            unfit = {part_of(name) for name, x in source.tensors.items() if self.preset and not self.fits(name, x)}
             for name, x in source.tensors.items():
-                fate, note = "dropped", "its part has other sizes"
-                if part_of(name) not in unfit:
-                    fate, note = self.take(name, source)
-                if self.preset and fate.isupper():      # a preset takes what fits
-                    fate = "dropped"
-                report.append(Row(str(source.path), source.kind, fate, x.key, part_of(name), note))
+                part = part_of(name)
+                fate, note = self.take(name, source) if part not in unfit else ("dropped", "its part has other sizes")
+                report.append(Row(str(source.path), source.kind, fate, x.key, part, note))
         return report
 
     def fill(self, model):
@@ -1108,8 +1084,7 @@ def check_base(base, delta, cfg):
         raise Refused(f"{base.path} is not the base of {delta.path}: only one of them has {min(odd)}; name that")
     for name, x in base.tensors.items():
         old, new = tuple(x.like.shape), tuple(delta.tensors[name].like.shape)
-        if name in (EMBED, HEAD):
-            old = max(old, new[:1] + old[1:])           # with rows of added tokens
+        old = max(old, new[:1] + old[1:]) if name in (EMBED, HEAD) else old             # with rows of added tokens
         if old != new:
             raise Refused(f"{name}: {[*new]} in the delta, {[*x.like.shape]} in {base.path}; name its base")
     return base.tensors
@@ -1149,7 +1124,7 @@ def plan_weights(paths, preset="", dtype="keep", merge_lora=False):
     cfg = as_told(cfg, recipe.targets) if preset else cfg
     if merge_lora and getattr(cfg, "llm", None):
         cfg, report = merge(recipe.targets, cfg, report)
-    targets = {name: recipe.targets[name].cast(dtype) for name in shapes if name in recipe.targets}     # as M.fuse wants
+    targets = {name: recipe.targets[name].cast(dtype) for name in shapes if name in recipe.targets}    # M.fuse wants it
     order = sorted(reversed(sources), key=lambda source: source.kind in (*LLMS, "delta", "nextgpt"))
     folders = [beside(source.path, "tokenizer" if source.kind == "painter" else "") for source in order]
     return Plan({"model": targets}, {}, tokenizer_files(folders), report, cfg)
@@ -1181,7 +1156,7 @@ def their_config(cfg, dtype):                           # config.json of a LLaMA
 
 
 def plan_export(folder, dtype="keep"):
-    """The Plan that writes a weights folder under the public names: that of the LLaMA or CLIP, and that of ImageBind."""
+    """The Plan that writes a weights folder under the public names: that of the LLaMA or CLIP, with ImageBind."""
     cfg, folder = M.read_config(folder), Path(folder)
     table = NEXTCHAT if cfg.system == "nextchat" else TABLE
     files, texts, report = {}, {"added_tokens.json": cfg.added_tokens} if cfg.added_tokens else {}, []
@@ -1209,7 +1184,7 @@ def say(text, file=None):                               # names found in files c
     print(re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", text), file=file, flush=True)
 
 
-def show_sources(report):                               # how many of the keys of each went where, or why they are dropped
+def show_sources(report):                               # how many keys of each went where, or why they are dropped
     for (source, kind), n in Counter((row.source, row.kind) for row in report if row.source).items():
         say(f"{source}: {kind}, {n} keys")
         rows = [row for row in report if row.source == source]

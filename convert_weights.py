@@ -299,12 +299,12 @@ AS_REGEX = str.maketrans({".": r"\.", "*": "(.+)", "{": "(", ",": "|", "}": ")"}
 
 @lru_cache(maxsize=None)
 def compiled(pattern):                                  # (regular expression, [the words of each hole])
-    regex = pattern.replace("{}", r"{\d+}").translate(AS_REGEX)
+    regex = pattern.replace("{}", r"{\d+}").translate(AS_REGEX)         # {a,b} -> (a|b), {} -> (\d+), * -> (.+)
     return re.compile(regex), [words.split(",") for words in HOLES.findall(pattern)]
 
 
 def rewrite(key, pattern, target):
-    """The name `target` gives to `key` if `pattern` matches it in full, else None. Words map by place."""
+    """The name `target` gives to `key` if `pattern` matches it in full, else None. Words map by place, the last wins."""
     regex, words = compiled(pattern)
     match = regex.fullmatch(key)
     if not match:
@@ -354,7 +354,7 @@ class Stored(NamedTuple):
     start: int | None = None            # None: `like` is no likeness but the tensor
 
     @property
-    def span(self):                                     # bytes from the first to the last number, of a view of more too
+    def span(self):                                     # bytes from the first to the last number, gaps included
         return self.like.untyped_storage().nbytes()
 
     def read(self):                                     # by plain reads: mapped pages would count as memory in use
@@ -616,10 +616,10 @@ def open_source(path, found):                           # -> the Source of one c
     c = read_json(beside(path, "config.json")) if kind in LLM_KNOWN else {}
     if kind == "llama" and re.fullmatch("llava(?!.*bind).*", str(c.get("model_type"))):
         kind = "llava"                                  # its projector is for CLIP; a ChatBind's has the same name
-    if kind == "llama" and "model.mm_projector.weight" in found:
+    tensors, rest = translate_all(found, kind, path)
+    if kind == "llama" and BRIDGE in tensors:
         kind = "chatbind"
     require(LLM_KNOWN.get(kind, {}), c, path)
-    tensors, rest = translate_all(found, kind, path)
     if kind in ("llama", "chatbind", "llava") and is_delta(tensors):
         kind = "delta"
     return Source(path, kind, tensors, [Row(str(path), kind, fate, key, note=note) for fate, key, note in rest])
@@ -671,7 +671,7 @@ def word(token):                                        # of a tokenizer: itself
 def llm_config(path, rows, c):
     """What their config.json says about the language model; left out values have the original LLaMA's defaults."""
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}      # the new name and the old one
-    scaling = rope.get("rope_type", rope.get("type", "default"))
+    scaling = rope.get("rope_type") or rope.get("type") or "default"
     require({"rope_scaling": "default|llama3"}, {"rope_scaling": scaling}, path)
     defaults = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": rope.get("rope_theta")}
     values = picked(defaults | c | {"vocab_size": rows}, LLM_FIELDS)
@@ -846,11 +846,11 @@ def nextgpt_config(source, llm):
 
 
 def vocabulary_config(main, projector):                 # -> added tokens and, of ChatBind, its bridge; embedding rows
-    rows, bridge = main.shape(EMBED)[0], projector or main
-    if BRIDGE in bridge.tensors:
+    rows = main.shape(EMBED)[0]
+    if projector or BRIDGE in main.tensors:
         tokens, rows = place_tokens(main, rows, projector)
-        towers = M.ImageBindConfig({}, bridge.shape(BRIDGE)[-1])        # none, only their width
-        return {"system": "chatbind", "added_tokens": tokens, "imagebind": towers}, rows
+        bind = M.ImageBindConfig({}, (projector or main).shape(BRIDGE)[-1])             # no towers, only their width
+        return {"system": "chatbind", "added_tokens": tokens, "imagebind": bind}, rows
     if main.kind == "llava":
         return {"added_tokens": main.tokens()}, rows
     return {"added_tokens": {token: i for token, i in main.json("added_tokens.json").items() if i < rows}}, rows
@@ -889,7 +889,7 @@ def configure(parts):                                   # -> the config; Chatter
 
 COPIES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
           "bpe_simple_vocab_16e6.txt.gz", "merges.txt", "vocab.json")
-WRITTEN = re.compile(r"(model(-\d+-of-\d+)?|imagebind)\.safetensors|" +           # all that conversions write
+WRITTEN = re.compile(r"(model(-\d+-of-\d+)?|imagebind)\.safetensors|" +                # all that conversions write
                      "|".join(map(re.escape, (*COPIES, "config.json", "added_tokens.json", INDICES[0]))))
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_NEEDED = {HEAD: ("dropped", "tied to the embedding"),
@@ -1071,8 +1071,8 @@ class Recipe(NamedTuple):
         return rows
 
 
-def check_base(base, delta, cfg):
-    """Refuse a base of other sizes, or one that a delta extends by other rows than its added tokens. -> its tensors"""
+def bases_of(base, delta, cfg):
+    """{our name: what a delta is added to}. Refuses other sizes, and rows that the delta's added tokens do not explain."""
     if base.size() != delta.size():
         raise Refused(f"{base.path} ({base.size()}) is not the base of {delta.path} ({delta.size()}); name that")
     rows, new = base.shape(EMBED)[0], cfg.llm.vocab_size
@@ -1080,14 +1080,15 @@ def check_base(base, delta, cfg):
     if cfg.added_tokens and (new - rows != len(fresh) or cfg.added_tokens.keys() & {*TOKENS[1:]} - fresh):
         raise Refused(f"{base.path} has {rows} embedding rows, {delta.path} {new}, which its added tokens "
                       f"({', '.join(cfg.added_tokens)}) do not explain; name the base it was made against")
-    if odd := base.tensors.keys() ^ {name for name in delta.tensors if name.startswith("llm.")}:
+    bases = {name: x for name, x in base.tensors.items() if name.startswith("llm.")}
+    if odd := bases.keys() ^ {name for name in delta.tensors if name.startswith("llm.")}:
         raise Refused(f"{base.path} is not the base of {delta.path}: only one of them has {min(odd)}; name that")
-    for name, x in base.tensors.items():
+    for name, x in bases.items():
         old, new = tuple(x.like.shape), tuple(delta.tensors[name].like.shape)
         old = max(old, new[:1] + old[1:]) if name in (EMBED, HEAD) else old             # with rows of added tokens
         if old != new:
             raise Refused(f"{name}: {[*new]} in the delta, {[*x.like.shape]} in {base.path}; name its base")
-    return base.tensors
+    return bases
 
 
 def skeleton(parts, preset):                            # the module of these sources, on meta
@@ -1115,7 +1116,7 @@ def plan_weights(paths, preset="", dtype="keep", merge_lora=False):
     parts = open_sources(paths, preset)
     model = skeleton(parts, preset)
     cfg, own = model.cfg, ("delta", "projector", getattr(model.cfg, "system", ""))
-    bases = check_base(parts["llm"], parts["delta"], cfg) if "delta" in parts else {}
+    bases = bases_of(parts["llm"], parts["delta"], cfg) if "delta" in parts else {}
     # the first that has a tensor gives it: own system and additions, then whole language models, then the others
     sources = sorted(parts.values(), key=lambda source: (source.kind not in own, source.kind not in LLMS))
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if name not in M.tied(model)}
@@ -1124,7 +1125,7 @@ def plan_weights(paths, preset="", dtype="keep", merge_lora=False):
     cfg = as_told(cfg, recipe.targets) if preset else cfg
     if merge_lora and getattr(cfg, "llm", None):
         cfg, report = merge(recipe.targets, cfg, report)
-    targets = {name: recipe.targets[name].cast(dtype) for name in shapes if name in recipe.targets}    # M.fuse wants it
+    targets = {name: recipe.targets[name].cast(dtype) for name in shapes if name in recipe.targets}    # for M.fuse
     order = sorted(reversed(sources), key=lambda source: source.kind in (*LLMS, "delta", "nextgpt"))
     folders = [beside(source.path, "tokenizer" if source.kind == "painter" else "") for source in order]
     return Plan({"model": targets}, {}, tokenizer_files(folders), report, cfg)
@@ -1145,7 +1146,7 @@ def named(config, table):                               # what a table names of 
 
 
 def their_config(cfg, dtype):                           # config.json of a LLaMA, of ChatBind or of NExT-Chat
-    model_type, architecture, fields = PUBLIC[cfg.system]
+    model_type, architecture, fields = PUBLIC.get(cfg.system, PUBLIC["plain"])
     out = named(cfg.llm, LLM_FIELDS) | named(cfg, fields) | {
         "model_type": model_type, "hidden_act": "silu", "architectures": [architecture],
         "head_dim": cfg.llm.head_dim or cfg.llm.dim // cfg.llm.n_head, "torch_dtype": str(dtype).removeprefix("torch."),
@@ -1185,8 +1186,8 @@ def say(text, file=None):                               # names found in files c
 
 
 def show_sources(report):                               # how many keys of each went where, or why they are dropped
-    for (source, kind), n in Counter((row.source, row.kind) for row in report if row.source).items():
-        say(f"{source}: {kind}, {n} keys")
+    for (source, kind), total in Counter((row.source, row.kind) for row in report if row.source).items():
+        say(f"{source}: {kind}, {total} keys")
         rows = [row for row in report if row.source == source]
         counts = Counter((row.fate, row.note if row.fate == "dropped" else row.part) for row in rows)
         for (fate, what), n in counts.items():

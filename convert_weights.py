@@ -304,7 +304,7 @@ def compiled(pattern):                                  # (regular expression, [
 
 
 def rewrite(key, pattern, target):
-    """The name `target` gives to `key` if `pattern` matches it in full, else None. Words map by place, the last wins."""
+    """The name `target` gives to `key` if `pattern` matches it in full, else None. Words map by place (last wins)."""
     regex, words = compiled(pattern)
     match = regex.fullmatch(key)
     if not match:
@@ -1072,7 +1072,7 @@ class Recipe(NamedTuple):
 
 
 def bases_of(base, delta, cfg):
-    """{our name: what a delta is added to}. Refuses other sizes, and rows that the delta's added tokens do not explain."""
+    """{our name: what a delta is added to}. Refuses other sizes, and rows that no added tokens explain."""
     if base.size() != delta.size():
         raise Refused(f"{base.path} ({base.size()}) is not the base of {delta.path} ({delta.size()}); name that")
     rows, new = base.shape(EMBED)[0], cfg.llm.vocab_size

@@ -445,8 +445,7 @@ def open_pickle(path):                                  # a .bin, .pth, .pt or .
     return [Stored(path, key, x) for key, x in tensors.items()]         # of torch's old format, which is read whole
 
 
-def open_file(path):
-    """The Stored tensors of one file, from its header. Raises Refused."""
+def open_file(path):                                    # the Stored tensors of a file, by its header; raises Refused
     with open(path, "rb") as f:
         head = f.read(64)
     if head.startswith(b"version https://git-lfs"):
@@ -838,9 +837,9 @@ def nextgpt_config(source, llm):
     for name, run in M.SIGNALS.items():
         stem = f"writers.{name}.proj"
         _, n_query, dim = source.shape(f"{stem}.query_embs")            # (1, n_query, dim)
+        n_layer = len(source.matches(rf"{stem}\.encoder\.\d+\.attn\.wo\.bias"))
         out["projections"][name] = M.ProjectionConfig(
-            llm.dim, len(run), n_query, source.shape(f"{stem}.model.bias")[0], dim,
-            n_layer=len(source.matches(rf"{stem}\.encoder\.\d+\.attn\.wo\.bias")),
+            llm.dim, len(run), n_query, source.shape(f"{stem}.model.bias")[0], dim, n_layer=n_layer,
             mlp_dim=source.shape(f"{stem}.encoder.0.mlp.fc1.bias")[0])
     return out
 

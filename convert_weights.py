@@ -21,6 +21,8 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
+from itertools import chain, starmap
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,9 +63,8 @@ def size(text):                                         # '5GB' or '5' -> 5e9, '
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Public checkpoints to a weights folder, or back.",
-                                     epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Public checkpoints to a weights folder, or back.", epilog=EXAMPLES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("sources", nargs="*", metavar="SOURCE", help="folders and files that together make one model")
     add("--out", type=Path, metavar="DIR", help="folder to write: all of it or, if anything goes wrong, nothing")
@@ -97,7 +98,6 @@ from tqdm import tqdm
 
 import generate as G
 import model as M
-from model import CODES
 from vision import HUGE, SAMConfig
 
 
@@ -201,8 +201,7 @@ GROUNDING_DINO = under("", LOCATOR, under("backbone.0.", "swin.", [
     ("{self_attn,ca_text}.in_proj_{weight,bias}",       "{self_attn,text_attn}.wqkv.{weight,bias}"),
     ("{self_attn,ca_text}.out_proj.*",                  "{self_attn,text_attn}.wo.*"),
     ("cross_attn.{sampling_offsets,attention_weights,value_proj,output_proj}.*", "attn.{offsets,weights,wv,wo}.*"),
-    ("{norm1,norm2,norm3,catext_norm}.*",               "{attn_norm,self_norm,mlp_norm,text_norm}.*"),
-    ("linear{1,2}.*",                                   "mlp.fc{1,2}.*"),
+    ("{norm1,norm2,norm3,catext_norm,linear1,linear2}.*", "{attn_norm,self_norm,mlp_norm,text_norm,mlp.fc1,mlp.fc2}.*"),
 ]) + [
     ("transformer.decoder.ref_point_head.layers.{0,1}.*", "query_pos.{0,2}.*"),             # Linear, ReLU, Linear
     ("transformer.{decoder.bbox_embed.0,enc_out_bbox_embed}.layers.{0,1,2}.*", "{box,proposal_box}.{0,2,4}.*"),
@@ -225,17 +224,17 @@ CHATTERBOX = under("lm.base_model.model.", "", LLAVA + LORA) + under("visual_gro
 ]
 
 # A diffusion decoder is a folder of its own; theirs is the subfolder, then the key, as in unet.conv_in.weight. Where
-# old and new releases have different names, ours repeats itself.
+# old and new releases have different names, ours repeats itself; the last of theirs is the one to go back to.
 CODER, PIXELS = "vae.{encoder,decoder}.", "vae.{encoder,decoder}.mid_block.attentions.0."
 UNCHANGED = ["unet.*", "vae.{quant_conv,post_quant_conv}.*", CODER + "mid_block.resnets.*", PIXELS + "group_norm.*",
              CODER + "{conv_in,conv_norm_out,conv_out,down_blocks,up_blocks}.*",
              "vocoder.{conv_pre,upsampler,resblocks,conv_post}.*"]
 PAINTER = [(name, name) for name in UNCHANGED] + [
-    (PIXELS + "{to_q,to_k,to_v,to_out.0,query,key,value,proj_attn}.*",
+    (PIXELS + "{query,key,value,proj_attn,to_q,to_k,to_v,to_out.0}.*",
      PIXELS + "{to_q,to_k,to_v,to_out.0,to_q,to_k,to_v,to_out.0}.*"),
     ("vocoder.{mean,scale}",                            None, "statistics of speech, not used"),
     ("text_encoder.text_projection.linear{1,2}.*",      "text.fc{1,2}.*"),
-] + under("text_encoder.{text_model.,}", "text.{,}", CLIP_BLOCKS + [                        # transformers 5: no prefix
+] + under("text_encoder.{,text_model.}", "text.{,}", CLIP_BLOCKS + [                        # transformers 5: no prefix
     ("embeddings.{position,token_type}_ids",            None, "they count 0, 1, 2, ...; they are 0"),
     ("{embeddings.token_embedding,embeddings.position_embedding,final_layer_norm}.*", "{embed,pos,norm}.*"),
 ]) + under("text_encoder.text_model.", "text.", [       # of CLAP: a RoBERTa, which norms behind each layer
@@ -258,7 +257,7 @@ OUTPUT_PROJECTION = under("gen_text_hidden_fcs{,_video,_audio}.0.", "writers.{im
     ("tfm.decoder.layers.{}.norm{1,2,3}.*",             "decoder.{}.{attn,cross,mlp}_norm.*"),
 ])
 # The prefix says whether the model has LoRA; {,} in our name makes nothing of either.
-NEXTGPT = under("llama_model.{,base_model.model.}", "{,}", LLAMA) + under("llama_model.base_model.model.", "", LORA) + [
+NEXTGPT = under("llama_model.{base_model.model.,}", "{,}", LLAMA) + under("llama_model.base_model.model.", "", LORA) + [
     ("input_embeddings.weight",                         None, "the embedding once more"),
     ("llama_proj.*",                                    "readers.imagebind.projector.*"),
 ] + OUTPUT_PROJECTION
@@ -273,6 +272,12 @@ LLM_FIELDS = SIZES | {"num_key_value_heads": "n_kv_head", "rms_norm_eps": "norm_
                       "vocab_size": "vocab_size"}
 ROPE_FIELDS = {"factor": "rope_factor", "low_freq_factor": "rope_low", "high_freq_factor": "rope_high",
                "original_max_position_embeddings": "rope_train_len"}                        # of Llama 3
+PUBLIC = {                              # of a system: model_type, architecture and {theirs: ours} of config.json
+    "plain": ("llama", "LlamaForCausalLM", {}),
+    "chatbind": ("llava_image_bind_select_all", "LlavaLlamaImageBindSelectForCausalLM",
+                 {"mm_hidden_size": "imagebind.out_dim"}),
+    "nextchat": ("nextchat", "NextChatForSegLM", {"mm_hidden_size": "clip.dim", "mm_depth": "projector_depth",
+                                                  "mm_vision_select_layer": "clip.feature_layer"})}
 TOLD = "norm_eps", "max_len", "rope_theta", *ROPE_FIELDS.values()             # what no shape tells
 CLIP_FIELDS = SIZES | {"image_size": "image_size", "patch_size": "patch_size"}
 TEXT_FIELDS = SIZES | {"vocab_size": "vocab_size", "max_position_embeddings": "max_len", "hidden_act": "act",
@@ -289,30 +294,23 @@ VOCODER_FIELDS = {"model_in_dim": "mel_bins", "sampling_rate": "rate", "upsample
 # ---- Engine
 
 HOLES = re.compile(r"\{([^}]*)\}|\*")
-NO_WORDS = {"": r"\d+", None: ".+"}                     # {} and *
+AS_REGEX = str.maketrans({".": r"\.", "*": "(.+)", "{": "(", ",": "|", "}": ")"})
 
 
 @lru_cache(maxsize=None)
-def compiled(pattern):                                  # (regular expression, [the words of a hole, or None])
-    text, *rest = HOLES.split(pattern)                  # text, hole, text, hole, ..., text
-    regex, words = re.escape(text), []
-    for hole, text in zip(rest[::2], rest[1::2]):
-        words.append(hole.split(",") if hole else None)
-        inside = NO_WORDS.get(hole) or "|".join(map(re.escape, words[-1]))
-        regex += f"({inside}){re.escape(text)}"
-    return re.compile(regex), words
+def compiled(pattern):                                  # (regular expression, [the words of each hole])
+    regex = pattern.replace("{}", r"{\d+}").translate(AS_REGEX)         # {a,b} -> (a|b), {} -> (\d+), * -> (.+)
+    return re.compile(regex), [words.split(",") for words in HOLES.findall(pattern)]
 
 
 def rewrite(key, pattern, target):
-    """The name `target` gives to `key` if `pattern` matches it in full, else None. Words map by place."""
+    """The name `target` gives to `key` if `pattern` matches it in full, else None. Words map by place (last wins)."""
     regex, words = compiled(pattern)
     match = regex.fullmatch(key)
     if not match:
         return None
-    out, *rest = HOLES.split(target)
-    for names, found, hole, text in zip(words, match.groups(), rest[::2], rest[1::2]):
-        out += (hole.split(",")[names.index(found)] if names else found) + text
-    return out
+    names = (dict(zip(*both)).get(found, found) for found, *both in zip(match.groups(), words, compiled(target)[1]))
+    return HOLES.sub(lambda hole: next(names), target)
 
 
 def matching(key, table):                               # the rows for a key: one, or table and key do not fit
@@ -329,8 +327,8 @@ def translate(key, table):
 
 
 def original(name, tables=(TABLE, *TABLES.values())):   # their name of one of our tensors, None if it has none
-    rows = (row for table in tables for row in table if row[1])
-    return next(filter(None, (rewrite(name, row[1], row[0]) for row in rows)), None)
+    keys = (rewrite(name, ours, theirs) for theirs, ours, *_ in chain(*tables) if ours)
+    return next(filter(None, keys), None)
 
 
 def rename(state, table):
@@ -342,7 +340,7 @@ def rename(state, table):
 
 WRAPPERS = "state_dict", "model", "module"              # Lightning; GroundingDINO; DeepSpeed
 INDICES = "model.safetensors.index.json", "pytorch_model.bin.index.json"
-LAYOUTS = ("model.safetensors", "diffusion_pytorch_model.safetensors", "model*.safetensors", "*.safetensors",
+LAYOUTS = (*INDICES, "model.safetensors", "diffusion_pytorch_model.safetensors", "model*.safetensors", "*.safetensors",
            "pytorch_model.bin", "diffusion_pytorch_model.bin", "pytorch_model*.bin", "*.bin", "*.pth",
            "mp_rank_00_model_states.pt", "*.pt", "*.ckpt")          # of DeepSpeed, beside states of its optimizer
 PAINTER_PARTS = "unet", "vae", "text_encoder", "vocoder"        # folders of a diffusion model
@@ -352,29 +350,22 @@ class Stored(NamedTuple):
     """A tensor in a file, unread. `like` (on meta) has its shape, strides and type; its bytes begin at `start`."""
     path: Path
     key: str
-    start: int
     like: torch.Tensor
-    value: torch.Tensor | None = None                   # files of torch's old format are read whole
+    start: int | None = None            # None: `like` is no likeness but the tensor
 
     @property
-    def span(self):
-        """Bytes from the first to the last number; more than like.nbytes if the tensor is a view of a larger one."""
-        if not self.like.numel():
-            return 0
-        last = sum((n - 1) * step for n, step in zip(self.like.shape, self.like.stride()))
-        return (last + 1) * self.like.itemsize
+    def span(self):                                     # bytes from the first to the last number, gaps included
+        return self.like.untyped_storage().nbytes()
 
     def read(self):                                     # by plain reads: mapped pages would count as memory in use
-        if self.value is not None:
-            return self.value.clone()                   # rows are written into what is read, and storages may be shared
-        if not self.span:                               # frombuffer wants at least a byte
-            return torch.empty(self.like.shape, dtype=self.like.dtype)
-        data = bytearray(self.span)
+        if self.start is None:
+            return self.like.clone()                    # rows are written into what is read, and storages may be shared
+        data = torch.empty(self.span, dtype=torch.uint8)
         with open(self.path, "rb") as f:
             f.seek(self.start)
-            if f.readinto(data) < len(data):
+            if f.readinto(data.numpy()) < len(data):
                 raise Refused(f"{self.path}: ends too early; download it again", 3)
-        return torch.frombuffer(data, dtype=self.like.dtype).as_strided(self.like.shape, self.like.stride())
+        return data.view(self.like.dtype).as_strided(self.like.shape, self.like.stride())
 
 
 def beside(path, name):                                 # a file of the folder that a source is, or lies in
@@ -384,15 +375,12 @@ def beside(path, name):                                 # a file of the folder t
 def read_json(path):                                    # the object in a JSON file, {} if there is no such file
     if not path.is_file():
         return {}
-    with refusing(f"{path}: not JSON", "; download it again", 3):
-        values = json.loads(path.read_bytes())
-    if not isinstance(values, dict):
-        raise Refused(f"{path}: holds a {type(values).__name__} instead of an object; download it again", 3)
-    return values
+    with refusing(f"{path}: not a JSON object", "; download it again", 3):
+        return {**json.loads(path.read_bytes())}
 
 
 def open_safetensors(path):
-    return [Stored(path, key, start, torch.empty(shape, dtype=dtype, device="meta"))
+    return [Stored(path, key, torch.empty(shape, dtype=dtype, device="meta"), start)
             for key, (dtype, shape, start) in M.stored_in(path).items()]
 
 
@@ -431,30 +419,33 @@ def unpickle(path, zipped):
                       f"{f' ({found[1]})' if found else ''}; use a .safetensors version", 3) from None
 
 
-def open_pickle(path):                                  # a .bin, .pth, .pt or .ckpt file
-    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
-        raise Refused(f"{path}: reading such files safely needs torch 2.10 or newer; update torch or use .safetensors")
-    with open(path, "rb") as f:
-        zipped = f.read(2) == b"PK"
-    records = zip_records(path) if zipped else {}
-    state = unpickle(path, zipped)
-    for _ in WRAPPERS:                                  # one may lie in another
-        state = next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), state)
-    out = []
-    for key, x in ((key, x.detach()) for key, x in state.items() if isinstance(x, torch.Tensor)):
+def stored_in_zip(path, tensors):
+    """[Stored] of a zip of torch's. tensors: {key: without numbers, but it knows where torch thinks that these lie}."""
+    records, out = zip_records(path), []
+    for key, x in tensors.items():
         like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        if not zipped:
-            out.append(Stored(path, key, 0, like, x))
-            continue
-        record = x.untyped_storage()._checkpoint_offset         # where torch thinks that the bytes of its storage begin
-        out.append(Stored(path, key, record + x.storage_offset() * x.itemsize, like))
+        record = x.untyped_storage()._checkpoint_offset
+        out.append(Stored(path, key, like, record + x.storage_offset() * x.itemsize))
         if record + records.get(record, -1) < out[-1].start + out[-1].span:
             raise ValueError(f"{key} does not lie in a plain record of the zip")
     return out
 
 
-def open_file(path):
-    """The Stored tensors of one file, from its header. Raises Refused."""
+def open_pickle(path):                                  # a .bin, .pth, .pt or .ckpt file
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
+        raise Refused(f"{path}: reading such files safely needs torch 2.10 or newer; update torch or use .safetensors")
+    with open(path, "rb") as f:
+        zipped = f.read(2) == b"PK"
+    state = unpickle(path, zipped)
+    for _ in WRAPPERS:                                  # one may lie in another
+        state = next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), state)
+    tensors = {key: x.detach() for key, x in state.items() if isinstance(x, torch.Tensor)}
+    if zipped:
+        return stored_in_zip(path, tensors)
+    return [Stored(path, key, x) for key, x in tensors.items()]         # of torch's old format, which is read whole
+
+
+def open_file(path):                                    # the Stored tensors of a file, by its header; raises Refused
     with open(path, "rb") as f:
         head = f.read(64)
     if head.startswith(b"version https://git-lfs"):
@@ -464,7 +455,7 @@ def open_file(path):
     with refusing(f"{path}: truncated or damaged", "; download it again", 3):   # JSON begins behind 8 bytes of length
         found = open_safetensors(path) if path.suffix == ".safetensors" or head[8:9] == b"{" else open_pickle(path)
         for x in found:                                 # nbytes > span: an expanded view, of few bytes but any size
-            if not isinstance(x.key, str) or x.like.dtype not in CODES or x.like.nbytes > x.span:
+            if not isinstance(x.key, str) or x.like.dtype not in M.CODES or x.like.nbytes > x.span:
                 raise ValueError(f"{x.key!r:.60} is no plain tensor")
         if not found:
             raise ValueError("it holds no tensors")
@@ -472,34 +463,30 @@ def open_file(path):
 
 
 def indexed(index):                                     # the files that an index names, which must lie beside it
-    names = read_json(index).get("weight_map")
-    names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
-    for name in names or ["?"]:
-        if Path(name).name != name or not (index.parent / name).is_file():      # "../x" would lead out of the folder
-            raise Refused(f"{index}: shard {name!r} is not a file of this folder; download both again", 3)
-    return [index.parent / name for name in names]
+    with refusing(f"{index}: names no shards", "; download it again", 3):
+        names = set(map(str, read_json(index)["weight_map"].values())) or {"?"}
+    if absent := names - {path.name for path in index.parent.iterdir() if path.is_file()}:      # as "../x": leads out
+        raise Refused(f"{index}: shard {min(absent)!r} is not a file of this folder; download both again", 3)
+    return [index.parent / name for name in sorted(names)]
 
 
 def files_of(path):
     """The files of a source: itself, the shards an index names, or what a folder has of the first of LAYOUTS."""
     if path.is_file():
         return [path]
-    for index in (path / name for name in INDICES):
-        if index.is_file():
-            return indexed(index)
     for layout in LAYOUTS:
         if files := sorted(path.glob(layout)):
-            return files
+            return indexed(*files) if layout in INDICES else files
     advice = "name one of its folders snapshots/*" if (path / "snapshots").is_dir() else "download it first"
     raise Refused(f"{path}: {'holds no weights' if path.is_dir() else 'no such file or folder'}; {advice}")
 
 
 def open_files(path):                                   # {key: Stored} of a source; of a painter {folder.key: Stored}
     if (path / "model_index.json").is_file():
-        parts = {part: open_files(path / part) for part in PAINTER_PARTS if (path / part).is_dir()}
-        return {f"{part}.{key}": x for part, found in parts.items() for key, x in found.items()}
+        parts = [part for part in PAINTER_PARTS if (path / part).is_dir()]
+        return {f"{part}.{key}": x for part in parts for key, x in open_files(path / part).items()}
     out = {}
-    for x in (x for file in files_of(path) for x in open_file(file)):
+    for x in chain.from_iterable(map(open_file, files_of(path))):
         if x.key in out:
             raise Refused(f"{x.key} stands in {out[x.key].path} and again in {x.path}; remove one of them")
         out[x.key] = x
@@ -515,9 +502,10 @@ SIGNS = {"imagebind": "modality_", "chatterbox": r"^lm\.base_model\.", "nextchat
 SPELLINGS = {"projector": (r"^.*?(?=(mm_projector|embed_tokens)\.)", "model."),         # written with or without prefix
              "clip": (r"^(?=(embeddings|encoder|pre_layrnorm|post_layernorm)\.)", "vision_model.")}     # transformers 5
 LLMS = "llama", "llava", "chatbind", "nextchat", "chatterbox"           # kinds with a whole language model
-ADDITIONS = "delta", "projector", "nextgpt"                             # what is trained for one
 BASES = {"sam": "--preset nextchat-7b-336 vicuna-7b/ clip-large-336/",                  # what it takes to use one
-         "groundingdino": "--preset chatterbox-13b llava-llama-2-13b/ clip-large/"}
+         "groundingdino": "--preset chatterbox-13b llava-llama-2-13b/ clip-large/",
+         **dict.fromkeys(("delta", "projector", "nextgpt"), "vicuna-7b/ imagebind_huge.pth")}
+BRIDGED = "delta", "projector", "nextgpt", *LLMS[1:]    # kinds that bring a projector
 TOKENS = list(M.CHATBIND_TOKENS)                        # padding first, then the three around media
 PUBLISHED = {p.system: p.added_tokens for p in M.PRESETS.values() if p.system != "tiny"}
 EMBED, NORM, HEAD = "llm.embed.weight", "llm.norm.weight", "llm.lm_head.weight"
@@ -581,7 +569,8 @@ LLM_KNOWN = {"llama": PLAIN, "llava": SEEN, "nextchat": SEEN | FRAMED, "chatbind
 
 
 def kind_of(keys):
-    return next((kind for kind, sign in SIGNS.items() if any(re.search(sign, key) for key in keys)), None)
+    lines = "\n".join(keys)
+    return next((kind for kind, sign in SIGNS.items() if re.search(sign, lines, re.M)), None)
 
 
 def group(paths):
@@ -613,6 +602,11 @@ def translate_all(found, kind, path):                   # -> {our name: Stored},
     return tensors, rest
 
 
+def is_delta(tensors):                                  # its norms average 0, those of a whole model are near 1
+    norms = [x.read().double().mean() for name, x in tensors.items() if re.match(r"llm\..*norm\.weight", name)]
+    return abs(sum(norms)) < 0.05 * len(norms)
+
+
 def open_source(path, found):                           # -> the Source of one checkpoint
     kind = kind_of(found)
     if kind is None:
@@ -625,37 +619,34 @@ def open_source(path, found):                           # -> the Source of one c
     if kind == "llama" and BRIDGE in tensors:
         kind = "chatbind"
     require(LLM_KNOWN.get(kind, {}), c, path)
-    if kind in ("llama", "chatbind", "llava"):
-        norms = [x.read().double().mean() for name, x in tensors.items() if re.match(r"llm\..*norm\.weight", name)]
-        if norms and abs(sum(norms) / len(norms)) < 0.05:                       # in a whole model they are near 1
-            kind = "delta"
+    if kind in ("llama", "chatbind", "llava") and is_delta(tensors):
+        kind = "delta"
     return Source(path, kind, tensors, [Row(str(path), kind, fate, key, note=note) for fate, key, note in rest])
 
 
 def check_parts(parts, preset):
-    """Refuse additions without what they are added to, two that exclude each other, and a painter in company."""
-    llm, additions = parts.get("llm"), [parts[kind] for kind in ADDITIONS if kind in parts]
-    useless = [parts[kind] for kind in ("sam", "groundingdino", *ADDITIONS) if kind in parts]
-    if useless and not llm:
+    """Refuse additions without what they are added to, two projectors, and a painter in company."""
+    useless = [parts[kind] for kind in BASES if kind in parts]
+    if useless and "llm" not in parts:
         path, kind = useless[-1].path, useless[-1].kind
-        base = BASES.get(kind, "vicuna-7b/ imagebind_huge.pth")
         raise Refused(f"{path} is a {kind}, useless alone; name its base model too, for instance: "
-                      f"convert_weights.py {base} {path} --out DIR")
-    if additions and not preset and len(additions) + (llm.kind != "llama") > 1:         # only a bare LLaMA brings none
-        raise Refused(f"{llm.path} and {additions[0].path}: the projector would be given twice; leave one of them out")
+                      f"convert_weights.py {BASES[kind]} {path} --out DIR")
+    bridges = [part.path for part in parts.values() if part.kind in BRIDGED]
+    if len(bridges) > 1 and not preset:
+        raise Refused(f"{bridges[0]} and {bridges[1]}: the projector would be given twice; leave one of them out")
     if "painter" in parts and (preset or len(parts) > 1):
         raise Refused(f"{parts['painter'].path}: a diffusion model makes a weights folder of its own; convert it alone")
 
 
 def open_sources(paths, preset):
     """{role: Source}: its kind, or llm for the first whole language model. Of a preset others may bring parts."""
-    parts = {}
-    for source in (open_source(*pair) for pair in group(paths)):
+    parts, taken = {}, {}                               # taken: {role or kind: Source}
+    for source in starmap(open_source, group(paths)):
         role = "llm" if source.kind in LLMS and not (preset and "llm" in parts) else source.kind
-        if rivals := [part for taken, part in parts.items() if role in (taken, part.kind)]:
+        if role in taken:
             what = "whole language models (norm weights of a delta average 0)" if role == "llm" else f"of kind {role}"
-            raise Refused(f"{rivals[0].path} and {source.path} are both {what}; leave one of them out")
-        parts[role] = source
+            raise Refused(f"{taken[role].path} and {source.path} are both {what}; leave one of them out")
+        parts[role] = taken[role] = taken[source.kind] = source
     check_parts(parts, preset)
     return parts
 
@@ -668,14 +659,21 @@ def require(known, given, where):                       # known: {name: pattern 
             raise Refused(f"{where}: {key} {given[key]!r} is not supported; known: {pattern}")
 
 
+def picked(values, table):                              # what a table names of their values, under our names
+    return {ours: values[theirs] for theirs, ours in table.items() if values.get(theirs) is not None}
+
+
+def word(token):                                        # of a tokenizer: itself, or an object with all that is known
+    return token["content"] if isinstance(token, dict) else token
+
+
 def llm_config(path, rows, c):
     """What their config.json says about the language model; left out values have the original LLaMA's defaults."""
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}      # the new name and the old one
     scaling = rope.get("rope_type") or rope.get("type") or "default"
     require({"rope_scaling": "default|llama3"}, {"rope_scaling": scaling}, path)
     defaults = {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048, "rope_theta": rope.get("rope_theta")}
-    c = {key: value for key, value in (defaults | c | {"vocab_size": rows}).items() if value is not None}
-    values = {ours: c[theirs] for theirs, ours in LLM_FIELDS.items() if theirs in c}
+    values = picked(defaults | c | {"vocab_size": rows}, LLM_FIELDS)
     if scaling == "llama3":
         values |= {ours: rope[theirs] for theirs, ours in ROPE_FIELDS.items()}          # all of them, or it is refused
     if values.get("head_dim") == values["dim"] // values["n_head"]:     # LLMConfig names it only if it is another
@@ -687,13 +685,12 @@ def first_and_last(path, c):
     """Ids that begin prompts, as the tokenizer's files say, and end answers, by generation_config.json, config.json."""
     generation, tokenizer, special = (read_json(beside(path, f"{name}.json")) for name in
                                       ("generation_config", "tokenizer_config", "special_tokens_map"))
-    c = {key: x for key, x in (c | generation).items() if x is not None}
-    bos, eos = c.get("bos_token_id", 1), c.get("eos_token_id", 2)       # Llama 3 ends in several ways
-    if (bos, eos) == (0, 1):                            # early conversions of LLaMA: its tokenizer says 1 and 2
-        bos, eos = 1, 2
-    token = (tokenizer | special).get("bos_token")
-    bos = {"<s>": 1, "</s>": 2}.get(token["content"] if isinstance(token, dict) else token, bos)    # 2: Vicuna v0
-    return {"bos": int(bos), "eos": tuple(map(int, eos if isinstance(eos, list) else [eos]))}
+    ids = {"bos": 1, "eos": 2} | picked(c | generation, {"bos_token_id": "bos", "eos_token_id": "eos"})
+    if ids == {"bos": 0, "eos": 1}:                     # early conversions of LLaMA: its tokenizer says 1 and 2
+        ids = {"bos": 1, "eos": 2}
+    bos = {"<s>": 1, "</s>": 2}.get(word((tokenizer | special).get("bos_token")), ids["bos"])           # 2: Vicuna v0
+    eos = ids["eos"] if isinstance(ids["eos"], list) else [ids["eos"]]  # Llama 3 ends in several ways
+    return {"bos": int(bos), "eos": tuple(map(int, eos))}
 
 
 def closest_preset(source):
@@ -755,8 +752,7 @@ PAINTER_KNOWN = {
              "center_input_sample": "False", "mid_block_scale_factor": r"1(\.0)?", "dual_cross_attention": "False",
              "resnet_time_scale_shift": "default", "class_embed_type": "simple_projection",
              "time_embedding_type": "positional"},
-    "vae": {"act_fn": "silu"},
-    "text_encoder": {"hidden_act": "quick_gelu|gelu", "projection_hidden_act": "relu"},
+    "vae": {"act_fn": "silu"}, "text_encoder": {"hidden_act": "quick_gelu|gelu", "projection_hidden_act": "relu"},
     "vocoder": {"leaky_relu_slope": "0.1", "normalize_before": "False"},
     "scheduler": {"_class_name": "PNDMScheduler|DDIMScheduler", "num_train_timesteps": "1000",
                   "beta_schedule": "scaled_linear", "skip_prk_steps": "True", "steps_offset": "1",
@@ -792,19 +788,17 @@ def painter_config(files, where):                       # files: {subfolder: val
         require(known, files.get(part, {}), f"{where}: {part}")
 
     def read(cls, part, table, **more):
-        values = {ours: files[part][theirs] for theirs, ours in table.items() if theirs in files[part]}
-        return M.to_config(cls, values | more, f"{where}: {part}")
-    text, schedule, vocoder = files["text_encoder"], files["scheduler"], None
-    end, pad = text["vocab_size"] - 1, files.get("tokenizer", {}).get("pad_token")
-    pad = pad["content"] if isinstance(pad, dict) else pad
+        return M.to_config(cls, picked(files[part], table) | more, f"{where}: {part}")
+    text, schedule, sounds = files["text_encoder"], files["scheduler"], bool(files.get("vocoder"))
+    end, pad = text["vocab_size"] - 1, word(files.get("tokenizer", {}).get("pad_token"))
     ids = {"start": end - 1, "end": end, "pad": 0 if pad == "!" else end}       # "!": ZeroScope's
-    if files.get("vocoder"):                            # sounds are prompted by a RoBERTa
+    if sounds:                                          # prompted by a RoBERTa
         ids = {"start": 0, "end": 2, "pad": 1, "out_dim": text["projection_dim"]}
-        vocoder = read(G.VocoderConfig, "vocoder", VOCODER_FIELDS)
     pndm = schedule.get("_class_name", "PNDMScheduler") == "PNDMScheduler"      # others may keep its fields
     return G.PainterConfig(
         read(G.UNetConfig, "unet", UNET_FIELDS, **unet_config(files["unet"])), read(G.VAEConfig, "vae", VAE_FIELDS),
-        read(G.TextConfig, "text_encoder", TEXT_FIELDS, **ids), vocoder,
+        read(G.TextConfig, "text_encoder", TEXT_FIELDS, **ids),
+        read(G.VocoderConfig, "vocoder", VOCODER_FIELDS) if sounds else None,
         scheduler="plms" if pndm and schedule.get("skip_prk_steps") else "ddim",
         beta_start=schedule["beta_start"], beta_end=schedule["beta_end"])
 
@@ -819,7 +813,7 @@ def place_tokens(source, rows, projector):
     if new - rows not in (0, 3, 4):
         raise Refused(f"{projector.path} was trained with {trained} embedding rows, {source.path} has {rows}; "
                       "give it the language model it was trained with")
-    names = TOKENS if new - rows == 4 else TOKENS[1:]   # 0: they are there already, in the last rows
+    names = TOKENS[-max(3, new - rows):]                # 0: they are there already, in the last rows
     return tokens | dict(zip(names, range(new - len(names), new))), new
 
 
@@ -843,44 +837,46 @@ def nextgpt_config(source, llm):
     for name, run in M.SIGNALS.items():
         stem = f"writers.{name}.proj"
         _, n_query, dim = source.shape(f"{stem}.query_embs")            # (1, n_query, dim)
+        n_layer = len(source.matches(rf"{stem}\.encoder\.\d+\.attn\.wo\.bias"))
         out["projections"][name] = M.ProjectionConfig(
-            llm.dim, len(run), n_query, source.shape(f"{stem}.model.bias")[0], dim,
-            n_layer=len(source.matches(rf"{stem}\.encoder\.\d+\.attn\.wo\.bias")),
+            llm.dim, len(run), n_query, source.shape(f"{stem}.model.bias")[0], dim, n_layer=n_layer,
             mlp_dim=source.shape(f"{stem}.encoder.0.mlp.fc1.bias")[0])
     return out
 
 
-def language_config(main, parts):
-    """What the files of a language model tell: its sizes, of ChatBind also its added tokens and bridge to ImageBind."""
-    rows, projector = main.shape(EMBED)[0], parts.get("projector")
-    out = {"added_tokens": {token: i for token, i in main.json("added_tokens.json").items() if i < rows}}
+def vocabulary_config(main, projector):                 # -> added tokens and, of ChatBind, its bridge; embedding rows
+    rows = main.shape(EMBED)[0]
     if projector or BRIDGE in main.tensors:
         tokens, rows = place_tokens(main, rows, projector)
         bind = M.ImageBindConfig({}, (projector or main).shape(BRIDGE)[-1])             # no towers, only their width
-        out = {"system": "chatbind", "added_tokens": tokens, "imagebind": bind}
+        return {"system": "chatbind", "added_tokens": tokens, "imagebind": bind}, rows
     if main.kind == "llava":
-        out = {"added_tokens": main.tokens()}
+        return {"added_tokens": main.tokens()}, rows
+    return {"added_tokens": {token: i for token, i in main.json("added_tokens.json").items() if i < rows}}, rows
+
+
+def language_config(main, parts):                       # what files of a language model, and of additions, tell
+    out, rows = vocabulary_config(main, parts.get("projector"))
     if c := main.json("config.json") or parts["llm"].json("config.json"):
         llm = llm_config(main.path, rows, c)
     else:
         llm = replace(closest_preset(main).llm, vocab_size=rows, lora_rank=0)
-    return out | {"llm": llm} | first_and_last(main.path, c)
+    out |= {"llm": llm} | first_and_last(main.path, c)
+    if "nextgpt" in parts:
+        out |= nextgpt_config(parts["nextgpt"], llm)
+    if main.kind == "nextchat":
+        out |= nextchat_config(main, parts)
+    return out
 
 
 def configure(parts):                                   # -> the config; ChatterBox's files tell no sizes: a preset's
-    if "painter" in parts:
-        return painter_config(painter_files(parts["painter"]), parts["painter"].path)
-    main = parts.get("delta") or parts.get("llm")
-    kind = main.kind if main else ""
-    if kind == "chatterbox":
+    out, main = {}, parts.get("delta", parts.get("llm"))
+    if main and main.kind == "chatterbox":
         return closest_preset(main)
-    out = language_config(main, parts) if main else {}
-    if "nextgpt" in parts:
-        out |= nextgpt_config(parts["nextgpt"], out["llm"])
-    if kind == "nextchat":
-        out |= nextchat_config(main, parts)
-    elif "clip" in parts:
-        out |= {"clip": clip_config(parts["clip"]), "reads": {"image": "clip"}}
+    if "clip" in parts:
+        out = {"clip": clip_config(parts["clip"]), "reads": {"image": "clip"}}
+    if main:
+        out |= language_config(main, parts)
     if "imagebind" in parts:
         bind = imagebind_config(parts["imagebind"], unit_sounds="nextgpt" in parts)
         reads = {kind: "imagebind" for kind in M.IMAGEBIND_READS if M.TOWERS.get(kind, kind) in bind.towers}
@@ -892,7 +888,7 @@ def configure(parts):                                   # -> the config; Chatter
 
 COPIES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
           "bpe_simple_vocab_16e6.txt.gz", "merges.txt", "vocab.json")
-WRITTEN = re.compile(r"(model(-\d+-of-\d+)?|imagebind|clip)\.safetensors|" +           # all that conversions write
+WRITTEN = re.compile(r"(model(-\d+-of-\d+)?|imagebind)\.safetensors|" +                # all that conversions write
                      "|".join(map(re.escape, (*COPIES, "config.json", "added_tokens.json", INDICES[0]))))
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NOT_NEEDED = {HEAD: ("dropped", "tied to the embedding"),
@@ -912,29 +908,35 @@ class Target(NamedTuple):
     shape: tuple
     dtype: torch.dtype
     base: Stored | None = None          # what a delta is added to, in its first rows
-    keep: int | None = None             # rows of the vocabulary without added tokens
-    rows: tuple = ()                    # of added tokens: (Stored, its rows, ours)
+    tokens: tuple = ()                  # of the vocabulary: how many rows to keep, [(Stored, its rows, ours)] of tokens
     lora: tuple = ()                    # B, A, factor
 
     @property
     def nbytes(self):
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def cast(self, choice):                             # only floating point is ever converted
+        return self._replace(dtype=FLOATS.get(choice, self.dtype)) if self.dtype.is_floating_point else self
+
     def value(self):
         x = self.stored.read()
         if self.base:                                   # parity: apply_delta adds in float16
             x = x.half().contiguous()
             x[:self.base.like.shape[0]] += self.base.read().half()
-        if self.keep:
-            x = x[:self.keep]                           # (V, C) -> (keep, C)
-        if x.shape != self.shape:                       # as in training: new rows are the mean of the old ones
-            x = torch.cat([x, x.float().mean(0, keepdim=True).to(x.dtype).expand(self.shape[0] - len(x), -1)])
-        for other, theirs, ours in self.rows:
-            x[ours] = other.read()[theirs].to(x.dtype)
+        if self.tokens:
+            x = self.with_tokens(x, *self.tokens)
         if self.lora:
             b, a, factor = self.lora                    # (out, r), (r, in)
             x = x.float() + factor * b.read().float() @ a.read().float()
         return x.to(self.dtype).contiguous()
+
+    def with_tokens(self, x, keep, rows):               # as in training: new rows begin as the mean of the old ones
+        x = x[:keep]                                    # (V, C) -> (keep, C)
+        mean = x.float().mean(0, keepdim=True).to(x.dtype)
+        x = torch.cat([x, mean.expand(self.shape[0] - len(x), -1)])
+        for other, theirs, ours in rows:
+            x[ours] = other.read()[theirs].to(x.dtype)
+        return x
 
 
 class Made(NamedTuple):
@@ -966,96 +968,91 @@ class Plan(NamedTuple):
     def nbytes(self):
         return sum(target.nbytes for targets in self.files.values() for target in targets.values())
 
-
-def cast(dtype, choice):                                # only floating point is ever converted
-    return FLOATS.get(choice, dtype) if dtype.is_floating_point else dtype
+    def layout(self, limit):                            # {file: its targets}, {file: what to write as JSON}
+        files, texts = {}, dict(self.texts)
+        for stem, targets in self.files.items():
+            shards = split(targets, stem, limit if stem == "model" else math.inf)
+            files |= shards
+            if len(shards) > 1:
+                texts[INDICES[0]] = {"metadata": {"total_size": sum(target.nbytes for target in targets.values())},
+                                     "weight_map": {key: name for name, shard in shards.items() for key in shard}}
+        return files, texts
 
 
 def part_of(name):                                      # component of a tensor: llm, readers.clip.tower, ...
     return ".".join(name.split(".")[:3 if name.startswith(("readers.", "writers.")) else 1])
 
 
-def tokenizer_files(folder):                            # and what else a weights folder keeps of a source
-    return [folder / name for name in COPIES if (folder / name).is_file()]
+def tokenizer_files(folders):                           # and what else of sources is kept; of one name the last one's
+    return [path for folder in folders for name in COPIES if (path := folder / name).is_file()]
 
 
 class Recipe(NamedTuple):
     """What is made of what, and what of it has been found."""
     cfg: M.ModelConfig
     shapes: dict                        # our name: shape, of all that the model stores
-    parts: dict                         # role: Source
-    sources: list                       # the same, in the order in which they are asked
+    sources: list                       # in the order in which they are asked
+    bases: dict                         # our name: what the delta's tensor is added to
     preset: str
     placed: tuple                       # tensors of the vocabulary, if their added tokens come from several sources
     targets: dict                       # our name: Target
 
-    def fits(self, name, shape):
-        wanted = self.shapes[name]
+    def fits(self, name, x):                            # or is nothing that the model has
+        shape = tuple(x.like.shape)
+        wanted = self.shapes.get(name, shape)
         if name in self.placed and shape[1:] == wanted[1:]:             # (V, C)
             return bool(self.preset) or shape[0] <= wanted[0]
         return shape == wanted
 
     def take(self, name, source):
         """Make a target of a tensor if the model has it, no other source gave it and it fits. -> (fate, note)"""
-        delta, x = self.parts.get("delta"), source.tensors[name]
-        if delta and source is self.parts["llm"]:       # taken with the delta
-            return ("merged", "") if name in delta.tensors else ("UNEXPECTED", f"{delta.path} does not have it")
+        x = source.tensors[name]
+        if x is self.bases.get(name):                   # taken with the delta
+            return "merged", ""
         if source.kind == "projector" and name == EMBED:
             return "merged", "rows of added tokens"
         if name not in self.shapes:
-            return NOT_NEEDED.get(name, ("UNEXPECTED", f"{self.preset or 'a model of these sizes'} has no such tensor"))
+            fate = "dropped" if self.preset else "UNEXPECTED"           # a preset takes what fits
+            return NOT_NEEDED.get(name, (fate, f"{self.preset or 'a model of these sizes'} has no such tensor"))
         if name in self.targets:
-            shared = any(other is x for other, *_ in self.targets[name].rows)
+            shared = name in self.placed and any(x is other for other, *_ in self.targets[name].tokens[1])
             return ("merged", "rows of added tokens") if shared else ("dropped", "another source gives it")
-        shape = tuple(x.like.shape)
-        if not self.fits(name, shape):
-            return "MISMATCHED", f"{list(shape)}, where the model needs {list(self.shapes[name])}"
-        if source is delta and not name.startswith("readers."):         # a ChatBind's projector is whole
-            return self.add(name, x, shape)
-        self.targets[name] = self.place(name, Target(x, self.shapes[name], x.like.dtype))
-        return "renamed", ""
+        if not self.fits(name, x):
+            return "MISMATCHED", f"{[*x.like.shape]}, where the model needs {list(self.shapes[name])}"
+        return self.add(name, source)
 
-    def add(self, name, x, shape):                      # the same for a delta, whose base may lack rows of tokens
-        base = self.parts["llm"]
-        if name not in base.tensors:
-            return "MISMATCHED", f"{list(shape)} in the delta, absent in {base.path}"
-        old = tuple(base.tensors[name].like.shape)
-        if old != shape and (name not in (EMBED, HEAD) or old[1:] != shape[1:] or old[0] > shape[0]):
-            return "MISMATCHED", f"{list(shape)} in the delta, {list(old)} in {base.path}"
-        self.targets[name] = self.place(name, Target(x, self.shapes[name], torch.float16, base.tensors[name]))
-        return "merged", ""
+    def add(self, name, source):                        # a target -> (fate, note)
+        x, tokens = source.tensors[name], self.tokens(name) if name in self.placed else ()
+        target = Target(x, self.shapes[name], x.like.dtype, tokens=tokens)
+        if source.kind == "delta" and name in self.bases:               # a ChatBind's projector is whole
+            target = target._replace(dtype=torch.float16, base=self.bases[name])
+        self.targets[name] = target
+        return "merged" if target.base else "renamed", ""
 
-    def place(self, name, target):                      # added tokens go to their rows, whatever other rows they had
-        if name not in self.placed:
-            return target
+    def learned(self, source, name):                    # {added token: row} in a source's tensor of the vocabulary
+        x = source.tensors.get(name)
+        if x is None or x.like.shape[1:] != self.shapes[name][1:]:
+            return {}
+        first = self.bases[EMBED].like.shape[0] if source.kind == "delta" else 0        # a delta has these whole
+        return {token: row for token, row in source.tokens().items() if row >= first}
+
+    def tokens(self, name):                             # of a Target: each token of the first that has learned it
         keep = min(self.cfg.added_tokens.values(), default=self.shapes[name][0]) if self.preset else None
-        return target._replace(keep=keep, rows=self.token_rows(name))
-
-    def token_rows(self, name):
-        """(Stored, its rows, ours) of the added tokens, each from the first of the sources that has learned it."""
         out, missing = [], dict(self.cfg.added_tokens)
         for source in self.sources:
-            x = source.tensors.get(name)
-            if x is None or x.like.shape[1:] != self.shapes[name][1:]:
-                continue
-            first = self.parts["llm"].shape(EMBED)[0] if source.kind == "delta" else 0      # a delta has these whole
-            rows = {token: row for token, row in source.tokens().items() if row >= first}
-            if new := {row: missing.pop(token) for token, row in rows.items() if token in missing}:
-                out.append((x, list(new), list(new.values())))
-        return out
+            rows = self.learned(source, name)
+            if new := {rows[token]: missing.pop(token) for token in rows if token in missing}:
+                out.append((source.tensors[name], [*new], [*new.values()]))
+        return keep, out
 
     def gather(self):                                   # -> rows of the report on what the sources hold
         report = [row for source in self.sources for row in source.rows]
         for source in self.sources:
-            unfit = {part_of(name) for name, x in source.tensors.items()        # a preset takes a part whole or not
-                     if name in self.shapes and not self.fits(name, tuple(x.like.shape))} if self.preset else ()
+            unfit = {part_of(name) for name, x in source.tensors.items() if self.preset and not self.fits(name, x)}
             for name, x in source.tensors.items():
-                fate, note = "dropped", "its part has other sizes"
-                if part_of(name) not in unfit:
-                    fate, note = self.take(name, source)
-                if self.preset and fate.isupper():      # a preset takes what fits
-                    fate = "dropped"
-                report.append(Row(str(source.path), source.kind, fate, x.key, part_of(name), note))
+                part = part_of(name)
+                fate, note = self.take(name, source) if part not in unfit else ("dropped", "its part has other sizes")
+                report.append(Row(str(source.path), source.kind, fate, x.key, part, note))
         return report
 
     def fill(self, model):
@@ -1073,8 +1070,8 @@ class Recipe(NamedTuple):
         return rows
 
 
-def check_base(base, delta, cfg):
-    """Refuse a base of other sizes, or one that a delta extends by other rows than its added tokens."""
+def bases_of(base, delta, cfg):
+    """{our name: what a delta is added to}. Refuses other sizes, and rows that no added tokens explain."""
     if base.size() != delta.size():
         raise Refused(f"{base.path} ({base.size()}) is not the base of {delta.path} ({delta.size()}); name that")
     rows, new = base.shape(EMBED)[0], cfg.llm.vocab_size
@@ -1082,12 +1079,22 @@ def check_base(base, delta, cfg):
     if cfg.added_tokens and (new - rows != len(fresh) or cfg.added_tokens.keys() & {*TOKENS[1:]} - fresh):
         raise Refused(f"{base.path} has {rows} embedding rows, {delta.path} {new}, which its added tokens "
                       f"({', '.join(cfg.added_tokens)}) do not explain; name the base it was made against")
+    bases = {name: x for name, x in base.tensors.items() if name.startswith("llm.")}
+    if odd := bases.keys() ^ {name for name in delta.tensors if name.startswith("llm.")}:
+        raise Refused(f"{base.path} is not the base of {delta.path}: only one of them has {min(odd)}; name that")
+    for name, x in bases.items():
+        old, new = tuple(x.like.shape), tuple(delta.tensors[name].like.shape)
+        old = max(old, new[:1] + old[1:]) if name in (EMBED, HEAD) else old             # with rows of added tokens
+        if old != new:
+            raise Refused(f"{name}: {[*new]} in the delta, {[*x.like.shape]} in {base.path}; name its base")
+    return bases
 
 
 def skeleton(parts, preset):                            # the module of these sources, on meta
     with refusing(f"{[*parts.values()][-1].path}: {NO_MODEL}"), torch.device("meta"):
-        cfg = M.PRESETS[preset] if preset else configure(parts)
-        return G.Painter(cfg) if "painter" in parts else M.Model(cfg)
+        if painter := parts.get("painter"):
+            return G.Painter(painter_config(painter_files(painter), painter.path))
+        return M.Model(M.PRESETS[preset] if preset else configure(parts))
 
 
 def as_told(cfg, targets):
@@ -1103,102 +1110,101 @@ def as_told(cfg, targets):
 
 def plan_weights(paths, preset="", dtype="keep", merge_lora=False):
     """The Plan that makes one weights folder of public checkpoints. Reads headers, and norms to tell a delta."""
-    if preset and preset not in M.PRESETS:
+    if preset not in ("", *M.PRESETS):
         raise Refused(f"unknown preset {preset!r}; known: {', '.join(M.PRESETS)}")
     parts = open_sources(paths, preset)
     model = skeleton(parts, preset)
     cfg, own = model.cfg, ("delta", "projector", getattr(model.cfg, "system", ""))
-    if "delta" in parts:
-        check_base(parts["llm"], parts["delta"], cfg)
+    bases = bases_of(parts["llm"], parts["delta"], cfg) if "delta" in parts else {}
     # the first that has a tensor gives it: own system and additions, then whole language models, then the others
     sources = sorted(parts.values(), key=lambda source: (source.kind not in own, source.kind not in LLMS))
     shapes = {name: tuple(x.shape) for name, x in model.state_dict().items() if name not in M.tied(model)}
-    recipe = Recipe(cfg, shapes, parts, sources, preset, (EMBED, HEAD) if preset or "projector" in parts else (), {})
+    recipe = Recipe(cfg, shapes, sources, bases, preset, (EMBED, HEAD) if preset or "projector" in parts else (), {})
     report = recipe.gather() + recipe.fill(model)
     cfg = as_told(cfg, recipe.targets) if preset else cfg
-    if merge_lora and getattr(getattr(cfg, "llm", None), "lora_rank", 0):
+    if merge_lora and getattr(cfg, "llm", None):
         cfg, report = merge(recipe.targets, cfg, report)
-    targets = {name: recipe.targets[name] for name in shapes if name in recipe.targets}     # as M.fuse wants them
-    targets = {name: target._replace(dtype=cast(target.dtype, dtype)) for name, target in targets.items()}
+    targets = {name: recipe.targets[name].cast(dtype) for name in shapes if name in recipe.targets}    # for M.fuse
     order = sorted(reversed(sources), key=lambda source: source.kind in (*LLMS, "delta", "nextgpt"))
     folders = [beside(source.path, "tokenizer" if source.kind == "painter" else "") for source in order]
-    copies = [path for folder in folders for path in tokenizer_files(folder)]
-    return Plan({"model": targets}, {}, copies, report, cfg)            # of files of one name the last one's is kept
+    return Plan({"model": targets}, {}, tokenizer_files(folders), report, cfg)
 
 
 def merge(targets, cfg, report):                        # let the weights absorb their LoRA -> config, report
-    for name in [name for name in targets if name.endswith("lora_A")]:
-        pair, weight = [name[:-1] + x for x in "AB"], name.replace("lora_A", "weight")
-        if {*pair, weight} <= targets.keys():           # else one is reported missing
-            a, b = (targets.pop(x).stored for x in pair)
-            targets[weight] = targets[weight]._replace(lora=(b, a, cfg.llm.lora_alpha / cfg.llm.lora_rank))
+    for a in [name for name in targets if name.endswith("lora_A")]:
+        b, weight = a.replace("lora_A", "lora_B"), a.replace("lora_A", "weight")
+        if {b, weight} <= targets.keys():               # else one is reported missing
+            lora = targets.pop(b).stored, targets.pop(a).stored, cfg.llm.lora_alpha / cfg.llm.lora_rank
+            targets[weight] = targets[weight]._replace(lora=lora)
     report = [row._replace(fate="merged") if row.fate == "renamed" and ".lora_" in row.key else row for row in report]
     return replace(cfg, llm=replace(cfg.llm, lora_rank=0)), report
 
 
+def named(config, table):                               # what a table names of a config of ours, under their names
+    return {theirs: attrgetter(ours)(config) for theirs, ours in table.items()}
+
+
 def their_config(cfg, dtype):                           # config.json of a LLaMA, of ChatBind or of NExT-Chat
-    llm = cfg.llm
-    out = {name: getattr(llm, ours) for name, ours in LLM_FIELDS.items()} | {
-        "model_type": "llama", "hidden_act": "silu", "architectures": ["LlamaForCausalLM"],
-        "head_dim": llm.head_dim or llm.dim // llm.n_head, "torch_dtype": str(dtype).removeprefix("torch."),
+    model_type, architecture, fields = PUBLIC.get(cfg.system, PUBLIC["plain"])
+    out = named(cfg.llm, LLM_FIELDS) | named(cfg, fields) | {
+        "model_type": model_type, "hidden_act": "silu", "architectures": [architecture],
+        "head_dim": cfg.llm.head_dim or cfg.llm.dim // cfg.llm.n_head, "torch_dtype": str(dtype).removeprefix("torch."),
         "bos_token_id": cfg.bos, "eos_token_id": list(cfg.eos) if len(cfg.eos) > 1 else cfg.eos[0]}
-    if llm.rope_factor != 1:
-        out["rope_scaling"] = {"rope_type": "llama3"} | {name: getattr(llm, ours) for name, ours in ROPE_FIELDS.items()}
-    if cfg.system == "chatbind":
-        out |= {"model_type": "llava_image_bind_select_all", "architectures": ["LlavaLlamaImageBindSelectForCausalLM"],
-                "mm_hidden_size": cfg.imagebind.out_dim}
-    if cfg.system == "nextchat":
-        out |= {"model_type": "nextchat", "architectures": ["NextChatForSegLM"], "mm_hidden_size": cfg.clip.dim,
-                "mm_depth": cfg.projector_depth, "mm_vision_select_layer": cfg.clip.feature_layer}
-    return out if cfg.system == "plain" else out | {"use_mm_proj": True, "mm_use_im_start_end": True}
+    if cfg.llm.rope_factor != 1:
+        out["rope_scaling"] = {"rope_type": "llama3"} | named(cfg.llm, ROPE_FIELDS)
+    return out | {"use_mm_proj": True, "mm_use_im_start_end": True} if fields else out
 
 
 def plan_export(folder, dtype="keep"):
-    """The Plan that writes a weights folder under the public names: that of the LLaMA or CLIP, with other towers."""
+    """The Plan that writes a weights folder under the public names: that of the LLaMA or CLIP, with ImageBind."""
     cfg, folder = M.read_config(folder), Path(folder)
+    table = NEXTCHAT if cfg.system == "nextchat" else TABLE
     files, texts, report = {}, {"added_tokens.json": cfg.added_tokens} if cfg.added_tokens else {}, []
-    table, towers = TABLE, {"readers.imagebind.tower": "imagebind", "readers.clip.tower": "clip"}
-    if cfg.system == "nextchat":                        # its towers lie in the same file
-        table, towers = NEXTCHAT, {}
-    elif not cfg.llm:                                   # a mere CLIP is the model
-        del towers["readers.clip.tower"]
     for name, x in open_files(folder).items():
         key, part = original(name, [table]), part_of(name)
         if not key:
             raise Refused(f"{folder}: {name} has no public name; what has all of them is a LLaMA, a CLIP, an "
                           "ImageBind, a ChatBind or a NExT-Chat, without LoRA and not quantised")
         report.append(Row(str(folder), "weights", "renamed", name, part, key))
-        files.setdefault(towers.get(part, "model"), {})[key] = Target(x, tuple(x.like.shape), cast(x.like.dtype, dtype))
+        file = "imagebind" if part == "readers.imagebind.tower" else "model"
+        files.setdefault(file, {})[key] = Target(x, tuple(x.like.shape), x.like.dtype).cast(dtype)
     if cfg.imagebind and "text" in cfg.imagebind.towers:        # the original's strict load asks for it
         n = cfg.imagebind.towers["text"].size[0]
         key, mask = "modality_preprocessors.text.mask", torch.full((n, n), -torch.inf).triu(1)
-        files["imagebind"][key] = Target(Stored(folder, key, 0, mask, mask), (n, n), mask.dtype)
+        files["imagebind"][key] = Target(Stored(folder, key, mask), (n, n), mask.dtype)
     if cfg.llm:
         texts["config.json"] = their_config(cfg, files["model"]["model.embed_tokens.weight"].dtype)
     elif cfg.clip:
-        texts["config.json"] = {name: getattr(cfg.clip, ours) for name, ours in CLIP_FIELDS.items()} | {
+        texts["config.json"] = named(cfg.clip, CLIP_FIELDS) | {
             "model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"], "hidden_act": "quick_gelu"}
-    return Plan(files, texts, tokenizer_files(folder), report)
+    return Plan(files, texts, tokenizer_files([folder]), report)
 
 
 def say(text, file=None):                               # names found in files could move the cursor
     print(re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", text), file=file, flush=True)
 
 
-def show(plan, verbose=False):
-    """Print what happens to each key: counts first, then whatever stops the conversion (verbose: everything)."""
-    for source, kind in dict.fromkeys((row.source, row.kind) for row in plan.report if row.source):
-        rows = [row for row in plan.report if row.source == source]
-        say(f"{source}: {kind}, {len(rows)} keys")
+def show_sources(report):                               # how many keys of each went where, or why they are dropped
+    for (source, kind), total in Counter((row.source, row.kind) for row in report if row.source).items():
+        say(f"{source}: {kind}, {total} keys")
+        rows = [row for row in report if row.source == source]
         counts = Counter((row.fate, row.note if row.fate == "dropped" else row.part) for row in rows)
         for (fate, what), n in counts.items():
             say(f"    {n:6} {fate:10} {what}")
-    for fate in dict.fromkeys(row.fate for row in plan.report if verbose or row.fate.isupper()):
-        lines = [f"{row.key}  {row.note}" for row in plan.report if row.fate == fate]
-        shown = lines if verbose else lines[:20]
-        say("\n    ".join([f"{fate} {len(lines)}", *shown]))
-        if len(shown) < len(lines):
-            say(f"    ... and {len(lines) - 20} more; --verbose lists them")
+
+
+def show_keys(rows, limit):                             # the first ones of each fate
+    for fate, n in Counter(row.fate for row in rows).items():
+        lines = [f"{row.key}  {row.note}" for row in rows if row.fate == fate][:limit]
+        say("\n    ".join([f"{fate} {n}", *lines]))
+        if len(lines) < n:
+            say(f"    ... and {n - limit} more; --verbose lists them")
+
+
+def show(plan, verbose=False):
+    """Print what happens to each key: counts first, then whatever stops the conversion (verbose: everything)."""
+    show_sources(plan.report)
+    show_keys([row for row in plan.report if verbose or row.fate.isupper()], limit=None if verbose else 20)
     if (bind := getattr(plan.cfg, "imagebind", None)) and not bind.towers:
         say("note: without an ImageBind tower this model reads no media; add imagebind_huge.pth to the sources")
     if getattr(plan.cfg, "llm", None) and "tokenizer.model" not in {path.name for path in plan.copies}:
@@ -1216,33 +1222,32 @@ def check(plan):                                        # Raises Refused if the 
 
 def clear(out):                                         # remove what dead runs left of it: out.tmp-1234 of process 1234
     for left in out.parent.glob("*.tmp-*"):
-        if not (found := re.fullmatch(re.escape(out.name) + r"(\.tmp-(\d+))+", left.name)):
-            continue
-        try:
-            os.kill(int(found[2]), 0)                   # signal 0 only asks
-        except ProcessLookupError:
-            shutil.rmtree(left)
-        except PermissionError:                         # it lives, and is someone else's
-            pass
+        if found := re.fullmatch(re.escape(out.name) + r"(\.tmp-(\d+))+", left.name):
+            try:
+                os.kill(int(found[2]), 0)               # signal 0 only asks
+            except ProcessLookupError:
+                shutil.rmtree(left)
+            except PermissionError:                     # it lives, and is someone else's
+                pass
 
 
 def make_room(out, nbytes, sources, overwrite):         # raise Refused if out must not be written or is too large
     if out.exists() and not overwrite:
         raise Refused(f"{out} exists; choose another --out, or add --overwrite to replace it")
-    for path in out.iterdir() if out.is_dir() else ():
+    for path in out.glob("*"):
         if path.is_dir() or not WRITTEN.fullmatch(path.name):
             raise Refused(f"{out} is not replaced, for it holds {path.name}, which no conversion wrote; "
                           "move that away or choose another --out")
-    if any(out == path or out in path.parents for path in (Path(source).resolve() for source in sources)):
+    if any(Path(source).resolve().is_relative_to(out) for source in sources):
         raise Refused(f"{out} holds a source; choose another --out")
     if nbytes > (free := shutil.disk_usage(out.parent).free):
         raise Refused(f"{out}: needs {nbytes / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free")
 
 
 def split(targets, stem, limit):          # {file name: targets}, each of one tensor or at most limit bytes
-    shards, room = [], 0                                # wide types first: numbers lie at multiples of their width
+    shards, room = [], -1                               # wide types first: numbers lie at multiples of their width
     for name, target in sorted(targets.items(), key=lambda item: -item[1].dtype.itemsize):
-        if not shards or target.nbytes > room:
+        if target.nbytes > room:
             shards.append({})
             room = limit
         shards[-1][name] = target
@@ -1272,14 +1277,9 @@ def write(plan, out, sources, max_shard=5e9, overwrite=False, quantize=""):     
     with M.new_folder(out) as new, tqdm(total=plan.nbytes, unit="B", unit_scale=True, disable=None) as bar:
         for path in plan.copies:
             shutil.copyfile(path, new / path.name)
-        texts = dict(plan.texts)
-        for stem, targets in plan.files.items():
-            files = split(targets, stem, max_shard if stem == "model" else math.inf)
-            for name, shard in files.items():
-                write_shard(new / name, shard, bar)
-            if len(files) > 1:
-                texts[INDICES[0]] = {"metadata": {"total_size": sum(target.nbytes for target in targets.values())},
-                                     "weight_map": {key: name for name, shard in files.items() for key in shard}}
+        files, texts = plan.layout(max_shard)
+        for name, targets in files.items():
+            write_shard(new / name, targets, bar)
         for name, values in texts.items():
             (new / name).write_text(json.dumps(values, indent=1))
         if plan.cfg:
@@ -1300,10 +1300,9 @@ def main(args):
     if args.report:
         args.report.write_text(json.dumps([row._asdict() for row in plan.report], indent=1))
     check(plan)
-    if args.dry_run:
-        return
-    write(plan, args.out, args.sources or [args.export], args.max_shard, args.overwrite, args.quantize)
-    say(f"wrote {args.out}")
+    if not args.dry_run:
+        write(plan, args.out, args.sources or [args.export], args.max_shard, args.overwrite, args.quantize)
+        say(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -285,7 +285,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
 
     def forward(self, x, size=None):
-        return self.conv(F.interpolate(x, size or [2 * n for n in x.shape[-2:]]))
+        return self.conv(F.interpolate(x, size, None if size else 2))
 
 
 # ---- Transformers
@@ -480,16 +480,10 @@ class UNet(nn.Module):
 
     def forward(self, x, t, text=None, classes=None):
         given = self.given(x, t, text or {}, classes)
-        if not self.cfg.video:
-            return self.layers(x, given)
-        x = self.layers(x.transpose(1, 2).flatten(0, 1), given)                             # (N, C, H, W)
-        return x.unflatten(0, (-1, given.n_frame)).transpose(1, 2)
-
-    def layers(self, x, given):
-        """The same of pictures or frames, (N, C, H, W)."""
+        if self.cfg.video:
+            x = x.transpose(1, 2).flatten(0, 1)                                             # (N, C, H, W)
         x = self.conv_in(x)
-        if self.transformer_in is not None:
-            x = self.transformer_in(x, given)
+        x = self.transformer_in(x, given) if self.cfg.video else x
         skips = [x]
         for stage in self.down_blocks:
             for i in range(len(stage.resnets)):
@@ -504,7 +498,8 @@ class UNet(nn.Module):
                 x = stage.layer(i, torch.cat([x, skips.pop()], dim=1), given)
             for up in stage.upsamplers:
                 x = up(x, skips[-1].shape[-2:])         # a size that was odd on the way down is so again
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        x = self.conv_out(F.silu(self.conv_norm_out(x)))
+        return x.unflatten(0, (-1, given.n_frame)).transpose(1, 2) if self.cfg.video else x
 
 
 # ---- VAE
@@ -627,9 +622,9 @@ class CrossAttention(StackedAttention):
 class CrossBlock(Block):
     """A block that also looks at a memory."""
 
-    def __init__(self, dim, mlp_dim, n_head, act, eps):
-        super().__init__(dim, mlp_dim, StackedAttention(dim, n_head, False), act, eps)
-        self.cross_norm, self.cross = nn.LayerNorm(dim, eps), CrossAttention(dim, n_head, False)
+    def __init__(self, dim, mlp_dim, n_head):
+        super().__init__(dim, mlp_dim, StackedAttention(dim, n_head, False), F.relu, 1e-5)
+        self.cross_norm, self.cross = nn.LayerNorm(dim, 1e-5), CrossAttention(dim, n_head, False)
 
     def forward(self, x, memory):
         x = x + self.attn(self.attn_norm(x))
@@ -652,8 +647,7 @@ class OutputProjection(nn.Module):
         self.encoder = nn.ModuleList(
             Block(cfg.dim, cfg.mlp_dim, StackedAttention(cfg.dim, cfg.n_head, False), F.relu, 1e-5)
             for _ in range(cfg.n_layer))
-        self.decoder = nn.ModuleList(
-            CrossBlock(cfg.dim, cfg.mlp_dim, cfg.n_head, F.relu, 1e-5) for _ in range(cfg.n_layer))
+        self.decoder = nn.ModuleList(CrossBlock(cfg.dim, cfg.mlp_dim, cfg.n_head) for _ in range(cfg.n_layer))
         self.encoder_norm, self.decoder_norm = nn.LayerNorm(cfg.dim), nn.LayerNorm(cfg.dim)
 
     def forward(self, h, embeds):
@@ -716,7 +710,7 @@ def dpm_times(n):
 
 def dpm(k, past, times, signal):
     """DPM-Solver++ of order 2: clean pictures are predicted and extrapolated; the first and the last step are plain."""
-    levels = [signal[t] for t in times] + [torch.ones(())]
+    levels = [*signal[times], torch.ones(())]
     clean = [(x - (1 - a).sqrt() * noise) / a.sqrt() for (x, noise), a in zip(past, (levels[k], levels[k - 1]))]
     before, a, b, guess = levels[k - 1], levels[k], levels[k + 1], clean[0]
     lam, lam_next, lam_before = ((v / (1 - v)).log() / 2 for v in (a, b, before))
@@ -758,37 +752,30 @@ class Painter(nn.Module):
 # ---- Samplers
 # draw_*(painter, prompt_embeds, size, **how): how is what `denoise` takes.
 
-def first_latents(shape, noise, seed):
-    """The noise that is given, or drawn on the CPU: a seed means the same on every device."""
-    if noise is None:
-        noise = torch.randn(shape, generator=None if seed is None else torch.Generator().manual_seed(seed))
-    if noise.shape != torch.Size(shape):
-        raise ValueError(f"noise has shape {list(noise.shape)}; this size needs {list(shape)}")
-    return noise
-
-
 def denoise(painter, embeds, shape, *, negative=None, steps=None, guidance=None, seed=None, noise=None):
     """The loop from noise to latents of `shape`, for prompts (B, T, C) or (B, C).
 
     negative: what to steer away from (the empty text); guidance: how much (1 or less: not at all); None: the painter's
-    own. noise, seed: see first_latents.
+    own. The noise to start from may be given; else it is drawn on the CPU: a seed means the same on every device.
     """
     cfg, unet, prompts = painter.cfg, painter.unet, [embeds]
     steps, guidance = cfg.steps if steps is None else steps, cfg.guidance if guidance is None else guidance
     if cfg.scheduler not in SCHEDULERS or not 0 < steps < 1000:
         raise ValueError(f"{cfg.scheduler!r}, {steps} steps; use one of {', '.join(SCHEDULERS)} and 1 to 999 steps")
-    latents = first_latents(shape, noise, seed).to(embeds)
+    if noise is None:
+        noise = torch.randn(shape, generator=None if seed is None else torch.Generator().manual_seed(seed))
+    if noise.shape != torch.Size(shape):
+        raise ValueError(f"noise has shape {list(noise.shape)}; this size needs {list(shape)}")
     if guidance > 1:
         negative = painter.unprompted(embeds) if negative is None else negative
         prompts = [negative.expand_as(embeds), embeds]
     read = torch.cat(prompts)
     told = {"text": unet.read(read)} if cfg.unet.context_dim else {"classes": read}
     plan, update = SCHEDULERS[cfg.scheduler]
-    times, signal, past = plan(steps), signal_levels(cfg.beta_start, cfg.beta_end), []
+    times, signal, past, latents = plan(steps), signal_levels(cfg.beta_start, cfg.beta_end), [], noise.to(embeds)
     for k, t in enumerate(tqdm(times, desc="painting", leave=False, disable=None)):
         preds = unet(torch.cat([latents] * len(prompts)), t, **told).chunk(len(prompts))
-        uncond, cond = preds[0], preds[-1]              # without guidance the same
-        noise_pred = uncond + guidance * (cond - uncond)
+        noise_pred = preds[0] + guidance * (preds[-1] - preds[0])       # unguided, there is but one
         if cfg.clean:
             noise_pred = (latents - signal[t].sqrt() * noise_pred) / (1 - signal[t]).sqrt()
         past = [(latents, noise_pred), *past[:4]]

@@ -358,7 +358,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A transformer block over the pixels of each picture: (N, C, H, W) -> the same. project: Linear or Conv2d of 1x1."""
+    """A transformer block over the pixels of each picture: (N, C, H, W) -> the same. project: Linear or 1x1 Conv2d."""
 
     def __init__(self, dim, n_head, groups, context_dim=0, inner=0, project=nn.Linear):
         super().__init__()

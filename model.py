@@ -997,7 +997,7 @@ def tie(model):
 
 def assign(model, state):
     """Make stored tensors the model's own."""
-    model.load_state_dict(state | {name: state[own] for name, own in tied(model).items()}, assign=True)
+    model.load_state_dict(state | {name: state[other] for name, other in tied(model).items()}, assign=True)
     tie(model)
 
 

@@ -623,8 +623,8 @@ class CrossBlock(Block):
     """A block that also looks at a memory."""
 
     def __init__(self, dim, mlp_dim, n_head):
-        super().__init__(dim, mlp_dim, StackedAttention(dim, n_head, False), F.relu, 1e-5)
-        self.cross_norm, self.cross = nn.LayerNorm(dim, 1e-5), CrossAttention(dim, n_head, False)
+        super().__init__(dim, mlp_dim, StackedAttention(dim, n_head), F.relu, 1e-5)
+        self.cross_norm, self.cross = nn.LayerNorm(dim, 1e-5), CrossAttention(dim, n_head)
 
     def forward(self, x, memory):
         x = x + self.attn(self.attn_norm(x))
@@ -645,7 +645,7 @@ class OutputProjection(nn.Module):
         self.fc, self.model = nn.Linear(cfg.llm_dim, cfg.dim), nn.Linear(cfg.dim, cfg.out_dim)
         self.query_embs = nn.Parameter(torch.zeros(1, cfg.n_query, cfg.dim))
         self.encoder = nn.ModuleList(
-            Block(cfg.dim, cfg.mlp_dim, StackedAttention(cfg.dim, cfg.n_head, False), F.relu, 1e-5)
+            Block(cfg.dim, cfg.mlp_dim, StackedAttention(cfg.dim, cfg.n_head), F.relu, 1e-5)
             for _ in range(cfg.n_layer))
         self.decoder = nn.ModuleList(CrossBlock(cfg.dim, cfg.mlp_dim, cfg.n_head) for _ in range(cfg.n_layer))
         self.encoder_norm, self.decoder_norm = nn.LayerNorm(cfg.dim), nn.LayerNorm(cfg.dim)

@@ -313,8 +313,8 @@ class LLMBlock(nn.Module):
         """Start as a look-up by content: a query agrees with keys of vectors like its own, and what is found comes back
         as it was (Trockman & Kolter 2023, Mimetic initialization of self-attention layers)."""
         attn, (nh, nkv) = self.attn, (self.attn.n_head, self.attn.n_kv_head)
-        for weight in attn.wk.weight, attn.wv.weight:
-            nn.init.orthogonal_(weight)
+        nn.init.orthogonal_(attn.wk.weight)
+        nn.init.orthogonal_(attn.wv.weight)
         k, v = (layer.weight.unflatten(0, (nkv, -1)).repeat_interleave(nh // nkv, 0).flatten(0, 1)      # a row of heads
                 for layer in (attn.wk, attn.wv))
         for weight, same in (attn.wq.weight, k), (attn.wk.weight, attn.wk.weight):
@@ -670,9 +670,6 @@ def initialise(model):
             nn.init.zeros_(p)
         else:
             nn.init.normal_(p, std=spread(model, name, p))
-    for name, b in model.named_buffers():
-        if name.endswith("log_scale"):
-            b.fill_(math.log(1 / 0.07))         # CLIP's temperature
     for m in model.modules():
         if isinstance(m, (DeformableAttention, LLMBlock)):
             m.aim()
@@ -761,8 +758,8 @@ class Replay:
         self.at.fill_(pos)
         if pos >= self.end or not self.step:            # no step: Ctrl-C came while it was made
             self.step, self.end = None, min(pos // self.RUN * self.RUN + self.RUN, self.cache.max_len)
-            for held in self.cache.k, self.cache.v:
-                held[:, :, :, pos:self.end] = 0     # what lay there may be no number, and 0 times that is none either
+            self.cache.k[:, :, :, pos:self.end] = 0    # what lay there may be no number, and 0 times that is none either
+            self.cache.v[:, :, :, pos:self.end] = 0
             self.step = self.captured() if x.is_cuda else self.run
         self.step()
         self.cache.pos += 1
@@ -1078,7 +1075,8 @@ def new_folder(out):
     if os.path.ismount(out) or out.is_file():               # could not take the name: said before hours of work
         kind = "file" if out.is_file() else "mount point"
         raise OSError(f"{out} cannot be replaced: it is a {kind}; name a folder in it")
-    new, old = (out.with_name(f"{out.name}.tmp-{os.getpid()}{end}") for end in ("", "-old"))
+    new = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    old = new.with_name(f"{new.name}-old")
     for left in new, old:
         shutil.rmtree(left, ignore_errors=True)
     new.mkdir(parents=True)
@@ -1106,7 +1104,7 @@ def check_savable(model, folder):
     if any(getattr(part, "packed", None) is not None for part in model.modules()):
         raise ValueError("a quantised model gives its weights away when it first multiplies: "
                          "save it before, or load it again")
-    if any(isinstance(part, Attention) and part.wqkv for part in model.modules()):
+    if "llm.blocks.0.attn.wqkv.weight" in model.state_dict():
         raise ValueError("a fused model is not for saving: save it before, or load it again")
     config = folder / "config.json"                             # others' folders have one too
     ours = config.is_file() and b'"format_version"' in config.read_bytes()
@@ -1158,7 +1156,7 @@ def side_by_side(layers):
 def fuse(model):
     """Join q|k|v and gate|up into one matrix each, in place, for faster generation; such a model is not for saving.
     Raises ValueError for LoRA layers: merge them first."""
-    if any(isinstance(layer, LoRALinear) for layer in model.llm.modules()):
+    if model.llm.cfg.lora_rank:
         raise ValueError("merge LoRA before fusing")
     one = join if model.cfg.quantized else side_by_side
     for block in model.llm.blocks:

@@ -653,8 +653,9 @@ def spread(model, name, p):
         return 1
     if p.ndim in (1, 3) or name.endswith("pos.weight"):         # positions, class tokens, extra keys and values
         return 0.02
-    std, stack = p[0].numel() ** -0.5, re.match(r"(.+?)\.\d+\.", name)          # 1 / sqrt(fan in)
-    if name.endswith(("wo.weight", "down.weight", "fc2.weight")):               # adds to the residual stream, 2 a layer
+    std = p[0].numel() ** -0.5                                  # 1 / sqrt(fan in)
+    if name.endswith(("wo.weight", "down.weight", "fc2.weight")):
+        stack = re.match(r"(.+?)\.\d+\.", name)                 # it adds to the residual stream, 2 a layer
         std /= math.sqrt(2 * (len(model.get_submodule(stack[1])) if stack else 1))
     return std
 
@@ -758,7 +759,7 @@ class Replay:
         self.at.fill_(pos)
         if pos >= self.end or not self.step:            # no step: Ctrl-C came while it was made
             self.step, self.end = None, min(pos // self.RUN * self.RUN + self.RUN, self.cache.max_len)
-            self.cache.k[:, :, :, pos:self.end] = 0    # what lay there may be no number, and 0 times that is none either
+            self.cache.k[:, :, :, pos:self.end] = 0     # what lay there may be no number, nor is 0 times that
             self.cache.v[:, :, :, pos:self.end] = 0
             self.step = self.captured() if x.is_cuda else self.run
         self.step()

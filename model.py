@@ -1100,12 +1100,12 @@ def tensors_of(model):
     return dict(sorted(state.items(), key=lambda item: -item[1].dtype.itemsize))
 
 
-def check_savable(model, folder):
+def check_savable(model, state, folder):
     """Refuse a model that has given its matrices away, and a folder that holds other things than weights."""
     if any(getattr(part, "packed", None) is not None for part in model.modules()):
         raise ValueError("a quantised model gives its weights away when it first multiplies: "
                          "save it before, or load it again")
-    if "llm.blocks.0.attn.wqkv.weight" in model.state_dict():
+    if "llm.blocks.0.attn.wqkv.weight" in state:
         raise ValueError("a fused model is not for saving: save it before, or load it again")
     config = folder / "config.json"                             # others' folders have one too
     ours = config.is_file() and b'"format_version"' in config.read_bytes()
@@ -1118,7 +1118,7 @@ def save(model, folder, extra=(), values=None):
     `extra` files. values: what to write for tensors_of(model), in its order, if not the tensors. Raises ValueError for
     a quantised model that has spoken."""
     folder, state = Path(folder), tensors_of(model)
-    check_savable(model, folder)
+    check_savable(model, state, folder)
     with new_folder(folder) as new:
         write_tensors(new / "model.safetensors", state, values or state.values())
         write_config(model.cfg, new)

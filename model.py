@@ -33,6 +33,7 @@ from vision import (HUGE, CLIPConfig, CLIPVision, ImageBind, ImageBindConfig, SA
                     split_heads)
 
 FORMAT = 1                              # of weights folders; load() refuses a newer one
+BIG = 2 << 30                           # bytes of weights, see usual_dtype
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -1023,9 +1024,6 @@ def find_device(name=None):
     if name and str(name).split(":")[0] not in ("cpu", best.type):
         raise ValueError(f"there is no device {name} here; leave it out to take the best there is, {best}")
     return torch.device(name or best)
-
-
-BIG = 2 << 30                           # bytes
 
 
 def usual_dtype(folder, device):

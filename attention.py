@@ -47,7 +47,7 @@ def relative_bias(rel_h, rel_w):
 
 # ---- Reference
 
-def reference_attention(q, k, v, *, causal=False, bias=None, segments=None, rel=None, wide=None):
+def reference_attention(q, k, v, *, causal=False, bias=None, segments=None, rel=(), wide=None):
     """softmax(q k^T / sqrt(hd) + bias) v, in float32 or better, or in a type `wide`. Obvious: tests lean on it."""
     B, nh, T, hd = q.shape
     wide = wide or torch.promote_types(q.dtype, torch.float32)
@@ -55,7 +55,7 @@ def reference_attention(q, k, v, *, causal=False, bias=None, segments=None, rel=
     scores = (q.to(wide) * hd ** -0.5) @ k.transpose(-2, -1)                                # (B, nh, T, S)
     if bias is not None:
         scores = scores + bias
-    if rel is not None:
+    if rel:
         scores = scores + relative_bias(*rel)
     if (mask := visible_keys(T, k.shape[2], causal, segments, q.device)) is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
@@ -64,10 +64,10 @@ def reference_attention(q, k, v, *, causal=False, bias=None, segments=None, rel=
 
 # ---- Torch
 
-def torch_attention(q, k, v, *, causal=False, bias=None, segments=None, rel=None):
+def torch_attention(q, k, v, *, causal=False, bias=None, segments=None, rel=()):
     """torch's fused kernels, after writing out the masks they do not know."""
-    (B, nh, T, hd), (nkv, S) = q.shape, k.shape[1:3]
-    if rel is not None:                 # in pieces that a cache holds: the bias in full would be B x nh x T x S
+    (B, nh, T, hd), (nkv, S), causal = q.shape, k.shape[1:3], causal and q.shape[2] > 1
+    if rel:                             # in pieces that a cache holds: the bias in full would be B x nh x T x S
         rows = max(1, 2 ** 22 // (B * S))
         heads, step = max(1, rows // T), T if causal or segments is not None else min(T, rows)
         if heads < nh or step < T:
@@ -82,10 +82,10 @@ def torch_attention(q, k, v, *, causal=False, bias=None, segments=None, rel=None
     if q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu" and B * nh * T * S < 2 ** 24:
         # the fused backward pass of a CPU multiplies float32, not bfloat16; above, scores would take too much memory
         return reference_attention(q, k, v, causal=causal, bias=bias, segments=segments, wide=q.dtype)
-    if segments is not None or causal and T > 1 and (T != S or bias is not None):   # torch aligns to the first key
+    if segments is not None or causal and (T != S or bias is not None):             # torch aligns to the first key
         mask = visible_keys(T, S, causal, segments, q.device)
         bias, causal = mask if bias is None else bias.masked_fill(~mask, -torch.inf), False
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal and T > 1, enable_gqa=nh != nkv)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, enable_gqa=nh != nkv)
 
 
 # ---- Tiles
@@ -363,11 +363,10 @@ class Fused(torch.autograd.Function):
         (B, nh, T, _), (nkv, S), o = q.shape, k.shape[1:3], output(q)
         lse, t = q.new_empty(B, nh, T, dtype=torch.float32), tile(q, "forward")
         bias = None if bias is None else bias.expand(B, nh, T, S)   # stride 0 where it does not vary
-        rel = [r.contiguous() for r in rel or ()]
+        segments = None if segments is None else segments.contiguous()
+        tables = [*(r.contiguous() for r in rel), *(r.shape[-1] for r in rel)] or [None] * 4
         ctx.causal, ctx.sizes = causal, (nh, nh // nkv, T, S)
-        ctx.extras = (bias, None if bias is None else bias.stride(), *(rel or (None, None)),
-                      *([r.shape[-1] for r in rel] or (None, None)),
-                      None if segments is None else segments.contiguous())
+        ctx.extras = bias, None if bias is None else bias.stride(), *tables, segments
         launch(forward_kernel, (B * nh * triton.cdiv(T, t[0]), 1), (q, k, v, o, lse), (q, k, v, o[None]),
                (ctx.extras, spans(ctx.extras[-1], t[0]), *ctx.sizes, S), t, causal)
         ctx.save_for_backward(q, k, v, o, lse)
@@ -404,21 +403,22 @@ def decode(q, k, v, bias=None):
     return o
 
 
-def triton_attention(q, k, v, *, causal=False, bias=None, segments=None, rel=None):
+def learns(*tensors):
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def triton_attention(q, k, v, *, causal=False, bias=None, segments=None, rel=()):
     """Our kernels, on a GPU. Torch takes what they do not: head dims above 160, float64, a bias or rel that learns."""
-    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (bias, *(rel or ())))
-    if learns or q.shape[-1] > MAX_HEAD_DIM or q.element_size() == 8 or not (q.is_cuda or INTERPRETED):
+    if learns(bias, *rel) or q.shape[-1] > MAX_HEAD_DIM or q.element_size() == 8 or not (q.is_cuda or INTERPRETED):
         return torch_attention(q, k, v, causal=causal, bias=bias, segments=segments, rel=rel)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    plain, alike = segments is None and rel is None, bias is None or bias.shape[1:3] == (1, 1)      # for all heads
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if plain and alike and q.shape[2] == 1 and not trained:
+    (B, _, T, _), S, plain = q.shape, k.shape[2], segments is None and not rel
+    if plain and T == 1 and (bias is None or bias.shape[1:3] == (1, 1)) and not learns(q, k, v):    # one for all heads
         return decode(q, k, v, bias)
-    if plain and bias is None and q.shape[2] == k.shape[2] <= SHORT:    # attention in time: thousands of samples
-        B, T = q.shape[0], q.shape[2]
+    if plain and bias is None and T == S <= SHORT:                      # attention in time: thousands of samples
         q, k, v = (x.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None] for x in (q, k, v))    # (1, nh, B * T, hd)
         segments = torch.arange(B * T, device=q.device, dtype=torch.int32)[None] // T
-        o = Fused.apply(q, k, v, causal, None, segments, None)
+        o = Fused.apply(q, k, v, causal, None, segments, ())
         return o[0].transpose(0, 1).unflatten(0, (B, T)).transpose(1, 2)                    # (B, nh, T, hd)
     return Fused.apply(q, k, v, causal, bias, segments, rel)
 
@@ -430,7 +430,7 @@ BACKENDS = {"reference": reference_attention, "torch": torch_attention, "triton"
 backend = "triton" if triton and torch.cuda.is_available() else "torch"   # tests set it; models never look at it
 
 
-def attention(q, k, v, *, causal=False, bias=None, segments=None, rel=None):
+def attention(q, k, v, *, causal=False, bias=None, segments=None, rel=()):
     """Attend with the chosen backend. Returns (B, nh, T, hd) in q's dtype.
 
     q (B, nh, T, hd), k and v (B, nkv, S, hd) with nkv dividing nh. causal: query t sees keys up to S - T + t.
@@ -445,6 +445,6 @@ def attention(q, k, v, *, causal=False, bias=None, segments=None, rel=None):
         raise ValueError(f"causal attention of {T} queries to {S} keys leaves the first queries without any")
     if segments is not None and not segments.shape == (B, T) == (B, S):
         raise ValueError(f"segments {tuple(segments.shape)} must be (B, T) = {B, T} with as many keys, here {S}")
-    if rel is not None and (bias is not None or nh != nkv or S != rel[0].shape[-1] * rel[1].shape[-1]):
+    if rel and (bias is not None or nh != nkv or S != rel[0].shape[-1] * rel[1].shape[-1]):
         raise ValueError(f"rel needs {rel[0].shape[-1]} x {rel[1].shape[-1]} keys, not {S}, nkv = nh and no bias")
     return BACKENDS[backend](q, k, v, causal=causal, bias=bias, segments=segments, rel=rel)

@@ -10,6 +10,7 @@ vocoder have the names of the published files.
 """
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -284,7 +285,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
 
     def forward(self, x, size=None):
-        return self.conv(F.interpolate(x, size or [2 * n for n in x.shape[-2:]]))
+        return self.conv(F.interpolate(x, size, None if size else 2))
 
 
 # ---- Transformers
@@ -361,9 +362,9 @@ class Transformer(nn.Module):
 
     def __init__(self, dim, n_head, groups, context_dim=0, inner=0, project=nn.Linear):
         super().__init__()
-        inner, more = inner or dim, () if project is nn.Linear else (1,)
+        inner = inner or dim
         self.norm = GroupNorm(groups, dim, 1e-6)
-        self.proj_in, self.proj_out = project(dim, inner, *more), project(inner, dim, *more)
+        self.proj_in, self.proj_out = project(dim, inner), project(inner, dim)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(inner, n_head, context_dim)])
 
     def mix(self, h, text):
@@ -392,11 +393,11 @@ class TemporalTransformer(Transformer):
 class Stage(nn.Module):
     """The layers of one resolution: resnets, each followed by what there is of the others, then a change of size."""
 
-    def __init__(self, resnets, attentions=(), temp_convs=(), temp_attentions=(), down=None, up=None):
+    def __init__(self, resnets, attentions=(), temp_convs=(), temp_attentions=(), down=(), up=()):
         super().__init__()
         self.resnets, self.temp_convs = nn.ModuleList(resnets), nn.ModuleList(temp_convs)
         self.attentions, self.temp_attentions = nn.ModuleList(attentions), nn.ModuleList(temp_attentions)
-        self.downsamplers, self.upsamplers = nn.ModuleList([down] if down else []), nn.ModuleList([up] if up else [])
+        self.downsamplers, self.upsamplers = nn.ModuleList(down), nn.ModuleList(up)
 
     def layer(self, i, x, given):
         """Resnet i and what follows it."""
@@ -416,7 +417,7 @@ def make_stage(cfg, level, sizes, n_attn, **resize):
     """A UNet's Stage. sizes: (n_in, n_out) of each resnet; n_attn of them are followed by transformers."""
     dim, heads = cfg.widths[level], cfg.n_head[level]
     resnets = [Resnet(n_in, n_out, cfg.groups, 1e-5, cfg.time_dim) for n_in, n_out in sizes]
-    project = nn.Linear if cfg.video else nn.Conv2d
+    project = nn.Linear if cfg.video else partial(nn.Conv2d, kernel_size=1)
     attentions = [Transformer(dim, heads, cfg.groups, cfg.context_dim, project=project) for _ in range(n_attn)]
     if not cfg.video:
         return Stage(resnets, attentions, **resize)
@@ -453,16 +454,14 @@ class UNet(nn.Module):
         self.down_blocks, self.up_blocks, skips = nn.ModuleList(), nn.ModuleList(), [widths[0]]
         for level, dim in enumerate(widths):
             sizes = [(skips[-1], dim)] + [(dim, dim)] * (cfg.n_resnet - 1)
-            down = Downsample(dim, pad=1) if level + 1 < len(widths) else None
+            down = [Downsample(dim, pad=1)] if level + 1 < len(widths) else []
             self.down_blocks.append(make_stage(cfg, level, sizes, cfg.attends[level] * len(sizes), down=down))
-            skips += [dim] * (len(sizes) + bool(down))
+            skips += [dim] * (len(sizes) + len(down))
         self.mid_block = make_stage(cfg, -1, [(dim, dim)] * 2, 1)
         for level in reversed(range(len(widths))):
-            sizes = []
-            for _ in range(cfg.n_resnet + 1):
-                sizes.append((dim + skips.pop(), widths[level]))
-                dim = widths[level]
-            up = Upsample(dim) if level else None
+            before, dim = dim, widths[level]
+            sizes = [(n_in + skips.pop(), dim) for n_in in [before] + [dim] * cfg.n_resnet]
+            up = [Upsample(dim)] if level else []
             self.up_blocks.append(make_stage(cfg, level, sizes, cfg.attends[level] * len(sizes), up=up))
         self.conv_norm_out = GroupNorm(cfg.groups, dim)
         self.conv_out = nn.Conv2d(dim, cfg.channels, 3, padding=1)
@@ -508,16 +507,18 @@ class UNet(nn.Module):
 class Coder(nn.Module):
     """Half of a VAE: pictures to latents (down) or back."""
 
-    def __init__(self, cfg, down):
+    def __init__(self, cfg, n_in, n_out, widths, down):
         super().__init__()
-        n_in, n_out = (cfg.channels, 2 * cfg.latent) if down else (cfg.latent, cfg.channels)
-        widths, deep, stages = cfg.widths if down else cfg.widths[::-1], cfg.widths[-1], []
+        deep, stages = cfg.widths[-1], []
         for i, (before, dim) in enumerate(zip((widths[0], *widths), widths)):
             sizes = [before] + [dim] * (cfg.n_resnet - down)                    # the way up has one more
-            resize = {} if i + 1 == len(widths) else {"down": Downsample(dim, pad=0)} if down else {"up": Upsample(dim)}
+            resize = {}
+            if i + 1 < len(widths):
+                resize = {"down": [Downsample(dim, pad=0)]} if down else {"up": [Upsample(dim)]}
             stages.append(Stage([Resnet(size, dim, cfg.groups, 1e-6) for size in sizes], **resize))
         self.conv_in = nn.Conv2d(n_in, widths[0], 3, padding=1)
-        self.down_blocks, self.up_blocks = nn.ModuleList(stages if down else []), nn.ModuleList([] if down else stages)
+        blocks = nn.ModuleList(stages), nn.ModuleList()
+        self.down_blocks, self.up_blocks = blocks if down else blocks[::-1]
         self.mid_block = Stage([Resnet(deep, deep, cfg.groups, 1e-6) for _ in range(2)],
                                [PixelAttention(deep, cfg.groups)])
         self.conv_norm_out = GroupNorm(cfg.groups, widths[-1], 1e-6)
@@ -536,7 +537,8 @@ class VAE(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.encoder, self.decoder = Coder(cfg, down=True), Coder(cfg, down=False)
+        self.encoder = Coder(cfg, cfg.channels, 2 * cfg.latent, cfg.widths, down=True)
+        self.decoder = Coder(cfg, cfg.latent, cfg.channels, cfg.widths[::-1], down=False)
         self.quant_conv = nn.Conv2d(2 * cfg.latent, 2 * cfg.latent, 1)
         self.post_quant_conv = nn.Conv2d(cfg.latent, cfg.latent, 1)
 
@@ -620,9 +622,9 @@ class CrossAttention(StackedAttention):
 class CrossBlock(Block):
     """A block that also looks at a memory."""
 
-    def __init__(self, dim, mlp_dim, n_head, act, eps):
-        super().__init__(dim, mlp_dim, StackedAttention(dim, n_head, False), act, eps)
-        self.cross_norm, self.cross = nn.LayerNorm(dim, eps), CrossAttention(dim, n_head, False)
+    def __init__(self, dim, mlp_dim, n_head):
+        super().__init__(dim, mlp_dim, StackedAttention(dim, n_head), F.relu, 1e-5)
+        self.cross_norm, self.cross = nn.LayerNorm(dim, 1e-5), CrossAttention(dim, n_head)
 
     def forward(self, x, memory):
         x = x + self.attn(self.attn_norm(x))
@@ -643,10 +645,9 @@ class OutputProjection(nn.Module):
         self.fc, self.model = nn.Linear(cfg.llm_dim, cfg.dim), nn.Linear(cfg.dim, cfg.out_dim)
         self.query_embs = nn.Parameter(torch.zeros(1, cfg.n_query, cfg.dim))
         self.encoder = nn.ModuleList(
-            Block(cfg.dim, cfg.mlp_dim, StackedAttention(cfg.dim, cfg.n_head, False), F.relu, 1e-5)
+            Block(cfg.dim, cfg.mlp_dim, StackedAttention(cfg.dim, cfg.n_head), F.relu, 1e-5)
             for _ in range(cfg.n_layer))
-        self.decoder = nn.ModuleList(
-            CrossBlock(cfg.dim, cfg.mlp_dim, cfg.n_head, F.relu, 1e-5) for _ in range(cfg.n_layer))
+        self.decoder = nn.ModuleList(CrossBlock(cfg.dim, cfg.mlp_dim, cfg.n_head) for _ in range(cfg.n_layer))
         self.encoder_norm, self.decoder_norm = nn.LayerNorm(cfg.dim), nn.LayerNorm(cfg.dim)
 
     def forward(self, h, embeds):
@@ -709,9 +710,9 @@ def dpm_times(n):
 
 def dpm(k, past, times, signal):
     """DPM-Solver++ of order 2: clean pictures are predicted and extrapolated; the first and the last step are plain."""
-    levels = [signal[t] for t in times] + [torch.ones(())]
+    levels = [*signal[times], torch.ones(())]
     clean = [(x - (1 - a).sqrt() * noise) / a.sqrt() for (x, noise), a in zip(past, (levels[k], levels[k - 1]))]
-    (before, a, b), guess = (levels[i] for i in (k - 1, k, k + 1)), clean[0]
+    before, a, b, guess = levels[k - 1], levels[k], levels[k + 1], clean[0]
     lam, lam_next, lam_before = ((v / (1 - v)).log() / 2 for v in (a, b, before))
     if 0 < k < len(times) - 1:
         guess = guess + (lam_next - lam) / (lam - lam_before) / 2 * (clean[0] - clean[1])
@@ -757,26 +758,24 @@ def denoise(painter, embeds, shape, *, negative=None, steps=None, guidance=None,
     negative: what to steer away from (the empty text); guidance: how much (1 or less: not at all); None: the painter's
     own. The noise to start from may be given; else it is drawn on the CPU: a seed means the same on every device.
     """
-    cfg, unet = painter.cfg, painter.unet
+    cfg, unet, prompts = painter.cfg, painter.unet, [embeds]
     steps, guidance = cfg.steps if steps is None else steps, cfg.guidance if guidance is None else guidance
-    guided = guidance > 1
     if cfg.scheduler not in SCHEDULERS or not 0 < steps < 1000:
         raise ValueError(f"{cfg.scheduler!r}, {steps} steps; use one of {', '.join(SCHEDULERS)} and 1 to 999 steps")
     if noise is None:
         noise = torch.randn(shape, generator=None if seed is None else torch.Generator().manual_seed(seed))
     if noise.shape != torch.Size(shape):
         raise ValueError(f"noise has shape {list(noise.shape)}; this size needs {list(shape)}")
-    if guided:
+    if guidance > 1:
         negative = painter.unprompted(embeds) if negative is None else negative
-        embeds = torch.cat([negative.expand_as(embeds), embeds])
-    told = {"text": unet.read(embeds)} if cfg.unet.context_dim else {"classes": embeds}
+        prompts = [negative.expand_as(embeds), embeds]
+    read = torch.cat(prompts)
+    told = {"text": unet.read(read)} if cfg.unet.context_dim else {"classes": read}
     plan, update = SCHEDULERS[cfg.scheduler]
     times, signal, past, latents = plan(steps), signal_levels(cfg.beta_start, cfg.beta_end), [], noise.to(embeds)
     for k, t in enumerate(tqdm(times, desc="painting", leave=False, disable=None)):
-        noise_pred = unet(torch.cat([latents, latents]) if guided else latents, t, **told)
-        if guided:
-            uncond, cond = noise_pred.chunk(2)
-            noise_pred = uncond + guidance * (cond - uncond)
+        preds = unet(torch.cat([latents] * len(prompts)), t, **told).chunk(len(prompts))
+        noise_pred = preds[0] + guidance * (preds[-1] - preds[0])       # unguided, there is but one
         if cfg.clean:
             noise_pred = (latents - signal[t].sqrt() * noise_pred) / (1 - signal[t]).sqrt()
         past = [(latents, noise_pred), *past[:4]]

@@ -20,7 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from attention import attention
-from vision import MLP, LayerNorm2d, SAMImageEncoder, SAMMLP, Swin, SwinConfig, merge_heads, split_heads
+from vision import (MLP, LayerNorm2d, SAMImageEncoder, SAMMLP, StackedAttention, Swin, SwinConfig, merge_heads,
+                    split_heads)
 
 
 # ---- Boxes
@@ -536,13 +537,8 @@ def geometry(pad, dim):
     return pos, grid / size[:, None, None], size / size.new_tensor([W, H])
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(StackedAttention):
     """Multi-head attention of tokens to tokens, its q, k and v matrices stacked in one."""
-
-    def __init__(self, dim, n_head):
-        super().__init__()
-        self.n_head = n_head
-        self.wqkv, self.wo = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, q, v, k=None, bias=None):
         """From (B, T, C) to values (B, S, C), whose keys are k or, if there is none, q again. Returns (B, T, C)."""

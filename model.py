@@ -10,12 +10,13 @@ import ctypes
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import get_args, get_origin
+from typing import NamedTuple, get_args, get_origin
 
 import torch
 import torch.nn as nn
@@ -32,6 +33,7 @@ from vision import (HUGE, CLIPConfig, CLIPVision, ImageBind, ImageBindConfig, SA
                     split_heads)
 
 FORMAT = 1                              # of weights folders; load() refuses a newer one
+BIG = 2 << 30                           # bytes of weights, see usual_dtype
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
@@ -61,6 +63,10 @@ class LLMConfig:                        # defaults: Vicuna-7B v1.5
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
     lora_targets: str = "wq wk wv wo"   # which of wq wk wv wo gate up down carry LoRA
+
+    @property
+    def hd(self):                       # channels of a head
+        return self.head_dim or self.dim // self.n_head
 
 
 @dataclass(frozen=True)
@@ -169,8 +175,7 @@ PRESETS = {
 
 def rope_table(cfg, length, device):
     """cos and sin (length, hd) of every position, float32; Llama-3's scaling blends stretched and plain frequencies."""
-    hd = cfg.head_dim or cfg.dim // cfg.n_head
-    freqs = cfg.rope_theta ** -(torch.arange(0, hd, 2, device=device).float() / hd)         # (hd / 2)
+    freqs = cfg.rope_theta ** -(torch.arange(0, cfg.hd, 2, device=device).float() / cfg.hd)         # (hd / 2)
     if cfg.rope_factor != 1:
         turns = cfg.rope_train_len * freqs / (2 * math.pi)
         plain = ((turns - cfg.rope_low) / (cfg.rope_high - cfg.rope_low)).clamp(0, 1)
@@ -243,10 +248,9 @@ class KVCache:
     """Static keys and values of all layers, (n_layer, B, nkv, max_len, hd). The first `pos` places are filled."""
 
     def __init__(self, llm, batch, max_len):
-        cfg, weight = llm.cfg, llm.embed.weight
-        shape = cfg.n_layer, batch, cfg.n_kv_head, max_len, cfg.head_dim or cfg.dim // cfg.n_head
-        self.k, self.v = (torch.empty(shape, device=weight.device, dtype=weight.dtype) for _ in range(2))
-        self.pos, self.max_len = 0, max_len
+        cfg = llm.cfg
+        self.k = llm.embed.weight.new_empty(cfg.n_layer, batch, cfg.n_kv_head, max_len, cfg.hd)
+        self.v, self.pos, self.max_len = torch.empty_like(self.k), 0, max_len
 
     def append(self, layer, k, v):
         """Write (B, nkv, T, hd) behind what layer `layer` holds; returns views of all its keys and values."""
@@ -263,12 +267,11 @@ class KVCache:
 class Attention(nn.Module):
     def __init__(self, cfg, layer):
         super().__init__()
-        hd = cfg.head_dim or cfg.dim // cfg.n_head
         self.layer, self.n_head, self.n_kv_head = layer, cfg.n_head, cfg.n_kv_head
-        self.wq = linear(cfg, "wq", cfg.dim, cfg.n_head * hd)
-        self.wk = linear(cfg, "wk", cfg.dim, cfg.n_kv_head * hd)
-        self.wv = linear(cfg, "wv", cfg.dim, cfg.n_kv_head * hd)
-        self.wo = linear(cfg, "wo", cfg.n_head * hd, cfg.dim)
+        self.wq = linear(cfg, "wq", cfg.dim, cfg.n_head * cfg.hd)
+        self.wk = linear(cfg, "wk", cfg.dim, cfg.n_kv_head * cfg.hd)
+        self.wv = linear(cfg, "wv", cfg.dim, cfg.n_kv_head * cfg.hd)
+        self.wo = linear(cfg, "wo", cfg.n_head * cfg.hd, cfg.dim)
         self.wqkv = None                                    # wq, wk and wv in one, after fuse()
 
     def forward(self, x, rope, cache, **hides):
@@ -311,8 +314,8 @@ class LLMBlock(nn.Module):
         """Start as a look-up by content: a query agrees with keys of vectors like its own, and what is found comes back
         as it was (Trockman & Kolter 2023, Mimetic initialization of self-attention layers)."""
         attn, (nh, nkv) = self.attn, (self.attn.n_head, self.attn.n_kv_head)
-        for weight in attn.wk.weight, attn.wv.weight:
-            nn.init.orthogonal_(weight)
+        nn.init.orthogonal_(attn.wk.weight)
+        nn.init.orthogonal_(attn.wv.weight)
         k, v = (layer.weight.unflatten(0, (nkv, -1)).repeat_interleave(nh // nkv, 0).flatten(0, 1)      # a row of heads
                 for layer in (attn.wk, attn.wv))
         for weight, same in (attn.wq.weight, k), (attn.wk.weight, attn.wk.weight):
@@ -337,7 +340,7 @@ class LLM(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.rope = cfg, None
+        self.cfg, self.rope = cfg, 2 * [torch.empty(0)]     # a table of positions, made when first asked for
         self.embed = nn.Embedding(cfg.vocab_size, cfg.dim)
         self.blocks = nn.ModuleList(LLMBlock(cfg, i) for i in range(cfg.n_layer))
         self.norm = RMSNorm(cfg.dim, cfg.norm_eps)
@@ -349,13 +352,12 @@ class LLM(nn.Module):
         """attn_mask (B, T) bool hides padding that is not on the right; positions count on through it. segments (B, T)
         int: rows packed from several samples; a token sees its own segment, and counts from its start."""
         start = 0 if cache is None else cache.pos
-        rope = [table.to(x.dtype) for table in self.positions(start, start + x.shape[1], x.device)]     # (T, hd) each
-        bias = None
+        rope, bias = self.positions(start, start + x.shape[1], x), None                     # (T, hd) each
         if segments is not None:
             rope = [table[places(segments)][:, None] for table in rope]                     # (B, 1, T, hd)
         if attn_mask is not None:
             bias = x.new_zeros(attn_mask.shape).masked_fill(~attn_mask, torch.finfo(x.dtype).min)
-            bias = bias[:, None, None]                                                  # (B, 1, 1, T)
+            bias = bias[:, None, None]                                                      # (B, 1, 1, T)
         x = self.layers(x, rope, cache, bias=bias, segments=segments)
         if cache is not None:
             cache.pos += x.shape[1]
@@ -366,12 +368,12 @@ class LLM(nn.Module):
             x = block(x, rope, cache, **hides)
         return self.norm(x)
 
-    def positions(self, start, end, device):
-        """cos and sin (end - start, hd); the table is computed once, and again when it must grow or move."""
-        if self.rope is None or len(self.rope[0]) < end or self.rope[0].device != device:
+    def positions(self, start, end, x):
+        """cos and sin (end - start, hd) in x's type; the table is made once, and again when it must grow or move."""
+        if len(self.rope[0]) < end or self.rope[0].device != x.device:
             with torch.inference_mode(False):           # a model that has spoken may learn
-                self.rope = rope_table(self.cfg, max(end, self.cfg.max_len), device)
-        return [table[start:end] for table in self.rope]
+                self.rope = rope_table(self.cfg, max(end, self.cfg.max_len), x.device)
+        return [table[start:end].to(x.dtype) for table in self.rope]
 
 
 # ---- Readers
@@ -394,11 +396,10 @@ class CLIPReader(nn.Module):
 
     def __init__(self, cfg, dim, depth=1):
         super().__init__()
-        self.tower = CLIPVision(cfg)
-        self.projector = nn.Linear(cfg.dim, dim) if dim else nn.Identity()
-        if depth > 1:
-            more = (m for _ in range(depth - 1) for m in (nn.GELU(), nn.Linear(dim, dim)))
-            self.projector = nn.Sequential(self.projector, *more)
+        self.tower, layers = CLIPVision(cfg), [nn.Linear(cfg.dim, dim) if dim else nn.Identity()]
+        for _ in range(depth - 1):
+            layers += nn.GELU(), nn.Linear(dim, dim)
+        self.projector = nn.Sequential(*layers) if depth > 1 else layers[0]
 
     def forward(self, kind, x, model):
         """x: pictures (M, 3, H, W), or the levels that a RegionReader made of them, of which this is the deepest."""
@@ -512,7 +513,7 @@ class HeadLoss(torch.autograd.Function):
             x, label = h[at].to(w.dtype), labels[at, None]
             log_p = (x @ w.T).float().log_softmax(-1)                                       # (chunk, V)
             total = total - log_p.gather(1, label).sum()
-            if grad_h or grad_weight:           # of a logit: its probability, less 1 at the label
+            if any(ctx.needs_input_grad):       # of a logit: its probability, less 1 at the label
                 d = log_p.exp_().scatter_add_(1, label, -torch.ones_like(label, dtype=log_p.dtype)).to(w.dtype)
             if grad_h:
                 dh[at] = (d @ w).to(dh.dtype)
@@ -538,7 +539,7 @@ def box_share(boxes, n):
     """Boxes (R, 4) xyxy in 0..1 -> share of each that lies in each of the n patches of its square picture, (R, n)."""
     side = math.isqrt(n)
     start = torch.arange(side, device=boxes.device) / side
-    low, high = (boxes[:, i:i + 2, None].float() for i in (0, 2))                           # (R, 2, 1)
+    low, high = boxes[..., None].float().split(2, dim=1)                                    # (R, 2, 1)
     covers = (torch.minimum(high, start + 1 / side) - torch.maximum(low, start)).clamp(min=1e-6)        # (R, 2, side)
     share = (covers[:, 1, :, None] * covers[:, 0, None]).flatten(1)                         # rows of patches first
     return share / share.sum(1, keepdim=True)
@@ -647,9 +648,21 @@ class Model(nn.Module):
         return losses
 
 
+def spread(model, name, p):
+    """Standard deviation of a parameter that begins as random numbers."""
+    if name.endswith("query_embs"):
+        return 1
+    if p.ndim in (1, 3) or name.endswith("pos.weight"):         # positions, class tokens, extra keys and values
+        return 0.02
+    std = p[0].numel() ** -0.5                                  # 1 / sqrt(fan in)
+    if name.endswith(("wo.weight", "down.weight", "fc2.weight")):
+        stack = re.match(r"(.+?)\.\d+\.", name)                 # it adds to the residual stream, 2 a layer
+        std /= math.sqrt(2 * (len(model.get_submodule(stack[1])) if stack else 1))
+    return std
+
+
 def initialise(model):
     """Random weights for training from nothing, in place."""
-    stacks = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     kinds = nn.LayerNorm, nn.GroupNorm, RMSNorm
     norms = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, kinds)}
     for name, p in model.named_parameters():
@@ -657,18 +670,8 @@ def initialise(model):
             nn.init.ones_(p)
         elif name.endswith(("bias", "lora_B")):
             nn.init.zeros_(p)
-        elif name.endswith("query_embs"):
-            nn.init.normal_(p)
-        elif p.ndim in (1, 3) or name.endswith("pos.weight"):   # positions, class tokens, extra keys and values
-            nn.init.normal_(p, std=0.02)
         else:
-            std = p[0].numel() ** -0.5                          # 1 / sqrt(fan in)
-            if name.endswith(("wo.weight", "down.weight", "fc2.weight")):       # adds to the residual stream, 2 a layer
-                std /= math.sqrt(2 * next((n for stack, n in stacks.items() if name.startswith(stack + ".")), 1))
-            nn.init.normal_(p, std=std)
-    for name, b in model.named_buffers():
-        if name.endswith("log_scale"):
-            b.fill_(math.log(1 / 0.07))         # CLIP's temperature
+            nn.init.normal_(p, std=spread(model, name, p))
     for m in model.modules():
         if isinstance(m, (DeformableAttention, LLMBlock)):
             m.aim()
@@ -731,7 +734,7 @@ class Replay:
         self.llm, self.cache, self.end, self.step = llm, cache, 0, None
         self.x = llm.embed.weight.new_empty(1, 1, llm.cfg.dim)
         self.at = torch.zeros(1, dtype=torch.long, device=self.x.device)
-        self.rope = llm.positions(0, cache.max_len, self.x.device)      # held, for the model may replace its table
+        self.rope = llm.positions(0, cache.max_len, self.x)     # held, for the model may replace its table
 
     def append(self, layer, k, v):      # as the cache does
         self.cache.k[layer].index_copy_(2, self.at, k)
@@ -739,7 +742,7 @@ class Replay:
         return self.cache.k[layer, :, :, :self.end], self.cache.v[layer, :, :, :self.end]   # (1, nkv, end, hd)
 
     def run(self):
-        rope = [table[self.at].to(self.x.dtype) for table in self.rope]                     # (1, hd)
+        rope = [table[self.at] for table in self.rope]                                      # (1, hd)
         ahead = torch.arange(self.end, device=self.x.device) > self.at
         bias = self.x.new_zeros(1, 1, 1, self.end).masked_fill(ahead, torch.finfo(self.x.dtype).min)
         self.h = self.llm.layers(self.x, rope, self, bias=bias)                             # (1, 1, C)
@@ -757,8 +760,8 @@ class Replay:
         self.at.fill_(pos)
         if pos >= self.end or not self.step:            # no step: Ctrl-C came while it was made
             self.step, self.end = None, min(pos // self.RUN * self.RUN + self.RUN, self.cache.max_len)
-            for held in self.cache.k, self.cache.v:
-                held[:, :, :, pos:self.end] = 0     # what lay there may be no number, and 0 times that is none either
+            self.cache.k[:, :, :, pos:self.end] = 0     # what lay there may be no number, nor is 0 times that
+            self.cache.v[:, :, :, pos:self.end] = 0
             self.step = self.captured() if x.is_cuda else self.run
         self.step()
         self.cache.pos += 1
@@ -791,50 +794,53 @@ def generate(model, embeds, *, cache=None, max_new_tokens=512, seen=(), hidden=N
         embeds = model.next_embeds(new, fed, h)                                             # (1, 1, C)
 
 
+class Beam(NamedTuple):
+    """What beam search has of a sequence: its score, its ids behind a -1, and the row that each came from."""
+    score: float
+    ids: list
+    rows: list
+
+
 @torch.inference_mode()
 def beam_search(model, embeds, *, n_beam=5, max_new_tokens=512, hidden=None):
     """The best sequence of ids by beam search, with its end token if one came. embeds, hidden: see generate."""
     # parity: transformers 4.31 from embeddings, which all four systems run on. A hypothesis scores its summed log
     # probability over 1 + its ids without the end token; an end token counts only among the n_beam best candidates; the
     # search stops when n_beam are kept and the worst of them is no worse than the best candidate could still become.
-    if max_new_tokens < 1:
-        return []
-    llm, eos, steps = model.llm, model.cfg.eos, []          # steps: hidden states (n_beam, T, C) of each pass
+    llm, eos, steps, done = model.llm, model.cfg.eos, [], []        # steps: hidden states (n_beam, T, C) of each pass
     cache = KVCache(llm, n_beam, embeds.shape[1] + max_new_tokens)
-    embeds = embeds.expand(n_beam, -1, -1)
-    scores = torch.full((n_beam, 1), -1e9, device=embeds.device)
-    scores[0] = 0                                           # all rows are alike as yet: only one of them may be chosen
-    beams, done = [[(-1, 0)] for _ in range(n_beam)], []    # lists of (id, row it came from); done: (score, beam)
+    embeds = embeds.expand(n_beam, -1, -1)                  # all rows are alike as yet: only one of them may be chosen
+    beams = [Beam(0.0, [-1], []), *[Beam(-1e9, [-1], [])] * (n_beam - 1)]
     for step in range(1, max_new_tokens + 1):
         steps.append(llm(embeds, cache))
         h = steps[-1][:, -1]                                                                # (n_beam, C)
-        total = llm.lm_head(h).float().log_softmax(-1) + scores                             # (n_beam, V)
+        scores = torch.tensor([beam.score for beam in beams], device=h.device)
+        total = llm.lm_head(h).float().log_softmax(-1) + scores[:, None]                    # (n_beam, V)
         best, index = total.flatten().topk((1 + max(len(eos), 1)) * n_beam)                 # what may end, and n_beam
         row, id = index // total.shape[1], index % total.shape[1]
-        candidates = list(zip(best.tolist(), row.tolist(), id.tolist()))                    # best first
-        ended = [(score / step, beams[row] + [(id, row)]) for score, row, id in candidates[:n_beam] if id in eos]
-        done = sorted(done + ended, key=lambda x: -x[0])[:n_beam]
-        if len(done) == n_beam and done[-1][0] >= candidates[0][0] / (step + 1):
+        longer = [Beam(score, [*beams[row].ids, id], [*beams[row].rows, row])               # best first
+                  for score, row, id in zip(best.tolist(), row.tolist(), id.tolist())]
+        ended = [beam._replace(score=beam.score / step) for beam in longer[:n_beam] if beam.ids[-1] in eos]
+        done = sorted(done + ended, key=lambda beam: -beam.score)[:n_beam]
+        if len(done) == n_beam and done[-1].score >= longer[0].score / (step + 1):
             break
-        best, rows, ids = zip(*[candidate for candidate in candidates if candidate[2] not in eos][:n_beam])
-        fed = torch.tensor([beams[row][-1][0] for row in rows], device=h.device)
-        beams = [beams[row] + [(id, row)] for row, id in zip(rows, ids)]
-        cache.reorder(torch.tensor(rows, device=h.device))
-        scores, new = (torch.tensor(x, device=h.device)[:, None] for x in (best, ids))      # (n_beam, 1)
-        embeds = model.next_embeds(new, fed, h)             # parity: NExT-Chat's h is of rows before they move
+        beams = [beam for beam in longer if beam.ids[-1] not in eos][:n_beam]
+        rows, fed, new = torch.tensor([[beam.rows[-1], *beam.ids[-2:]] for beam in beams], device=h.device).T
+        cache.reorder(rows)
+        embeds = model.next_embeds(new[:, None], fed, h)    # parity: NExT-Chat's h is of rows before they move
     else:
-        done += [(score.item() / (1 + max_new_tokens), beam) for score, beam in zip(scores, beams)]
-    ids, rows = zip(*max(done, key=lambda x: x[0])[1][1:])
+        done += [beam._replace(score=beam.score / (1 + max_new_tokens)) for beam in beams]
+    best = max(done, key=lambda beam: beam.score)
     if hidden is not None:
-        hidden += [h[row:row + 1] for h, row in zip(steps, rows)]
-    return list(ids)
+        hidden += [h[row:row + 1] for h, row in zip(steps, best.rows)]
+    return best.ids[1:]
 
 
 def signal_runs(ids, signal):
     """First places of the complete runs of signal ids among ids, and the places of signal ids outside of those."""
     starts = [i for i in range(len(ids)) if list(ids[i:i + len(signal)]) == signal]
     inside = {i + j for i in starts for j in range(len(signal))}
-    return starts, [i for i, id in enumerate(ids) if id in signal and i not in inside]
+    return starts, sorted({i for i, id in enumerate(ids) if id in signal} - inside)
 
 
 @torch.inference_mode()
@@ -861,27 +867,22 @@ def to_config(cls, values, where):
     if unknown := set(values) - known.keys():
         names = ", ".join(sorted(known))
         raise ValueError(f"{where}: unknown field {min(unknown)!r} of {cls.__name__}; known: {names}")
-    for key, value in values.items():
-        low, high = LIMITS.get(key, (0, 1 << 24))
-        if isinstance(value, int) and not low <= value <= high:
-            raise ValueError(f"{where}: {key} = {value} is out of bounds")
     return cls(**{key: to_field(key, known[key], value, where) for key, value in values.items()})
 
 
 def to_field(key, kind, value, where):
     """A field of type `kind` from JSON, where tuples are lists and configs are objects."""
+    low, high = LIMITS.get(key, (0, 1 << 24))
+    if isinstance(value, int) and not low <= value <= high:
+        raise ValueError(f"{where}: {key} = {value} is out of bounds")
     if isinstance(value, list):
         return tuple(value)
     if not isinstance(value, dict):
         return value
-    if key == "writes":
-        return {name: tuple(tokens) for name, tokens in value.items()}
-    part = next(filter(is_dataclass, (kind, *get_args(kind))), None)        # of Part, Part | None, dict[str, Part]
-    if not part:
-        return value
     if get_origin(kind) is dict:
-        return {name: to_config(part, row, f"{where}: {name}") for name, row in value.items()}
-    return to_config(part, value, f"{where}: {key}")
+        return {name: to_field(name, get_args(kind)[1], item, where) for name, item in value.items()}
+    part = next(filter(is_dataclass, (kind, *get_args(kind))), None)                        # of Part or Part | None
+    return to_config(part, value, f"{where}: {key}") if part else value
 
 
 def read_config(folder, cls=ModelConfig):
@@ -939,14 +940,13 @@ def tensors_in(folder):
     if not index.is_file():
         return mapped(folder / "model.safetensors")
     try:
-        shard_of, shards = json.loads(index.read_bytes())["weight_map"], {}
+        shard_of = json.loads(index.read_bytes())["weight_map"]
         names = set(map(str, shard_of.values()))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: damaged ({error!r}); copy it again") from None
-    for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"{index}: shard {name!r} is not a file of this folder")
-        shards[name] = mapped(folder / name)
+    if odd := names - {path.name for path in folder.iterdir() if path.is_file()}:
+        raise ValueError(f"{index}: shard {min(odd)!r} is not a file of this folder")
+    shards = {name: mapped(folder / name) for name in names}
     return {key: shards[name][key] for key, name in shard_of.items() if key in shards[name]}
 
 
@@ -963,16 +963,16 @@ def skeleton(folder, build=Model, cls=ModelConfig):
     """build(config), a Model, of a weights folder on meta, in the stored types, and {name: tensor} as stored, mapped.
     Raises FileNotFoundError, ValueError naming the folder and key that do not fit."""
     cfg = read_config(folder, cls)
-    quantized = getattr(cfg, "quantized", "")
     try:
         with torch.device("meta"), WithoutNumbers():
-            model = build(replace(cfg, quantized="") if quantized else cfg)
-            if quantized:
-                quantize_llm(model, quantized)
+            model = build(cfg)
+            if kind := getattr(cfg, "quantized", ""):   # of painters none is
+                model.cfg = replace(cfg, quantized="")  # as yet
+                quantize_llm(model, kind)
     except Exception as error:          # odd values can break any layer
         raise ValueError(f"{folder}: config.json describes no model ({error!r:.200})") from None
     want, state = model.state_dict(), tensors_in(folder)
-    if odd := set(state) ^ (set(want) - tied(model)):
+    if odd := state.keys() ^ (want.keys() - tied(model)):
         what = "unexpected" if min(odd) in state else "missing"
         raise ValueError(f"{folder}: {min(odd)} is {what} ({len(odd)} keys do not fit config.json)")
     for key, x in state.items():
@@ -983,9 +983,9 @@ def skeleton(folder, build=Model, cls=ModelConfig):
 
 
 def tied(model):
-    """Names of matrices that are another's, and so are not stored."""
-    llm = getattr(model, "llm", None)
-    return {"llm.lm_head.weight"} if llm and llm.cfg.tied else set()
+    """{name of a matrix that is another's, and so is not stored: name of that one}."""
+    llm = getattr(model, "llm", None)                   # a painter has none
+    return {"llm.lm_head.weight": "llm.embed.weight"} if llm and llm.cfg.tied else {}
 
 
 def tie(model):
@@ -996,7 +996,7 @@ def tie(model):
 
 def assign(model, state):
     """Make stored tensors the model's own."""
-    model.load_state_dict(state | {name: state["llm.embed.weight"] for name in tied(model)}, assign=True)
+    model.load_state_dict(state | {name: state[other] for name, other in tied(model).items()}, assign=True)
     tie(model)
 
 
@@ -1006,17 +1006,15 @@ def load(folder, device="cpu", dtype=None, quantize="", build=Model, cls=ModelCo
     quantize: int8 or int4 (see quantize.py), a matrix at a time; ValueError for a model that is so already.
     """
     model, stored = skeleton(folder, build, cls)
-    shared = {name: "llm.embed.weight" for name in tied(model)}
 
     def fetch(name, layer):             # mapped for this layer alone: what was read leaves memory with it
-        stored = tensors_in(folder)
+        stored, shared = tensors_in(folder), tied(model)
         state = {key: stored[shared.get(f"{name}.{key}", f"{name}.{key}")].to(device) for key in layer.state_dict()}
         layer.load_state_dict(state, assign=True)
         return layer
     if quantize:
         quantize_llm(model, quantize, fetch)
-    assign(model, {key: stored[key].to(device) if x.is_meta else x
-                   for key, x in model.state_dict().items() if key not in tied(model)})
+    assign(model, {key: stored[key].to(device) if x.is_meta else x for key, x in tensors_of(model).items()})
     return model.to(dtype=dtype).eval()
 
 
@@ -1026,9 +1024,6 @@ def find_device(name=None):
     if name and str(name).split(":")[0] not in ("cpu", best.type):
         raise ValueError(f"there is no device {name} here; leave it out to take the best there is, {best}")
     return torch.device(name or best)
-
-
-BIG = 2 << 30                           # bytes
 
 
 def usual_dtype(folder, device):
@@ -1079,7 +1074,8 @@ def new_folder(out):
     if os.path.ismount(out) or out.is_file():               # could not take the name: said before hours of work
         kind = "file" if out.is_file() else "mount point"
         raise OSError(f"{out} cannot be replaced: it is a {kind}; name a folder in it")
-    new, old = (out.with_name(f"{out.name}.tmp-{os.getpid()}{end}") for end in ("", "-old"))
+    new = out.with_name(f"{out.name}.tmp-{os.getpid()}")
+    old = new.with_name(f"{new.name}-old")
     for left in new, old:
         shutil.rmtree(left, ignore_errors=True)
     new.mkdir(parents=True)
@@ -1102,22 +1098,25 @@ def tensors_of(model):
     return dict(sorted(state.items(), key=lambda item: -item[1].dtype.itemsize))
 
 
-def save(model, folder, extra=(), values=None):
-    """Write a weights folder, whole or not at all, in place of any there: config.json, model.safetensors, copies of the
-    `extra` files. values: what to write for tensors_of(model), in its order, if not the tensors. Raises ValueError for
-    a quantised model that has spoken."""
-    if any(getattr(layer, "packed", None) is not None for layer in model.modules()):
+def check_savable(model, state, folder):
+    """Refuse a model that has given its matrices away, and a folder that holds other things than weights."""
+    if any(getattr(part, "packed", None) is not None for part in model.modules()):
         raise ValueError("a quantised model gives its weights away when it first multiplies: "
                          "save it before, or load it again")
-    llm = getattr(model, "llm", None)
-    if llm and any(block.attn.wqkv for block in llm.blocks):
+    if "llm.blocks.0.attn.wqkv.weight" in state:
         raise ValueError("a fused model is not for saving: save it before, or load it again")
-    folder = Path(folder)
     config = folder / "config.json"                             # others' folders have one too
     ours = config.is_file() and b'"format_version"' in config.read_bytes()
     if folder.is_dir() and any(folder.iterdir()) and not ours:
         raise ValueError(f"{folder} holds other things than weights, which would be lost; name a new folder")
-    state = tensors_of(model)
+
+
+def save(model, folder, extra=(), values=None):
+    """Write a weights folder, whole or not at all, in place of any there: config.json, model.safetensors, copies of the
+    `extra` files. values: what to write for tensors_of(model), in its order, if not the tensors. Raises ValueError for
+    a quantised model that has spoken."""
+    folder, state = Path(folder), tensors_of(model)
+    check_savable(model, state, folder)
     with new_folder(folder) as new:
         write_tensors(new / "model.safetensors", state, values or state.values())
         write_config(model.cfg, new)
@@ -1148,21 +1147,21 @@ def one_behind_the_other(weights):
     return torch.cat(weights)
 
 
+def side_by_side(layers):
+    """Linears that read the same as one."""
+    return linear_of(one_behind_the_other([layer.weight.detach() for layer in layers])).requires_grad_(False)
+
+
 def fuse(model):
     """Join q|k|v and gate|up into one matrix each, in place, for faster generation; such a model is not for saving.
     Raises ValueError for LoRA layers: merge them first."""
-    if any(isinstance(layer, LoRALinear) for layer in model.llm.modules()):
+    if model.llm.cfg.lora_rank:
         raise ValueError("merge LoRA before fusing")
+    one = join if model.cfg.quantized else side_by_side
     for block in model.llm.blocks:
-        for part, name, names in (block.attn, "wqkv", ("wq", "wk", "wv")), (block.mlp, "gate_up", ("gate", "up")):
-            layers = [getattr(part, n) for n in names]
-            if model.cfg.quantized:
-                one = join(layers)
-            else:
-                one = linear_of(one_behind_the_other([layer.weight.detach() for layer in layers])).requires_grad_(False)
-            setattr(part, name, one)
-            for n in names:
-                setattr(part, n, None)
+        attn, mlp = block.attn, block.mlp
+        attn.wqkv, attn.wq, attn.wk, attn.wv = one([attn.wq, attn.wk, attn.wv]), None, None, None
+        mlp.gate_up, mlp.gate, mlp.up = one([mlp.gate, mlp.up]), None, None
 
 
 def keep_memory():

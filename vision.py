@@ -6,7 +6,7 @@ Papers: CLIP (Radford et al. 2021), ImageBind (Girdhar et al. 2023), Segment Any
 Swin (Liu et al. 2021). Inputs are made by data.py. Names inside SAM are those of its public checkpoints.
 """
 from dataclasses import dataclass, field
-from math import isqrt, prod, sqrt
+from math import isqrt, log, prod, sqrt
 
 import torch
 import torch.nn as nn
@@ -162,7 +162,7 @@ class ImageBindConfig:                  # defaults: ImageBind-Huge
 class StackedAttention(nn.Module):
     """Self-attention with q, k, v in one matrix, as ImageBind stores them, and its optional extra key and value."""
 
-    def __init__(self, dim, n_head, bias_kv):
+    def __init__(self, dim, n_head, bias_kv=False):
         super().__init__()
         self.n_head = n_head
         self.wqkv, self.wo = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
@@ -211,7 +211,7 @@ class Tower(nn.Module):
             for _ in range(cfg.n_layer))
         self.norm = nn.LayerNorm(cfg.dim, 1e-6)
         self.head = nn.Linear(cfg.dim, out_dim, bias=False)
-        self.register_buffer("log_scale", torch.zeros(()) if cfg.scale else None)
+        self.register_buffer("log_scale", torch.tensor(log(1 / 0.07)) if cfg.scale else None)       # as CLIP begins
 
     def tokens(self, x):
         """Stem, class token in front, positions: input -> (B, T, C)."""
@@ -428,7 +428,7 @@ class WindowAttention(StackedAttention):
     """Self-attention inside windows of a map moved up and left by `shift`, with a learned bias for each distance."""
 
     def __init__(self, dim, n_head, window, shift):
-        super().__init__(dim, n_head, bias_kv=False)
+        super().__init__(dim, n_head)
         self.window, self.shift = window, shift
         self.bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, n_head))
 

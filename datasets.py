@@ -10,7 +10,7 @@ import math
 import re
 import sys
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Callable, NamedTuple
@@ -52,39 +52,32 @@ def polygon_mask(xy, height, width):
 
 def rle_counts(text):
     """COCO's compressed run lengths -> a list: five bits a character, low first, differences from two runs back."""
-    counts, value, shift = [], 0, 0
-    for c in text.encode():
-        if not 48 <= c < 112 or shift > 30:
-            raise DataError(f"run lengths {text!r:.40}: not COCO's compressed form")
-        value |= (c - 48 & 31) << shift                         # 48 is "0", of the 64 printable characters used
-        shift += 5
-        if not c - 48 & 32:                                     # the sixth bit: more follows
-            value -= (c - 48 & 16) << shift - 4                 # the sign
-            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-            value = shift = 0
-    if shift:
-        raise DataError(f"run lengths {text!r:.40}: cut off")
+    numbers = re.findall("[P-o]{0,6}[0-O]", text)               # of the characters from "0" on; the sixth bit: more follows
+    if "".join(numbers) != text:
+        raise DataError(f"run lengths {text!r:.40}: not COCO's compressed form")
+    counts = []
+    for number in numbers:
+        value, sign = sum((ord(c) - 48 & 31) << 5 * i for i, c in enumerate(number)), 16 << 5 * (len(number) - 1)
+        counts.append((value ^ sign) - sign + (counts[-2] if len(counts) > 2 else 0))
     return counts
 
 
 def rle_text(counts):
     """The compressed form of run lengths, see rle_counts."""
-    out = []
-    for i, count in enumerate(counts):
-        value, more = count - (counts[i - 2] if i > 2 else 0), True
+    out, steps = [], np.array(counts, np.int64)
+    steps[3:] -= steps[1:-2]
+    for value in steps.tolist():
+        more = True
         while more:
             low, value = value & 31, value >> 5
-            more = value != (-1 if low & 16 else 0)
+            more = value != -(low >> 4)                         # all that is left is the sign
             out.append(chr(48 + low + 32 * more))
     return "".join(out)
 
 
 def rle_mask(rle):
     """COCO run lengths {size: [H, W], counts: text or list} -> uint8 (H, W)."""
-    size, counts = rle["size"], rle["counts"]
-    if not (is_list(size, int) and len(size) == 2 and is_size(*size)):
-        raise DataError(f"run lengths of size {size!r:.40}")
-    height, width = size
+    (height, width), counts = rle["size"], rle["counts"]
     counts = rle_counts(counts) if isinstance(counts, str) else counts
     if not is_list(counts, int) or min(counts, default=0) < 0 or sum(counts) != height * width:
         raise DataError(f"run lengths that do not fill {height}x{width}")
@@ -95,32 +88,28 @@ def rle_mask(rle):
 def mask_rle(mask):
     """Mask (H, W) -> COCO's compressed run lengths."""
     flat = np.asarray(mask, bool).T.reshape(-1)
-    ends = [*(np.flatnonzero(flat[1:] != flat[:-1]) + 1).tolist(), flat.size]
-    counts = np.diff([0, *ends]).tolist()
-    return {"size": list(mask.shape), "counts": rle_text([0, *counts] if flat[0] else counts)}
-
-
-def is_size(height, width):
-    """Whether two values from a file are the size of a bearable picture."""
-    return type(height) is type(width) is int and min(height, width) > 0 and height * width <= MAX_PIXELS
+    starts = np.flatnonzero(np.diff(flat, prepend=False))       # of runs; that of zeros, the first, may be empty
+    return {"size": list(mask.shape), "counts": rle_text(np.diff([0, *starts, flat.size]))}
 
 
 def segmentation_mask(parts, height, width):
     """A list of polygons [x1, y1, x2, ...] or of run lengths -> their sum, uint8 (H, W)."""
-    if not is_size(height, width):
+    if not is_list([height, width], int) or min(height, width) < 1 or height * width > MAX_PIXELS:
         raise DataError(f"a picture of {width!r:.20}x{height!r:.20}")
     total = np.zeros((height, width), np.uint8)
-    for part in parts:
-        mask = rle_mask(part) if isinstance(part, dict) else polygon_mask(corners(part, height, width), height, width)
-        if mask.shape != total.shape:
-            raise DataError(f"a mask of {mask.shape} for a picture of {total.shape}")
-        total += mask                                           # parity: above 1 where polygons overlap
+    for part in parts:                                          # parity: above 1 where polygons overlap
+        if not isinstance(part, dict):
+            total += polygon_mask(corners(part, height, width), height, width)
+        elif part["size"] == [height, width]:
+            total += rle_mask(part)
+        else:
+            raise DataError(f"a mask of {part['size']!r:.40} for a picture of {[height, width]}")
     return total
 
 
 def corners(numbers, height, width):
     """A polygon of a file as (n, 2), not further outside than the picture is large."""
-    if not is_list(numbers, (int, float)) or len(numbers) % 2 or not 6 <= len(numbers) <= 20000:
+    if not is_list(numbers, int, float) or len(numbers) % 2 or not 6 <= len(numbers) <= 20000:
         raise DataError(f"polygon {numbers!r:.60}: three or more pairs of numbers are expected")
     xy = np.array(numbers, float).reshape(-1, 2)
     if not (abs(xy) <= 2 * max(height, width)).all():
@@ -172,9 +161,9 @@ def texts(row, key):
     return row[key]
 
 
-def is_list(value, kind):
-    """Whether a value is a list of one kind (bool does not count as a number)."""
-    return isinstance(value, list) and all(isinstance(x, kind) and not isinstance(x, bool) for x in value)
+def is_list(value, *kinds):
+    """Whether a value is a list of some kinds (bool does not count as a number)."""
+    return isinstance(value, list) and set(map(type, value)) <= set(kinds)
 
 
 # ---- Parts of turns
@@ -197,7 +186,7 @@ def boxes_of(row, key="boxes"):
 
 def pick(boxes, numbers):
     """Fresh Boxes of a list of box numbers."""
-    if not is_list(numbers, int) or not all(0 <= n < len(boxes) for n in numbers):
+    if not is_list(numbers, int) or not set(numbers) <= set(range(len(boxes))):
         raise DataError(f"box numbers {numbers!r:.40}, there are {len(boxes)} boxes")
     return [Box(boxes[n]) for n in numbers]
 
@@ -267,23 +256,25 @@ def load_prompts(path):
     path = Path(path)
     try:
         lists = {file.stem: json.loads(file.read_bytes()) for file in path.glob("*.json")}
-        tables = lists or json.loads(path.read_bytes())
-        tables = tables.get("v1", tables)
-        talks = "placeholder" in tables                         # of ChatterBox
-        return PROMPTS | (talks_of(tables) if talks else {task: prompts_of(tables, task) for task in tables})
-    except (AttributeError, TypeError):
-        raise DataError(f"{path}: lists of prompts by task are expected, not {type(tables).__name__}") from None
+        return PROMPTS | prompts_in(lists or json.loads(path.read_bytes()))
     except ValueError as error:
         raise DataError(f"{path}: {error}") from None
 
 
-def prompts_of(tables, task):
-    """Those of a task in NExT-Chat's {task: [prompt, ...]}."""
-    for prompt in texts(tables, task):
-        places = re.findall(r"<(\w+)>", prompt)
-        if places.count("image") != 1 or not set(places) <= PLACES:
-            raise DataError(f"{task}: {prompt!r:.80}: places are one <image> and some of {sorted(PLACES)}")
-    return tuple(tables[task])
+def prompts_in(tables):
+    """Prompts by task: NExT-Chat's {task: [prompt, ...]}, perhaps below "v1", or ChatterBox's tables."""
+    if isinstance(tables, dict):
+        tables = tables.get("v1", tables)
+    if not isinstance(tables, dict):
+        raise DataError(f"lists of prompts by task are expected, not {type(tables).__name__}")
+    if "placeholder" in tables:
+        return talks_of(tables)
+    for task in tables:
+        for prompt in texts(tables, task):
+            places = re.findall(r"<(\w+)>", prompt)
+            if places.count("image") != 1 or not set(places) <= PLACES:
+                raise DataError(f"{task}: {prompt!r:.80}: places are one <image> and some of {sorted(PLACES)}")
+    return {task: tuple(prompts) for task, prompts in tables.items()}
 
 
 class Ask(NamedTuple):
@@ -332,8 +323,8 @@ def reg(row, ask):
 
 def each_region(row, ask, turns):
     """All regions of a picture, a question each: turns is reg or rec."""
-    out = [turn for one in field(row, "regions", list) for turn in turns(one, ask)]
-    return out[:1] + [[part for part in turn if part is not ask.picture] for turn in out[1:]]
+    asks = chain([ask], repeat(ask._replace(picture="")))       # the picture is shown once
+    return list(chain(*map(turns, field(row, "regions", list), asks)))
 
 
 def vqa(row, ask):
@@ -380,13 +371,9 @@ def gpt4gen(row, ask, version):
 LETTERS = "ABCD"
 VCR_CHOOSE = " You should decide on the best choice{}and output the corresponding letter."
 VCR = {                                 # version -> its turns, each the names of parts of vcr
-    "q-a": ("question", "answer"),
-    "q-ra": ("question", "rationale answer"),
-    "qc-a": ("question options", "letter"),
-    "qc-ra": ("question options", "rationale letter"),
-    "qc-rac": ("question options", "rationale answer letter"),
-    "qa-r": ("question given why", "rationale"),
-    "q-a-q-r": ("question", "answer", "why", "rationale"),
+    "q-a": ("question", "answer"), "q-ra": ("question", "rationale answer"), "qc-a": ("question options", "letter"),
+    "qc-ra": ("question options", "rationale letter"), "qc-rac": ("question options", "rationale answer letter"),
+    "qa-r": ("question given why", "rationale"), "q-a-q-r": ("question", "answer", "why", "rationale"),
     "qac-r": ("question given choices", "reason"),
     "qc-a-qc-r": ("question options", "letter", "choices", "reason"),
 }
@@ -395,41 +382,28 @@ VCR = {                                 # version -> its turns, each the names o
 def vcr(row, ask, version):
     """Visual commonsense reasoning: questions about boxes, four answers and four rationales to choose from."""
     boxes = [check_box(box[:4]) for box in field(row, "boxes", list)[:MAX_BOXES]]           # the fifth is a score
-    answers, rationales = ([words(text, boxes) for text in field(row, f"{kind}_choices", list)]
-                           for kind in ("answer", "rationale"))
-    a, r = (label_of(row, f"{kind}_label") for kind in ("answer", "rationale"))
-    parts = {
-        "question": ["QUESTION: ", *words(field(row, "question", list), boxes)],
-        "options": ["OPTIONS:", *lettered(answers), VCR_CHOOSE.format(" ")],
-        "choices": ["RATIONALE OPTIONS:", *lettered(rationales), VCR_CHOOSE.format(" that explains the above answer ")],
-        "given": ["ANSWER: ", *answers[a]],
-        "why": ["You should explain the reason for the above answer."],
-        "answer": answers[a], "rationale": rationales[r],
-        "letter": answer_is(f"({LETTERS[a]})"), "reason": answer_is(f"({LETTERS[r]})"),
+    options, letter, answer = choices_of(row, "answer", boxes)
+    choices, reason, rationale = choices_of(row, "rationale", boxes)
+    parts = {                           # each begins with what stands between it and the part before it
+        "question": [" ", "QUESTION: ", *words(field(row, "question", list), boxes)],
+        "options": [" \n", "OPTIONS:", *options, VCR_CHOOSE.format(" ")],
+        "choices": [" \n", "RATIONALE OPTIONS:", *choices, VCR_CHOOSE.format(" that explains the above answer ")],
+        "given": [" \n", "ANSWER: ", *answer],
+        "why": [" ", "You should explain the reason for the above answer."],
+        "answer": [" ", *answer], "rationale": [" ", *rationale],
+        "letter": [" ", *answer_is(f"({letter})")], "reason": [" ", *answer_is(f"({reason})")],
     }
-    first, *others = (vcr_turn(names.split(), parts) for names in VCR[version])
+    first, *others = ([part for name in names.split() for part in parts[name]][1:] for names in VCR[version])
     return [ask(question=first), *others]
 
 
-def vcr_turn(names, parts):
-    turn = []
-    for name in names:
-        if turn:
-            turn.append(" \n" if name in ("options", "choices", "given") else " ")
-        turn += parts[name]
-    return turn
-
-
-def lettered(choices):
-    """" (A) ... (B) ..." of lists of parts."""
-    return [part for letter, choice in zip(LETTERS, choices) for part in (f" ({letter}) ", *choice)]
-
-
-def label_of(row, key):
-    """Which of four choices is right."""
-    if row[key] not in range(4) or type(row[key]) is not int:
-        raise DataError(f"{key} {row[key]!r:.20}: 0, 1, 2 or 3 is expected")
-    return row[key]
+def choices_of(row, kind, boxes):
+    """Parts " (A) ... (B) ..." of four texts to choose from, the letter of the right one, its parts."""
+    choices, label = [words(text, boxes) for text in field(row, f"{kind}_choices", list)], row[f"{kind}_label"]
+    if label not in range(4) or type(label) is not int:
+        raise DataError(f"{kind}_label {label!r:.20}: 0, 1, 2 or 3 is expected")
+    lettered = [part for letter, choice in zip(LETTERS, choices) for part in (f" ({letter}) ", *choice)]
+    return lettered, LETTERS[label], choices[label]
 
 
 def point_qa(row, ask, key="question"):
@@ -442,9 +416,8 @@ def visual7w(row, ask):
     boxes, answer = boxes_of(row, "candidates"), check_box(row["answer"])
     if answer not in boxes:
         raise DataError(f"answer {answer} is none of the candidates")
-    order = list(range(len(boxes)))
-    ask.rng.shuffle(order)
-    listed = [part for n in order for part in (Box(boxes[n]), " ")]
+    ask.rng.shuffle(boxes)
+    listed = [part for box in boxes for part in (Box(box), " ")]
     return [ask(question=[field(row, "question"), " Candidates: ", *listed, "answer in box format."]),
             ["The answer is ", Box(answer), " ."]]
 
@@ -570,9 +543,10 @@ def open_set(name, media="", draw=False, prompts=PROMPTS):
         name, _, share = name.rpartition("@")
         return Part(open_set(name, media, draw, prompts), float(share))
     format, _, path = name.rpartition(":")
+    media = media or Path(path).parent
     if format == "nextgpt":
-        return Dialogs(path, media or None, draw)
-    return Rows(path, format, media or Path(path).parent, prompts) if format else Conversations(path, media or None)
+        return Dialogs(path, media, draw)
+    return Rows(path, format, media, prompts) if format else Conversations(path, media)
 
 
 def to_sample(row, format, images, prompts, rng):

@@ -262,19 +262,23 @@ def load_prompts(path):
 
 
 def prompts_in(tables):
-    """Prompts by task: NExT-Chat's {task: [prompt, ...]}, perhaps below "v1", or ChatterBox's tables."""
-    if isinstance(tables, dict):
-        tables = tables.get("v1", tables)
+    """Prompts by task, in NExT-Chat's layout or ChatterBox's."""
     if not isinstance(tables, dict):
         raise DataError(f"lists of prompts by task are expected, not {type(tables).__name__}")
+    if "v1" in tables:
+        return prompts_in(tables["v1"])
     if "placeholder" in tables:
         return talks_of(tables)
-    for task in tables:
-        for prompt in texts(tables, task):
-            places = re.findall(r"<(\w+)>", prompt)
-            if places.count("image") != 1 or not set(places) <= PLACES:
-                raise DataError(f"{task}: {prompt!r:.80}: places are one <image> and some of {sorted(PLACES)}")
-    return {task: tuple(prompts) for task, prompts in tables.items()}
+    return {task: prompts_of(tables, task) for task in tables}
+
+
+def prompts_of(tables, task):
+    """Those of a task in NExT-Chat's {task: [prompt, ...]}."""
+    for prompt in texts(tables, task):
+        places = re.findall(r"<(\w+)>", prompt)
+        if places.count("image") != 1 or not set(places) <= PLACES:
+            raise DataError(f"{task}: {prompt!r:.80}: places are one <image> and some of {sorted(PLACES)}")
+    return tuple(tables[task])
 
 
 class Ask(NamedTuple):
@@ -354,7 +358,9 @@ def pope(row, ask):
 def llava(row, ask):
     """LLaVA's conversations as they are, <image> marking the place of the picture."""
     turns = llava_sample({**row, "image": "picture"}, "").turns
-    return [[ask.picture if isinstance(part, Medium) else part for part in turn] for turn in turns]
+    for medium in parts_of(turns, Medium):
+        medium.path = ask.picture.path
+    return turns
 
 
 def gpt4gen(row, ask, version):
@@ -696,43 +702,52 @@ def spoken(row):
     """The rows of a conversation."""
     turns = row["conversation"] if "conversation" in row else row["conversations"]
     users = [from_user(turn) for turn in turns]
-    if not turns or users != [True, False] * (len(turns) // 2):
+    if users != [True, False] * max(len(turns) // 2, 1):
         raise DataError(f"user and assistant must alternate, and an answer end the conversation: {users}")
     return turns
 
 
-def untagged(text):
-    """A text without its tags, and the kind of the first: "image" of <image>."""
+def untagged(text, usual="text"):
+    """A text without its tags, and the kind of the first: "image" of <image>; the usual one where there is none."""
     tag = TAGS.search(text)
-    return (TAGS.sub("", text).strip(), tag[0][1:-1]) if tag else (text, "")
+    return (TAGS.sub("", text).strip(), tag[0][1:-1]) if tag else (text, usual)
 
 
-def file_of(row, kind, i):
-    """The file that turn i of a record shows or, in an answer, asks for; each data set has its own key for it."""
-    given = f"{kind}_name", f"input_{kind}", kind, "mm_name", "image_name"      # the last: of any kind (PandaGPT)
-    asked = "mm_name", f"output_{kind}", f"{kind}_name", "image_name"
-    name = next((row[key] for key in (asked if i % 2 else given) if key in row), None)
+def file_of(row, kind, i, *keys):
+    """The file of that kind in turn i of a record; each data set has its own key for it. One of any kind: PandaGPT's."""
+    name = next((row[key] for key in (*keys, "image_name") if key in row), None)
     if kind not in WRITERS or name is None:
         raise DataError(f"turn {i + 1}: {kind!r:.40} is none of {', '.join(WRITERS)}, or the record names no file for it")
     return name
 
 
+def question_of(row, i, turn, usual, root):
+    """The medium that turn i shows, if any, and its text."""
+    text, tag = untagged(turn["value"], usual)
+    kind = turn.get("input_modality") or tag
+    if kind == "text":
+        return [text]
+    return [shown(kind, file_of(row, kind, i, f"{kind}_name", f"input_{kind}", kind, "mm_name"), root), text]
+
+
+def answer_of(row, i, turn, root):
+    """The text of turn i and what it asks for: a medium, or boxes named as in ChatterBox's sets."""
+    text, tag = untagged(turn["value"])
+    kind = turn.get("output_modality") or tag
+    if kind != "text":
+        name = file_of(row, kind, i, "mm_name", f"output_{kind}", f"{kind}_name")
+        return [text, drawn(kind, name, root, turn.get("caption", row.get(f"{kind}_captions")))]
+    text, boxes = annotated(text, check_box) if "image_wh" in row else (text, [])
+    return [text, *(Box(box) for _, box in boxes)]
+
+
 def dialog_turns(row, root):
     """PandaGPT's and NExT-GPT's conversations -> turns. A turn's modality or its <image> tag tells its medium."""
-    out, pictured = [], (row.get("image_name") or row.get("image") or "").strip("0")        # 00000000000: there is none
-    for i, turn in enumerate(spoken(row)):
-        text, tag = untagged(turn["value"])
-        usual = "image" if pictured and i == 0 else "text"      # the first question shows the record's picture
-        kind = turn.get("output_modality" if i % 2 else "input_modality") or tag or usual
-        if kind != "text":
-            name = file_of(row, kind, i)
-            caption = turn.get("caption", row.get(f"{kind}_captions"))
-            out.append([text, drawn(kind, name, root, caption)] if i % 2 else [shown(kind, name, root), text])
-        elif i % 2 and "image_wh" in row:                       # answers name boxes as in ChatterBox's sets
-            text, boxes = annotated(text, check_box)
-            out.append([text, *(Box(box) for _, box in boxes)])
-        else:
-            out.append([text])
+    turns, out, pictured = spoken(row), [], row.get("image_name") or row.get("image") or ""
+    usual = "image" if pictured.strip("0") else "text"          # for the first question; 00000000000: there is none
+    for i in range(0, len(turns), 2):
+        out += [question_of(row, i, turns[i], usual, root), answer_of(row, i + 1, turns[i + 1], root)]
+        usual = "text"
     return out
 
 
@@ -819,8 +834,8 @@ def in_turns(sizes, batch, seed):
     def batches(start, n):
         while True:                                             # a set that is used up starts again in another order
             own = torch.Generator().manual_seed(torch.empty((), dtype=torch.int64).random_(generator=rng).item())
-            order = (start + torch.randperm(n, generator=own)).tolist()                     # as RandomSampler
-            yield from (order[i:i + batch] for i in range(0, n - n % batch, batch))
+            order = start + torch.randperm(n, generator=own)                                # as RandomSampler
+            yield from order[:n - n % batch].view(-1, batch).tolist()
     starts = np.cumsum([0, *sizes]).tolist()
     sets = [batches(start, n) for start, n in zip(starts, sizes)]
     return [next(one) for _ in range(-(-max(sizes) // batch)) for one in sets]              # until the largest is seen
@@ -864,20 +879,26 @@ def annotated(text, read):
     return text[:found.start()], boxes
 
 
+def said(row):
+    """The texts of a record's conversation: questions and answers in turn."""
+    turns = field(row, "conversation", list)
+    speakers = [turn["from"] for turn in turns]
+    if speakers[:1] == ["gpt"]:                                 # parity: a leading answer is left out
+        turns, speakers = turns[1:], speakers[1:]
+    if speakers != (["human", "gpt"] * len(turns))[:len(turns)]:
+        raise DataError("turns of human and gpt must alternate")
+    if len(turns) < 2:
+        raise DataError("no question with an answer")
+    return [field(turn, "value") for turn in turns]
+
+
 def rounds(row, read=check_box, cut=True):
     """The rounds of a record's conversation. read: numbers of an annotation -> xyxy."""
-    turns = field(row, "conversation", list)
-    if turns and turns[0]["from"] == "gpt":
-        turns = turns[1:]                                       # parity: a leading answer is left out
-    if [turn["from"] for turn in turns] != (["human", "gpt"] * len(turns))[:len(turns)]:
-        raise DataError("turns of human and gpt must alternate")
-    texts, out = [field(turn, "value") for turn in turns], []
+    texts, out = said(row), []
     for question, answer in zip(texts[::2], texts[1::2]):
         if cut and "<" not in question:
             question = question[:-1]                            # parity: without annotation the last character is lost
         out.append(Round(*annotated(question, read), *annotated(answer, read)))
-    if not out:
-        raise DataError("no question with an answer")
     return out
 
 
@@ -906,9 +927,13 @@ def late_start(rng, n, last):
     return min(int(rng.choice(places)) // 2, last) if n > 1 else 0
 
 
-def up_to(whole, fit, start):
-    """A talk from a start to the next of the rounds that fit (their numbers) -> plain rounds before it, that one."""
-    end = min(i for i in fit if i >= start)
+def up_to(whole, fits, late, rng, lack):
+    """A talk from its first round, or a late one, to the next that fits -> plain rounds before it, that one. Or Unfit."""
+    fit = np.flatnonzero(fits).tolist()
+    if not fit:
+        raise Unfit(lack)
+    start = late_start(rng, len(whole), fit[-1]) if late else 0
+    end = fits.index(True, start)
     return [plain(r) for r in whole[start:end]], whole[end]
 
 
@@ -923,10 +948,7 @@ def cb_gnd(row, ask, read=check_box):
 def cb_chain(row, ask, late=False):
     """A talk up to the first question whose answer has just one box: find it. (The original's loader finds none.)"""
     whole = rounds(row)
-    fit = [i for i, r in enumerate(whole) if len(r.shown) == 1]
-    if not fit:
-        raise Unfit("no answer has just one box")
-    before, last = up_to(whole, fit, late_start(ask.rng, len(whole), fit[-1]) if late else 0)
+    before, last = up_to(whole, [len(r.shown) == 1 for r in whole], late, ask.rng, "no answer has just one box")
     return talk([*before, asking(last)], FRONT, ask.picture)
 
 
@@ -968,11 +990,8 @@ def placed(r, kind):
 
 def cb_ref(row, ask, read=check_box, late=True):
     """A talk up to the first question that says where its boxes are."""
-    whole = rounds(row, read)
-    fit = [i for i, r in enumerate(whole) if says_places(r)]
-    if not fit:
-        raise Unfit("no question says <it> or <region> once for each of its boxes")
-    before, last = up_to(whole, fit, late_start(ask.rng, len(whole), fit[-1]) if late else 0)
+    whole, lack = rounds(row, read), "no question says <it> or <region> once for each of its boxes"
+    before, last = up_to(whole, [*map(says_places, whole)], late, ask.rng, lack)
     return talk([*before, (placed(last, "region"), [last.answer])], FRONT, ask.picture)
 
 
@@ -1066,8 +1085,9 @@ def by_picture(whole):
     names, boxes = {kind["id"]: kind["name"] for kind in whole["categories"]}, {}
     for one in whole["annotations"]:
         if not one.get("iscrowd"):
-            kept = {key: value for key, value in one.items() if key != "segmentation"}      # most of the file
-            boxes.setdefault(one["image_id"], []).append(kept | {"name": names.get(one["category_id"])})
+            kept = one | {"name": names.get(one["category_id"])}
+            kept.pop("segmentation", None)                      # most of the file
+            boxes.setdefault(one["image_id"], []).append(kept)
     return [picture | {"boxes": boxes.get(picture["id"], [])} for picture in whole["images"]]
 
 
@@ -1087,16 +1107,15 @@ def move(picture, boxes, width, height, rng):
     """Half of the time each, shift a picture by up to 32 pixels of 224 and mirror it, and its boxes with it."""
     shift = rng.integers(-32, 33, 2).tolist() if rng.random() < 0.5 else (0, 0)
     size, by = np.array([width, height] * 2), np.array(shift * 2) / 224                     # (4,) pixels, (4,) shares
-    new = [(np.array(box.xyxy_px) + by * size).clip(0, size) for box in boxes]
-    if all((224 * (xyxy[2:] - xyxy[:2]) >= 2 * size[:2]).all() for xyxy in new):            # none is out of sight
-        picture.shift = tuple(shift)
-        for box, xyxy in zip(boxes, new):
-            box.xyxy_px = tuple(xyxy.tolist())
+    xyxy = np.array([box.xyxy_px for box in boxes])                                         # (R, 4)
+    new = (xyxy + by * size).clip(0, size)
+    if (224 * (new[:, 2:] - new[:, :2]) >= 2 * size[:2]).all():                             # none is out of sight
+        picture.shift, xyxy = tuple(shift), new
     picture.flip = bool(rng.random() < 0.5)
     if picture.flip:
-        for box in boxes:
-            x1, y1, x2, y2 = box.xyxy_px
-            box.xyxy_px = width - x2, y1, width - x1, y2
+        xyxy[:, ::2] = width - xyxy[:, 2::-2]
+    for box, corners in zip(boxes, xyxy.tolist()):
+        box.xyxy_px = tuple(corners)
 
 
 def answer_about(what, ask):

@@ -52,12 +52,13 @@ def polygon_mask(xy, height, width):
 
 def rle_counts(text):
     """COCO's compressed run lengths -> a list: five bits a character, low first, differences from two runs back."""
-    numbers = re.findall("[P-o]{0,6}[0-O]", text)               # of the characters from "0" on; the sixth bit: more follows
+    numbers = re.findall("[P-o]{0,6}[0-O]", text)               # "0" is 0; from "P" on, the sixth bit, more follows
     if "".join(numbers) != text:
         raise DataError(f"run lengths {text!r:.40}: not COCO's compressed form")
     counts = []
     for number in numbers:
-        value, sign = sum((ord(c) - 48 & 31) << 5 * i for i, c in enumerate(number)), 16 << 5 * (len(number) - 1)
+        value = sum((ord(c) - 48 & 31) << 5 * i for i, c in enumerate(number))
+        sign = 16 << 5 * (len(number) - 1)                      # the highest bit
         counts.append((value ^ sign) - sign + (counts[-2] if len(counts) > 2 else 0))
     return counts
 
@@ -132,9 +133,7 @@ class Lines:
         return len(self.ends) - 1
 
     def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(f"{self.path}: no line {i + 1}")
-        start, end = self.ends[i:i + 2].tolist()
+        start, end = self.ends[i], self.ends[i + 1]
         if end - start > self.LONGEST:
             raise DataError(f"{self.path}: line {i + 1}: longer than a megabyte")
         with open(self.path, "rb") as file:
@@ -405,7 +404,8 @@ def vcr(row, ask, version):
 
 def choices_of(row, kind, boxes):
     """Parts " (A) ... (B) ..." of four texts to choose from, the letter of the right one, its parts."""
-    choices, label = [words(text, boxes) for text in field(row, f"{kind}_choices", list)], row[f"{kind}_label"]
+    choices = [words(text, boxes) for text in field(row, f"{kind}_choices", list)]
+    label = row[f"{kind}_label"]
     if label not in range(4) or type(label) is not int:
         raise DataError(f"{kind}_label {label!r:.20}: 0, 1, 2 or 3 is expected")
     lettered = [part for letter, choice in zip(LETTERS, choices) for part in (f" ({letter}) ", *choice)]
@@ -466,6 +466,7 @@ class Format(NamedTuple):
     moves: bool = False                 # the picture is shifted and mirrored at random, see move
 
 
+REASONS = {"a": "VQA", "c": "VQA_CoT", "bc": "VQA_BCoT", "s": "VQA_CoT"}        # version -> prompts
 FORMATS = {
     "caption": Format(caption, "image_cap"),
     "flickr": Format(flickr, "flickr30k", "image_id", "*.jpg"),
@@ -478,19 +479,17 @@ FORMATS = {
     "pointqa-local": Format(point_qa, "VQA", "file_path"),
     "v7w": Format(visual7w, "VQA", "file_path"),
 } | {
-    f"gpt4gen-{v}": Format(partial(gpt4gen, version=v), task)
-    for v, task in (("a", "VQA"), ("c", "VQA_CoT"), ("bc", "VQA_BCoT"))
+    f"gpt4gen-{v}": Format(partial(gpt4gen, version=v), REASONS[v]) for v in ("a", "c", "bc")
 } | {
     f"vcr-{v}": Format(partial(vcr, version=v), "VQA_BCoT" if "ra" in v else "VQA", "img_fn") for v in VCR
 } | {
     f"pointqa-twice-{v}": Format(partial(point_qa, key=f"{key}_question"), "VQA", "file_path")
     for v, key in (("oq", "obj"), ("sq", "super"), ("gq", "general"))
 } | {
-    f"gqa-{v}": Format(partial(gqa, version=v), task, "imageId", "*.jpg")
-    for v, task in (("a", "VQA"), ("c", "VQA_CoT"), ("bc", "VQA_BCoT"), ("s", "VQA_CoT"))
+    f"gqa-{v}": Format(partial(gqa, version=v), REASONS[v], "imageId", "*.jpg") for v in REASONS
 } | {
-    f"clevr-{v}": Format(partial(clevr, version=v), task, "image_filename", unpack=itemgetter("questions"))
-    for v, task in (("a", "VQA"), ("s", "VQA_CoT"))
+    f"clevr-{v}": Format(partial(clevr, version=v), REASONS[v], "image_filename", unpack=itemgetter("questions"))
+    for v in "as"
 }
 
 
@@ -714,8 +713,8 @@ def untagged(text, usual="text"):
 
 
 def file_of(row, kind, i, *keys):
-    """The file of that kind in turn i of a record; each data set has its own key for it. One of any kind: PandaGPT's."""
-    name = next((row[key] for key in (*keys, "image_name") if key in row), None)
+    """The file of that kind for turn i of a record, under one of some keys: each data set has its own."""
+    name = next((row[key] for key in (*keys, "image_name") if key in row), None)            # PandaGPT: for any kind
     if kind not in WRITERS or name is None:
         raise DataError(f"turn {i + 1}: {kind!r:.40} is none of {', '.join(WRITERS)}, or the record names no file for it")
     return name
@@ -865,18 +864,17 @@ def corners_of(box, width=math.inf, height=math.inf):
 
 def annotated(text, read):
     """"A cup. <cup:[1, 2, 3, 4], red jar:[5, 6, 7, 8]>" -> "A cup. ", [("cup", box), ("red jar", box)]."""
-    found, boxes = ANNOTATION.search(text), []
-    if not found:
-        return text, []
-    if IGNORED.search(found[1]):
-        return text[:found.start()], []
-    for part in found[1].split("]")[:-1]:                       # cup:[1, 2, 3, 4
+    before, annotation, *_ = [*ANNOTATION.split(text, maxsplit=1), ""]                      # "" where there is none
+    if IGNORED.search(annotation):
+        return before, []
+    boxes = []
+    for part in annotation.split("]")[:-1]:                     # cup:[1, 2, 3, 4
         name, _, numbers = part.partition("[")
         try:
             boxes.append((name.strip(" ,:"), read([float(x) for x in numbers.split(",")])))
         except ValueError as error:
-            raise DataError(f"annotation {found[0]!r:.80}: {error}") from None
-    return text[:found.start()], boxes
+            raise DataError(f"annotation {'<' + annotation + '>'!r:.80}: {error}") from None
+    return before, boxes
 
 
 def said(row):
@@ -928,7 +926,7 @@ def late_start(rng, n, last):
 
 
 def up_to(whole, fits, late, rng, lack):
-    """A talk from its first round, or a late one, to the next that fits -> plain rounds before it, that one. Or Unfit."""
+    """A talk from its first round, or a late one, to one that fits -> plain rounds before that, that one. Or Unfit."""
     fit = np.flatnonzero(fits).tolist()
     if not fit:
         raise Unfit(lack)
@@ -1058,26 +1056,23 @@ TALKS = {                               # ours; load_prompts reads the originals
 
 def talks_of(tables):
     """TALKS of the originals' own words, from ChatterBox's {placeholder, set: {prefix, ...}}."""
-    out = {}
-    for name in TALKS:
-        task = name.removeprefix("talk-")
-        try:
-            row = tables["refcoco"] | {key: value for key, value in tables[task].items() if value != "as refcoco"}
-            one = talk_of(row, tables["placeholder"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{task}: {type(error).__name__} {error}") from None
-        if one.prefix.count("<image>") != 1 or any(q.count("<objs>") != 1 for q in one.questions + one.first):
-            raise DataError(f"{task}: one <image> in the prefix and one placeholder in each question are expected")
-        out[name] = one
-    return out
+    return {name: talk_of(tables, name.removeprefix("talk-")) for name in TALKS}
 
 
-def talk_of(row, placeholder):
-    first = tuple(q.replace(placeholder, "<objs>") for q in row.get("first_questions", ()))
-    questions = tuple(q.replace(placeholder, "<objs>") for q in row.get("follow_questions", row["questions"]))
-    prefix = re.sub("{.*?}", ", ".join(row.get("classes", ())), row["prefix"])
-    name = "region{i} " if first else row["replace_with"].replace("<bbox>", "")
-    return Talk(prefix, questions, tuple(row["heads"]), tuple(row["tails"]), name, row["max_boxes"], first)
+def talk_of(tables, task):
+    """The Talk of a set, which may say "as refcoco"."""
+    try:
+        row = tables["refcoco"] | {key: value for key, value in tables[task].items() if value != "as refcoco"}
+        asks = row.get("first_questions", ()), row.get("follow_questions", row["questions"])
+        first, questions = (tuple(q.replace(tables["placeholder"], "<objs>") for q in some) for some in asks)
+        prefix = re.sub("{.*?}", ", ".join(row.get("classes", ())), row["prefix"])
+        name = "region{i} " if first else row["replace_with"].replace("<bbox>", "")
+        one = Talk(prefix, questions, tuple(row["heads"]), tuple(row["tails"]), name, row["max_boxes"], first)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{task}: {type(error).__name__} {error}") from None
+    if {prefix.count("<image>"), *(question.count("<objs>") for question in questions + first)} != {1}:
+        raise DataError(f"{task}: one <image> in the prefix and one placeholder in each question are expected")
+    return one
 
 
 def by_picture(whole):
@@ -1114,8 +1109,8 @@ def move(picture, boxes, width, height, rng):
     picture.flip = bool(rng.random() < 0.5)
     if picture.flip:
         xyxy[:, ::2] = width - xyxy[:, 2::-2]
-    for box, corners in zip(boxes, xyxy.tolist()):
-        box.xyxy_px = tuple(corners)
+    for box, place in zip(boxes, xyxy.tolist()):
+        box.xyxy_px = tuple(place)
 
 
 def answer_about(what, ask):

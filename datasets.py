@@ -566,20 +566,18 @@ def to_sample(row, format, images, prompts, rng):
 
 # ---- Mixtures: lists of items in, a list of items out; an item is (set number, record number)
 
-def subset(source, portion, seed=None):
-    """The first int(portion * n) items, shuffled before if there is a seed."""
-    order = np.arange(len(source))
-    if seed is not None:
-        np.random.default_rng(seed).shuffle(order)
-    return [source[i] for i in order[:int(len(source) * portion)]]
-
-
 def shuffled(sources, seed=42, portion=1):
-    """One list of all items in a random order; a portion above 1 repeats them."""
+    """One list of all items in a random order, without a seed in their own; a portion above 1 repeats them."""
     whole = sum(sources, [])
     order = list(range(len(whole))) * math.ceil(portion)
-    np.random.default_rng(seed).shuffle(order)
+    if seed is not None:
+        np.random.default_rng(seed).shuffle(order)
     return [whole[i] for i in order[:int(len(whole) * portion)]]
+
+
+def subset(source, portion, seed=None):
+    """The first int(portion * n) items of a source, shuffled before if there is a seed."""
+    return shuffled([source], seed, portion)
 
 
 def interleave(sources, p=None, seed=None, all_exhausted=False):

@@ -38,6 +38,7 @@ ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")                    
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}        # y points down, as in all pictures
 PITCHES = {"low": 220.0, "middle": 700.0, "high": 2200.0}                       # Hz
 VOICES = ("flute", "buzzer", "bell")
+PARTIALS = {"flute": [(1, 0)], "bell": [(1, 9), (2.76, 14), (5.4, 22)]}         # times the pitch, how soon gone
 SIDE, FPS, RATE = 128, 8, 16000         # pixels of a picture, frames and samples a second
 CORES = os.cpu_count()
 
@@ -163,12 +164,10 @@ def clip(rng):                          # a thing on its way across the picture 
 
 def beep(voice, hz, seconds):           # samples in -1..1, (T,)
     t = np.arange(int(seconds * RATE)) / RATE                                   # (T,)
-    if voice == "flute":                # a pure tone
-        x = np.sin(2 * np.pi * hz * t)
-    elif voice == "buzzer":             # a saw
+    if voice == "buzzer":               # a saw
         x = 2 * (hz * t % 1) - 1
-    else:                               # a bell: partials that are no multiples, the higher the sooner gone
-        x = sum(np.sin(2 * np.pi * hz * k * t) * np.exp(-t * d) / k for k, d in ((1, 9), (2.76, 14), (5.4, 22)))
+    else:                               # a pure tone; a bell's partials are no multiples, the higher the sooner gone
+        x = sum(np.sin(2 * np.pi * hz * k * t) * np.exp(-t * d) / k for k, d in PARTIALS[voice])
     fade = np.minimum(1, np.minimum(t, t[::-1]) / 0.01)                         # no click at either end
     return x * fade
 
@@ -462,8 +461,8 @@ def drawing(rng):
     way, _, side = rng.choice(RELATIONS)
     if len(things) == 1:
         way = rng.choice((-1, 0, 1)), rng.choice((-1, 0, 1))    # to any of the nine places
-    for t, out in zip(things, (31, -31)):                       # the second opposite to the first
-        t.x, t.y = SIDE / 2 + out * way[0] + rng.uniform(-2, 2), SIDE / 2 + out * way[1] + rng.uniform(-2, 2)
+    for t, far in zip(things, (31, -31)):                       # the second opposite to the first
+        t.x, t.y = SIDE / 2 + far * way[0] + rng.uniform(-2, 2), SIDE / 2 + far * way[1] + rng.uniform(-2, 2)
     first, *other = [a(noun.format(**vars(t))) for t in things]
     where = f"{rng.choice((side, side.removeprefix('on the ')))} {other[0]}" if other else things[0].place
     return things, f"{first.capitalize()} {where}."
@@ -518,7 +517,7 @@ def dialogue(p, rng, chain):
         return f"{text} <{getattr(thing, key)}:{[round(v) for v in box(thing)]}>"
     known = only(p.things, key)
     links = [(t, side, u) for t in known for way, _, side in RELATIONS if (u := beyond(t, way, p.things)) in known]
-    links = links or [(t, "", t) for t in known[:1] if chain]   # all rounds about one thing
+    links = links or [(t, "", t) for t in known[:1] if chain]   # else all rounds are about one thing
     if not links:
         return None
     last, side, found = rng.choice(links)
@@ -670,10 +669,10 @@ def single_question(m, rng):            # LLaVA record of one question, with its
     return {"kind": f"{m.kind} {question[0]}", m.kind: m.name, "conversations": turns(*asked(m.kind, [question]))}
 
 
-def conversations(media, rng, mixed=0.15):              # every medium in one record, some two or three to a record
+def conversations(media, rng):          # every medium in one record, some two or three to a record
     media, out = rng.sample(media, len(media)), []
     while media:
-        n = rng.choice([2, 3]) if rng.random() < mixed else 1
+        n = rng.choice([2, 3]) if rng.random() < 0.15 else 1
         out.append(conversation(media[-n:], rng))
         del media[-n:]
     return out

@@ -741,7 +741,7 @@ def answer_of(row, i, turn, root):
 def dialog_turns(row, root):
     """PandaGPT's and NExT-GPT's conversations -> turns. A turn's modality or its <image> tag tells its medium."""
     turns, out, pictured = spoken(row), [], row.get("image_name") or row.get("image") or ""
-    usual = "image" if pictured.strip("0") else "text"          # for the first question; 00000000000: there is none
+    usual = "image" if pictured.strip("0") else "text"          # what the first question shows; 00000000000: none
     for i in range(0, len(turns), 2):
         out += [question_of(row, i, turns[i], usual, root), answer_of(row, i + 1, turns[i + 1], root)]
         usual = "text"

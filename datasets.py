@@ -10,7 +10,7 @@ import math
 import re
 import sys
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from typing import Callable, NamedTuple
@@ -52,39 +52,33 @@ def polygon_mask(xy, height, width):
 
 def rle_counts(text):
     """COCO's compressed run lengths -> a list: five bits a character, low first, differences from two runs back."""
-    counts, value, shift = [], 0, 0
-    for c in text.encode():
-        if not 48 <= c < 112 or shift > 30:
-            raise DataError(f"run lengths {text!r:.40}: not COCO's compressed form")
-        value |= (c - 48 & 31) << shift                         # 48 is "0", of the 64 printable characters used
-        shift += 5
-        if not c - 48 & 32:                                     # the sixth bit: more follows
-            value -= (c - 48 & 16) << shift - 4                 # the sign
-            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-            value = shift = 0
-    if shift:
-        raise DataError(f"run lengths {text!r:.40}: cut off")
+    numbers = re.findall("[P-o]{0,6}[0-O]", text)               # "0" is 0; from "P" on, the sixth bit, more follows
+    if "".join(numbers) != text:
+        raise DataError(f"run lengths {text!r:.40}: not COCO's compressed form")
+    counts = []
+    for number in numbers:
+        value = sum((ord(c) - 48 & 31) << 5 * i for i, c in enumerate(number))
+        sign = 16 << 5 * (len(number) - 1)                      # the highest bit
+        counts.append((value ^ sign) - sign + (counts[-2] if len(counts) > 2 else 0))
     return counts
 
 
 def rle_text(counts):
     """The compressed form of run lengths, see rle_counts."""
-    out = []
-    for i, count in enumerate(counts):
-        value, more = count - (counts[i - 2] if i > 2 else 0), True
+    out, steps = [], np.array(counts, np.int64)
+    steps[3:] -= steps[1:-2]
+    for value in steps.tolist():
+        more = True
         while more:
             low, value = value & 31, value >> 5
-            more = value != (-1 if low & 16 else 0)
+            more = value != -(low >> 4)                         # all that is left is the sign
             out.append(chr(48 + low + 32 * more))
     return "".join(out)
 
 
 def rle_mask(rle):
     """COCO run lengths {size: [H, W], counts: text or list} -> uint8 (H, W)."""
-    size, counts = rle["size"], rle["counts"]
-    if not (is_list(size, int) and len(size) == 2 and is_size(*size)):
-        raise DataError(f"run lengths of size {size!r:.40}")
-    height, width = size
+    (height, width), counts = rle["size"], rle["counts"]
     counts = rle_counts(counts) if isinstance(counts, str) else counts
     if not is_list(counts, int) or min(counts, default=0) < 0 or sum(counts) != height * width:
         raise DataError(f"run lengths that do not fill {height}x{width}")
@@ -95,32 +89,28 @@ def rle_mask(rle):
 def mask_rle(mask):
     """Mask (H, W) -> COCO's compressed run lengths."""
     flat = np.asarray(mask, bool).T.reshape(-1)
-    ends = [*(np.flatnonzero(flat[1:] != flat[:-1]) + 1).tolist(), flat.size]
-    counts = np.diff([0, *ends]).tolist()
-    return {"size": list(mask.shape), "counts": rle_text([0, *counts] if flat[0] else counts)}
-
-
-def is_size(height, width):
-    """Whether two values from a file are the size of a bearable picture."""
-    return type(height) is type(width) is int and min(height, width) > 0 and height * width <= MAX_PIXELS
+    starts = np.flatnonzero(np.diff(flat, prepend=False))       # of runs; that of zeros, the first, may be empty
+    return {"size": list(mask.shape), "counts": rle_text(np.diff([0, *starts, flat.size]))}
 
 
 def segmentation_mask(parts, height, width):
     """A list of polygons [x1, y1, x2, ...] or of run lengths -> their sum, uint8 (H, W)."""
-    if not is_size(height, width):
+    if not is_list([height, width], int) or min(height, width) < 1 or height * width > MAX_PIXELS:
         raise DataError(f"a picture of {width!r:.20}x{height!r:.20}")
     total = np.zeros((height, width), np.uint8)
-    for part in parts:
-        mask = rle_mask(part) if isinstance(part, dict) else polygon_mask(corners(part, height, width), height, width)
-        if mask.shape != total.shape:
-            raise DataError(f"a mask of {mask.shape} for a picture of {total.shape}")
-        total += mask                                           # parity: above 1 where polygons overlap
+    for part in parts:                                          # parity: above 1 where polygons overlap
+        if not isinstance(part, dict):
+            total += polygon_mask(corners(part, height, width), height, width)
+        elif part["size"] == [height, width]:
+            total += rle_mask(part)
+        else:
+            raise DataError(f"a mask of {part['size']!r:.40} for a picture of {[height, width]}")
     return total
 
 
 def corners(numbers, height, width):
     """A polygon of a file as (n, 2), not further outside than the picture is large."""
-    if not is_list(numbers, (int, float)) or len(numbers) % 2 or not 6 <= len(numbers) <= 20000:
+    if not is_list(numbers, int, float) or len(numbers) % 2 or not 6 <= len(numbers) <= 20000:
         raise DataError(f"polygon {numbers!r:.60}: three or more pairs of numbers are expected")
     xy = np.array(numbers, float).reshape(-1, 2)
     if not (abs(xy) <= 2 * max(height, width)).all():
@@ -143,9 +133,7 @@ class Lines:
         return len(self.ends) - 1
 
     def __getitem__(self, i):
-        if not 0 <= i < len(self):
-            raise IndexError(f"{self.path}: no line {i + 1}")
-        start, end = self.ends[i:i + 2].tolist()
+        start, end = self.ends[i], self.ends[i + 1]
         if end - start > self.LONGEST:
             raise DataError(f"{self.path}: line {i + 1}: longer than a megabyte")
         with open(self.path, "rb") as file:
@@ -172,9 +160,9 @@ def texts(row, key):
     return row[key]
 
 
-def is_list(value, kind):
-    """Whether a value is a list of one kind (bool does not count as a number)."""
-    return isinstance(value, list) and all(isinstance(x, kind) and not isinstance(x, bool) for x in value)
+def is_list(value, *kinds):
+    """Whether a value is a list of some kinds (bool does not count as a number)."""
+    return isinstance(value, list) and set(map(type, value)) <= set(kinds)
 
 
 # ---- Parts of turns
@@ -197,7 +185,7 @@ def boxes_of(row, key="boxes"):
 
 def pick(boxes, numbers):
     """Fresh Boxes of a list of box numbers."""
-    if not is_list(numbers, int) or not all(0 <= n < len(boxes) for n in numbers):
+    if not is_list(numbers, int) or not set(numbers) <= set(range(len(boxes))):
         raise DataError(f"box numbers {numbers!r:.40}, there are {len(boxes)} boxes")
     return [Box(boxes[n]) for n in numbers]
 
@@ -267,14 +255,20 @@ def load_prompts(path):
     path = Path(path)
     try:
         lists = {file.stem: json.loads(file.read_bytes()) for file in path.glob("*.json")}
-        tables = lists or json.loads(path.read_bytes())
-        tables = tables.get("v1", tables)
-        talks = "placeholder" in tables                         # of ChatterBox
-        return PROMPTS | (talks_of(tables) if talks else {task: prompts_of(tables, task) for task in tables})
-    except (AttributeError, TypeError):
-        raise DataError(f"{path}: lists of prompts by task are expected, not {type(tables).__name__}") from None
+        return PROMPTS | prompts_in(lists or json.loads(path.read_bytes()))
     except ValueError as error:
         raise DataError(f"{path}: {error}") from None
+
+
+def prompts_in(tables):
+    """Prompts by task, in NExT-Chat's layout or ChatterBox's."""
+    if not isinstance(tables, dict):
+        raise DataError(f"lists of prompts by task are expected, not {type(tables).__name__}")
+    if "v1" in tables:
+        return prompts_in(tables["v1"])
+    if "placeholder" in tables:
+        return talks_of(tables)
+    return {task: prompts_of(tables, task) for task in tables}
 
 
 def prompts_of(tables, task):
@@ -332,8 +326,8 @@ def reg(row, ask):
 
 def each_region(row, ask, turns):
     """All regions of a picture, a question each: turns is reg or rec."""
-    out = [turn for one in field(row, "regions", list) for turn in turns(one, ask)]
-    return out[:1] + [[part for part in turn if part is not ask.picture] for turn in out[1:]]
+    asks = chain([ask], repeat(ask._replace(picture="")))       # the picture is shown once
+    return list(chain(*map(turns, field(row, "regions", list), asks)))
 
 
 def vqa(row, ask):
@@ -363,7 +357,9 @@ def pope(row, ask):
 def llava(row, ask):
     """LLaVA's conversations as they are, <image> marking the place of the picture."""
     turns = llava_sample({**row, "image": "picture"}, "").turns
-    return [[ask.picture if isinstance(part, Medium) else part for part in turn] for turn in turns]
+    for medium in parts_of(turns, Medium):
+        medium.path = ask.picture.path
+    return turns
 
 
 def gpt4gen(row, ask, version):
@@ -380,13 +376,9 @@ def gpt4gen(row, ask, version):
 LETTERS = "ABCD"
 VCR_CHOOSE = " You should decide on the best choice{}and output the corresponding letter."
 VCR = {                                 # version -> its turns, each the names of parts of vcr
-    "q-a": ("question", "answer"),
-    "q-ra": ("question", "rationale answer"),
-    "qc-a": ("question options", "letter"),
-    "qc-ra": ("question options", "rationale letter"),
-    "qc-rac": ("question options", "rationale answer letter"),
-    "qa-r": ("question given why", "rationale"),
-    "q-a-q-r": ("question", "answer", "why", "rationale"),
+    "q-a": ("question", "answer"), "q-ra": ("question", "rationale answer"), "qc-a": ("question options", "letter"),
+    "qc-ra": ("question options", "rationale letter"), "qc-rac": ("question options", "rationale answer letter"),
+    "qa-r": ("question given why", "rationale"), "q-a-q-r": ("question", "answer", "why", "rationale"),
     "qac-r": ("question given choices", "reason"),
     "qc-a-qc-r": ("question options", "letter", "choices", "reason"),
 }
@@ -395,41 +387,29 @@ VCR = {                                 # version -> its turns, each the names o
 def vcr(row, ask, version):
     """Visual commonsense reasoning: questions about boxes, four answers and four rationales to choose from."""
     boxes = [check_box(box[:4]) for box in field(row, "boxes", list)[:MAX_BOXES]]           # the fifth is a score
-    answers, rationales = ([words(text, boxes) for text in field(row, f"{kind}_choices", list)]
-                           for kind in ("answer", "rationale"))
-    a, r = (label_of(row, f"{kind}_label") for kind in ("answer", "rationale"))
-    parts = {
-        "question": ["QUESTION: ", *words(field(row, "question", list), boxes)],
-        "options": ["OPTIONS:", *lettered(answers), VCR_CHOOSE.format(" ")],
-        "choices": ["RATIONALE OPTIONS:", *lettered(rationales), VCR_CHOOSE.format(" that explains the above answer ")],
-        "given": ["ANSWER: ", *answers[a]],
-        "why": ["You should explain the reason for the above answer."],
-        "answer": answers[a], "rationale": rationales[r],
-        "letter": answer_is(f"({LETTERS[a]})"), "reason": answer_is(f"({LETTERS[r]})"),
+    options, letter, answer = choices_of(row, "answer", boxes)
+    choices, reason, rationale = choices_of(row, "rationale", boxes)
+    parts = {                           # each begins with what stands between it and the part before it
+        "question": [" ", "QUESTION: ", *words(field(row, "question", list), boxes)],
+        "options": [" \n", "OPTIONS:", *options, VCR_CHOOSE.format(" ")],
+        "choices": [" \n", "RATIONALE OPTIONS:", *choices, VCR_CHOOSE.format(" that explains the above answer ")],
+        "given": [" \n", "ANSWER: ", *answer],
+        "why": [" ", "You should explain the reason for the above answer."],
+        "answer": [" ", *answer], "rationale": [" ", *rationale],
+        "letter": [" ", *answer_is(f"({letter})")], "reason": [" ", *answer_is(f"({reason})")],
     }
-    first, *others = (vcr_turn(names.split(), parts) for names in VCR[version])
+    first, *others = ([part for name in names.split() for part in parts[name]][1:] for names in VCR[version])
     return [ask(question=first), *others]
 
 
-def vcr_turn(names, parts):
-    turn = []
-    for name in names:
-        if turn:
-            turn.append(" \n" if name in ("options", "choices", "given") else " ")
-        turn += parts[name]
-    return turn
-
-
-def lettered(choices):
-    """" (A) ... (B) ..." of lists of parts."""
-    return [part for letter, choice in zip(LETTERS, choices) for part in (f" ({letter}) ", *choice)]
-
-
-def label_of(row, key):
-    """Which of four choices is right."""
-    if row[key] not in range(4) or type(row[key]) is not int:
-        raise DataError(f"{key} {row[key]!r:.20}: 0, 1, 2 or 3 is expected")
-    return row[key]
+def choices_of(row, kind, boxes):
+    """Parts " (A) ... (B) ..." of four texts to choose from, the letter of the right one, its parts."""
+    choices = [words(text, boxes) for text in field(row, f"{kind}_choices", list)]
+    label = row[f"{kind}_label"]
+    if label not in range(4) or type(label) is not int:
+        raise DataError(f"{kind}_label {label!r:.20}: 0, 1, 2 or 3 is expected")
+    lettered = [part for letter, choice in zip(LETTERS, choices) for part in (f" ({letter}) ", *choice)]
+    return lettered, LETTERS[label], choices[label]
 
 
 def point_qa(row, ask, key="question"):
@@ -442,9 +422,8 @@ def visual7w(row, ask):
     boxes, answer = boxes_of(row, "candidates"), check_box(row["answer"])
     if answer not in boxes:
         raise DataError(f"answer {answer} is none of the candidates")
-    order = list(range(len(boxes)))
-    ask.rng.shuffle(order)
-    listed = [part for n in order for part in (Box(boxes[n]), " ")]
+    ask.rng.shuffle(boxes)
+    listed = [part for box in boxes for part in (Box(box), " ")]
     return [ask(question=[field(row, "question"), " Candidates: ", *listed, "answer in box format."]),
             ["The answer is ", Box(answer), " ."]]
 
@@ -487,6 +466,7 @@ class Format(NamedTuple):
     moves: bool = False                 # the picture is shifted and mirrored at random, see move
 
 
+REASONS = {"a": "VQA", "c": "VQA_CoT", "bc": "VQA_BCoT", "s": "VQA_CoT"}        # version -> prompts
 FORMATS = {
     "caption": Format(caption, "image_cap"),
     "flickr": Format(flickr, "flickr30k", "image_id", "*.jpg"),
@@ -499,19 +479,17 @@ FORMATS = {
     "pointqa-local": Format(point_qa, "VQA", "file_path"),
     "v7w": Format(visual7w, "VQA", "file_path"),
 } | {
-    f"gpt4gen-{v}": Format(partial(gpt4gen, version=v), task)
-    for v, task in (("a", "VQA"), ("c", "VQA_CoT"), ("bc", "VQA_BCoT"))
+    f"gpt4gen-{v}": Format(partial(gpt4gen, version=v), REASONS[v]) for v in ("a", "c", "bc")
 } | {
     f"vcr-{v}": Format(partial(vcr, version=v), "VQA_BCoT" if "ra" in v else "VQA", "img_fn") for v in VCR
 } | {
     f"pointqa-twice-{v}": Format(partial(point_qa, key=f"{key}_question"), "VQA", "file_path")
     for v, key in (("oq", "obj"), ("sq", "super"), ("gq", "general"))
 } | {
-    f"gqa-{v}": Format(partial(gqa, version=v), task, "imageId", "*.jpg")
-    for v, task in (("a", "VQA"), ("c", "VQA_CoT"), ("bc", "VQA_BCoT"), ("s", "VQA_CoT"))
+    f"gqa-{v}": Format(partial(gqa, version=v), REASONS[v], "imageId", "*.jpg") for v in REASONS
 } | {
-    f"clevr-{v}": Format(partial(clevr, version=v), task, "image_filename", unpack=itemgetter("questions"))
-    for v, task in (("a", "VQA"), ("s", "VQA_CoT"))
+    f"clevr-{v}": Format(partial(clevr, version=v), REASONS[v], "image_filename", unpack=itemgetter("questions"))
+    for v in "as"
 }
 
 
@@ -570,9 +548,10 @@ def open_set(name, media="", draw=False, prompts=PROMPTS):
         name, _, share = name.rpartition("@")
         return Part(open_set(name, media, draw, prompts), float(share))
     format, _, path = name.rpartition(":")
+    media = media or Path(path).parent
     if format == "nextgpt":
-        return Dialogs(path, media or None, draw)
-    return Rows(path, format, media or Path(path).parent, prompts) if format else Conversations(path, media or None)
+        return Dialogs(path, media, draw)
+    return Rows(path, format, media, prompts) if format else Conversations(path, media)
 
 
 def to_sample(row, format, images, prompts, rng):
@@ -587,20 +566,18 @@ def to_sample(row, format, images, prompts, rng):
 
 # ---- Mixtures: lists of items in, a list of items out; an item is (set number, record number)
 
-def subset(source, portion, seed=None):
-    """The first int(portion * n) items, shuffled before if there is a seed."""
-    order = np.arange(len(source))
-    if seed is not None:
-        np.random.default_rng(seed).shuffle(order)
-    return [source[i] for i in order[:int(len(source) * portion)]]
-
-
 def shuffled(sources, seed=42, portion=1):
-    """One list of all items in a random order; a portion above 1 repeats them."""
+    """One list of all items in a random order, without a seed in their own; a portion above 1 repeats them."""
     whole = sum(sources, [])
     order = list(range(len(whole))) * math.ceil(portion)
-    np.random.default_rng(seed).shuffle(order)
+    if seed is not None:
+        np.random.default_rng(seed).shuffle(order)
     return [whole[i] for i in order[:int(len(whole) * portion)]]
+
+
+def subset(source, portion, seed=None):
+    """The first int(portion * n) items of a source, shuffled before if there is a seed."""
+    return shuffled([source], seed, portion)
 
 
 def interleave(sources, p=None, seed=None, all_exhausted=False):
@@ -722,43 +699,52 @@ def spoken(row):
     """The rows of a conversation."""
     turns = row["conversation"] if "conversation" in row else row["conversations"]
     users = [from_user(turn) for turn in turns]
-    if not turns or users != [True, False] * (len(turns) // 2):
+    if users != [True, False] * max(len(turns) // 2, 1):
         raise DataError(f"user and assistant must alternate, and an answer end the conversation: {users}")
     return turns
 
 
-def untagged(text):
-    """A text without its tags, and the kind of the first: "image" of <image>."""
+def untagged(text, usual="text"):
+    """A text without its tags, and the kind of the first: "image" of <image>; the usual one where there is none."""
     tag = TAGS.search(text)
-    return (TAGS.sub("", text).strip(), tag[0][1:-1]) if tag else (text, "")
+    return (TAGS.sub("", text).strip(), tag[0][1:-1]) if tag else (text, usual)
 
 
-def file_of(row, kind, i):
-    """The file that turn i of a record shows or, in an answer, asks for; each data set has its own key for it."""
-    given = f"{kind}_name", f"input_{kind}", kind, "mm_name", "image_name"      # the last: of any kind (PandaGPT)
-    asked = "mm_name", f"output_{kind}", f"{kind}_name", "image_name"
-    name = next((row[key] for key in (asked if i % 2 else given) if key in row), None)
+def file_of(row, kind, i, *keys):
+    """The file of that kind for turn i of a record, under one of some keys: each data set has its own."""
+    name = next((row[key] for key in (*keys, "image_name") if key in row), None)            # PandaGPT: for any kind
     if kind not in WRITERS or name is None:
         raise DataError(f"turn {i + 1}: {kind!r:.40} is none of {', '.join(WRITERS)}, or the record names no file for it")
     return name
 
 
+def question_of(row, i, turn, usual, root):
+    """The medium that turn i shows, if any, and its text."""
+    text, tag = untagged(turn["value"], usual)
+    kind = turn.get("input_modality") or tag
+    if kind == "text":
+        return [text]
+    return [shown(kind, file_of(row, kind, i, f"{kind}_name", f"input_{kind}", kind, "mm_name"), root), text]
+
+
+def answer_of(row, i, turn, root):
+    """The text of turn i and what it asks for: a medium, or boxes named as in ChatterBox's sets."""
+    text, tag = untagged(turn["value"])
+    kind = turn.get("output_modality") or tag
+    if kind != "text":
+        name = file_of(row, kind, i, "mm_name", f"output_{kind}", f"{kind}_name")
+        return [text, drawn(kind, name, root, turn.get("caption", row.get(f"{kind}_captions")))]
+    text, boxes = annotated(text, check_box) if "image_wh" in row else (text, [])
+    return [text, *(Box(box) for _, box in boxes)]
+
+
 def dialog_turns(row, root):
     """PandaGPT's and NExT-GPT's conversations -> turns. A turn's modality or its <image> tag tells its medium."""
-    out, pictured = [], (row.get("image_name") or row.get("image") or "").strip("0")        # 00000000000: there is none
-    for i, turn in enumerate(spoken(row)):
-        text, tag = untagged(turn["value"])
-        usual = "image" if pictured and i == 0 else "text"      # the first question shows the record's picture
-        kind = turn.get("output_modality" if i % 2 else "input_modality") or tag or usual
-        if kind != "text":
-            name = file_of(row, kind, i)
-            caption = turn.get("caption", row.get(f"{kind}_captions"))
-            out.append([text, drawn(kind, name, root, caption)] if i % 2 else [shown(kind, name, root), text])
-        elif i % 2 and "image_wh" in row:                       # answers name boxes as in ChatterBox's sets
-            text, boxes = annotated(text, check_box)
-            out.append([text, *(Box(box) for _, box in boxes)])
-        else:
-            out.append([text])
+    turns, out, pictured = spoken(row), [], row.get("image_name") or row.get("image") or ""
+    usual = "image" if pictured.strip("0") else "text"          # what the first question shows; 00000000000: none
+    for i in range(0, len(turns), 2):
+        out += [question_of(row, i, turns[i], usual, root), answer_of(row, i + 1, turns[i + 1], root)]
+        usual = "text"
     return out
 
 
@@ -845,8 +831,8 @@ def in_turns(sizes, batch, seed):
     def batches(start, n):
         while True:                                             # a set that is used up starts again in another order
             own = torch.Generator().manual_seed(torch.empty((), dtype=torch.int64).random_(generator=rng).item())
-            order = (start + torch.randperm(n, generator=own)).tolist()                     # as RandomSampler
-            yield from (order[i:i + batch] for i in range(0, n - n % batch, batch))
+            order = start + torch.randperm(n, generator=own)                                # as RandomSampler
+            yield from order[:n - n % batch].view(-1, batch).tolist()
     starts = np.cumsum([0, *sizes]).tolist()
     sets = [batches(start, n) for start, n in zip(starts, sizes)]
     return [next(one) for _ in range(-(-max(sizes) // batch)) for one in sets]              # until the largest is seen
@@ -876,34 +862,39 @@ def corners_of(box, width=math.inf, height=math.inf):
 
 def annotated(text, read):
     """"A cup. <cup:[1, 2, 3, 4], red jar:[5, 6, 7, 8]>" -> "A cup. ", [("cup", box), ("red jar", box)]."""
-    found, boxes = ANNOTATION.search(text), []
-    if not found:
-        return text, []
-    if IGNORED.search(found[1]):
-        return text[:found.start()], []
-    for part in found[1].split("]")[:-1]:                       # cup:[1, 2, 3, 4
+    before, annotation, *_ = [*ANNOTATION.split(text, maxsplit=1), ""]                      # "" where there is none
+    if IGNORED.search(annotation):
+        return before, []
+    boxes = []
+    for part in annotation.split("]")[:-1]:                     # cup:[1, 2, 3, 4
         name, _, numbers = part.partition("[")
         try:
             boxes.append((name.strip(" ,:"), read([float(x) for x in numbers.split(",")])))
         except ValueError as error:
-            raise DataError(f"annotation {found[0]!r:.80}: {error}") from None
-    return text[:found.start()], boxes
+            raise DataError(f"annotation {'<' + annotation + '>'!r:.80}: {error}") from None
+    return before, boxes
+
+
+def said(row):
+    """The texts of a record's conversation: questions and answers in turn."""
+    turns = field(row, "conversation", list)
+    speakers = [turn["from"] for turn in turns]
+    if speakers[:1] == ["gpt"]:                                 # parity: a leading answer is left out
+        turns, speakers = turns[1:], speakers[1:]
+    if speakers != (["human", "gpt"] * len(turns))[:len(turns)]:
+        raise DataError("turns of human and gpt must alternate")
+    if len(turns) < 2:
+        raise DataError("no question with an answer")
+    return [field(turn, "value") for turn in turns]
 
 
 def rounds(row, read=check_box, cut=True):
     """The rounds of a record's conversation. read: numbers of an annotation -> xyxy."""
-    turns = field(row, "conversation", list)
-    if turns and turns[0]["from"] == "gpt":
-        turns = turns[1:]                                       # parity: a leading answer is left out
-    if [turn["from"] for turn in turns] != (["human", "gpt"] * len(turns))[:len(turns)]:
-        raise DataError("turns of human and gpt must alternate")
-    texts, out = [field(turn, "value") for turn in turns], []
+    texts, out = said(row), []
     for question, answer in zip(texts[::2], texts[1::2]):
         if cut and "<" not in question:
             question = question[:-1]                            # parity: without annotation the last character is lost
         out.append(Round(*annotated(question, read), *annotated(answer, read)))
-    if not out:
-        raise DataError("no question with an answer")
     return out
 
 
@@ -932,9 +923,13 @@ def late_start(rng, n, last):
     return min(int(rng.choice(places)) // 2, last) if n > 1 else 0
 
 
-def up_to(whole, fit, start):
-    """A talk from a start to the next of the rounds that fit (their numbers) -> plain rounds before it, that one."""
-    end = min(i for i in fit if i >= start)
+def up_to(whole, fits, late, rng, lack):
+    """A talk from its first round, or a late one, to one that fits -> plain rounds before that, that one. Or Unfit."""
+    fit = np.flatnonzero(fits).tolist()
+    if not fit:
+        raise Unfit(lack)
+    start = late_start(rng, len(whole), fit[-1]) if late else 0
+    end = fits.index(True, start)
     return [plain(r) for r in whole[start:end]], whole[end]
 
 
@@ -949,10 +944,7 @@ def cb_gnd(row, ask, read=check_box):
 def cb_chain(row, ask, late=False):
     """A talk up to the first question whose answer has just one box: find it. (The original's loader finds none.)"""
     whole = rounds(row)
-    fit = [i for i, r in enumerate(whole) if len(r.shown) == 1]
-    if not fit:
-        raise Unfit("no answer has just one box")
-    before, last = up_to(whole, fit, late_start(ask.rng, len(whole), fit[-1]) if late else 0)
+    before, last = up_to(whole, [len(r.shown) == 1 for r in whole], late, ask.rng, "no answer has just one box")
     return talk([*before, asking(last)], FRONT, ask.picture)
 
 
@@ -994,11 +986,8 @@ def placed(r, kind):
 
 def cb_ref(row, ask, read=check_box, late=True):
     """A talk up to the first question that says where its boxes are."""
-    whole = rounds(row, read)
-    fit = [i for i, r in enumerate(whole) if says_places(r)]
-    if not fit:
-        raise Unfit("no question says <it> or <region> once for each of its boxes")
-    before, last = up_to(whole, fit, late_start(ask.rng, len(whole), fit[-1]) if late else 0)
+    whole, lack = rounds(row, read), "no question says <it> or <region> once for each of its boxes"
+    before, last = up_to(whole, [*map(says_places, whole)], late, ask.rng, lack)
     return talk([*before, (placed(last, "region"), [last.answer])], FRONT, ask.picture)
 
 
@@ -1065,26 +1054,23 @@ TALKS = {                               # ours; load_prompts reads the originals
 
 def talks_of(tables):
     """TALKS of the originals' own words, from ChatterBox's {placeholder, set: {prefix, ...}}."""
-    out = {}
-    for name in TALKS:
-        task = name.removeprefix("talk-")
-        try:
-            row = tables["refcoco"] | {key: value for key, value in tables[task].items() if value != "as refcoco"}
-            one = talk_of(row, tables["placeholder"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{task}: {type(error).__name__} {error}") from None
-        if one.prefix.count("<image>") != 1 or any(q.count("<objs>") != 1 for q in one.questions + one.first):
-            raise DataError(f"{task}: one <image> in the prefix and one placeholder in each question are expected")
-        out[name] = one
-    return out
+    return {name: talk_of(tables, name.removeprefix("talk-")) for name in TALKS}
 
 
-def talk_of(row, placeholder):
-    first = tuple(q.replace(placeholder, "<objs>") for q in row.get("first_questions", ()))
-    questions = tuple(q.replace(placeholder, "<objs>") for q in row.get("follow_questions", row["questions"]))
-    prefix = re.sub("{.*?}", ", ".join(row.get("classes", ())), row["prefix"])
-    name = "region{i} " if first else row["replace_with"].replace("<bbox>", "")
-    return Talk(prefix, questions, tuple(row["heads"]), tuple(row["tails"]), name, row["max_boxes"], first)
+def talk_of(tables, task):
+    """The Talk of a set, which may say "as refcoco"."""
+    try:
+        row = tables["refcoco"] | {key: value for key, value in tables[task].items() if value != "as refcoco"}
+        asks = row.get("first_questions", ()), row.get("follow_questions", row["questions"])
+        first, questions = (tuple(q.replace(tables["placeholder"], "<objs>") for q in some) for some in asks)
+        prefix = re.sub("{.*?}", ", ".join(row.get("classes", ())), row["prefix"])
+        name = "region{i} " if first else row["replace_with"].replace("<bbox>", "")
+        one = Talk(prefix, questions, tuple(row["heads"]), tuple(row["tails"]), name, row["max_boxes"], first)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{task}: {type(error).__name__} {error}") from None
+    if {prefix.count("<image>"), *(question.count("<objs>") for question in questions + first)} != {1}:
+        raise DataError(f"{task}: one <image> in the prefix and one placeholder in each question are expected")
+    return one
 
 
 def by_picture(whole):
@@ -1092,8 +1078,9 @@ def by_picture(whole):
     names, boxes = {kind["id"]: kind["name"] for kind in whole["categories"]}, {}
     for one in whole["annotations"]:
         if not one.get("iscrowd"):
-            kept = {key: value for key, value in one.items() if key != "segmentation"}      # most of the file
-            boxes.setdefault(one["image_id"], []).append(kept | {"name": names.get(one["category_id"])})
+            kept = one | {"name": names.get(one["category_id"])}
+            kept.pop("segmentation", None)                      # most of the file
+            boxes.setdefault(one["image_id"], []).append(kept)
     return [picture | {"boxes": boxes.get(picture["id"], [])} for picture in whole["images"]]
 
 
@@ -1113,16 +1100,15 @@ def move(picture, boxes, width, height, rng):
     """Half of the time each, shift a picture by up to 32 pixels of 224 and mirror it, and its boxes with it."""
     shift = rng.integers(-32, 33, 2).tolist() if rng.random() < 0.5 else (0, 0)
     size, by = np.array([width, height] * 2), np.array(shift * 2) / 224                     # (4,) pixels, (4,) shares
-    new = [(np.array(box.xyxy_px) + by * size).clip(0, size) for box in boxes]
-    if all((224 * (xyxy[2:] - xyxy[:2]) >= 2 * size[:2]).all() for xyxy in new):            # none is out of sight
-        picture.shift = tuple(shift)
-        for box, xyxy in zip(boxes, new):
-            box.xyxy_px = tuple(xyxy.tolist())
+    xyxy = np.array([box.xyxy_px for box in boxes])                                         # (R, 4)
+    new = (xyxy + by * size).clip(0, size)
+    if (224 * (new[:, 2:] - new[:, :2]) >= 2 * size[:2]).all():                             # none is out of sight
+        picture.shift, xyxy = tuple(shift), new
     picture.flip = bool(rng.random() < 0.5)
     if picture.flip:
-        for box in boxes:
-            x1, y1, x2, y2 = box.xyxy_px
-            box.xyxy_px = width - x2, y1, width - x1, y2
+        xyxy[:, ::2] = width - xyxy[:, 2::-2]
+    for box, place in zip(boxes, xyxy.tolist()):
+        box.xyxy_px = tuple(place)
 
 
 def answer_about(what, ask):

@@ -17,7 +17,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from itertools import cycle
+from itertools import cycle, islice, permutations
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +38,7 @@ ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")                    
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}        # y points down, as in all pictures
 PITCHES = {"low": 220.0, "middle": 700.0, "high": 2200.0}                       # Hz
 VOICES = ("flute", "buzzer", "bell")
+PARTIALS = {"flute": [(1, 0)], "bell": [(1, 9), (2.76, 14), (5.4, 22)]}         # times the pitch, how soon gone
 SIDE, FPS, RATE = 128, 8, 16000         # pixels of a picture, frames and samples a second
 CORES = os.cpu_count()
 
@@ -66,7 +67,7 @@ class Thing:
 
     @property
     def place(self):
-        row, column = (min(int(3 * at / SIDE), 2) for at in (self.y, self.x))
+        row, column = min(int(3 * self.y / SIDE), 2), min(int(3 * self.x / SIDE), 2)
         words = f"{ROWS[row]} {COLUMNS[column]}".split()                        # none, one or two
         return " ".join(["at the", *words]) if words else "in the centre"
 
@@ -163,12 +164,10 @@ def clip(rng):                          # a thing on its way across the picture 
 
 def beep(voice, hz, seconds):           # samples in -1..1, (T,)
     t = np.arange(int(seconds * RATE)) / RATE                                   # (T,)
-    if voice == "flute":                # a pure tone
-        x = np.sin(2 * np.pi * hz * t)
-    elif voice == "buzzer":             # a saw
+    if voice == "buzzer":               # a saw
         x = 2 * (hz * t % 1) - 1
-    else:                               # a bell: partials that are no multiples, the higher the sooner gone
-        x = sum(np.sin(2 * np.pi * hz * k * t) * np.exp(-t * d) / k for k, d in ((1, 9), (2.76, 14), (5.4, 22)))
+    else:                               # a pure tone; a bell's partials are no multiples, the higher the sooner gone
+        x = sum(np.sin(2 * np.pi * hz * k * t) * np.exp(-t * d) / k for k, d in PARTIALS[voice])
     fade = np.minimum(1, np.minimum(t, t[::-1]) / 0.01)                         # no click at either end
     return x * fade
 
@@ -245,15 +244,15 @@ def watch(frames):
     return thing, way if math.hypot(x, y) > SIDE / 8 else None
 
 
-def listen(x, rate=RATE):
+def listen(x):
     """Samples in -1..1 -> number of beeps and pitch; 0 and None if all is quiet."""
-    step = rate // 100
+    step = RATE // 100
     level = np.abs(x[:len(x) // step * step]).reshape(-1, step).max(1)          # of every 10 ms
-    loud = level > max(0.05, 0.15 * level.max())
-    count = sum(loud[i] and not loud[max(i - 8, 0):i].any() for i in range(len(loud)))      # after 80 ms of quiet
-    spectrum, hz = np.abs(np.fft.rfft(x)), np.fft.rfftfreq(len(x), 1 / rate)
+    loud = np.flatnonzero(level > max(0.05, 0.15 * level.max()))
+    count = (np.diff(loud, prepend=-9) > 8).sum().item()                        # after 80 ms of quiet
+    spectrum, hz = np.abs(np.fft.rfft(x)), np.fft.rfftfreq(len(x), 1 / RATE)
     peak = hz[(spectrum * (hz > 100)).argmax()]
-    return int(count), min(PITCHES, key=lambda p: abs(math.log(PITCHES[p] / peak))) if count else None
+    return count, min(PITCHES, key=lambda p: abs(math.log(PITCHES[p] / peak))) if count else None
 
 
 # ---- Questions and captions
@@ -329,8 +328,7 @@ def ask_exists(things, rng):            # half and more of what is asked for is 
 
 
 def ask_side(things, rng):
-    unique = only(things, "name")
-    if pairs := [(t, u) for t in unique for u in unique if abs(t.x - u.x) > SIDE / 8]:
+    if pairs := [(t, u) for t, u in permutations(only(things, "name"), 2) if abs(t.x - u.x) > SIDE / 8]:
         t, u = rng.choice(pairs)
         side = "left" if t.x < u.x else "right"
         return "side", f"Is the {t.name} left or right of the {u.name}?", f"The {t.name} is on the {side}."
@@ -385,18 +383,17 @@ def beyond(u, way, group):
 
 def extremes(t, group):                 # leftmost, highest ... if it clearly is that in a group of several
     others = [u for u in group if u is not t]
-    return [most for way, most, _ in RELATIONS if others and all(farther(t, u, way) > GAP for u in others)]
+    return [most for way, most, _ in RELATIONS if min((farther(t, u, way) for u in others), default=0) > GAP]
 
 
 def referring_expressions(t, things):
     """All we can say that fits this thing alone -> lists: by name, by place, as the outermost, by another thing."""
     fits = {noun: [u for u in things if noun in u.nouns] for noun in t.nouns}
-    near = [(u, way, side) for u in only(things, "name") for way, _, side in RELATIONS if beyond(u, way, [t])]
     return [[f"the {noun}" for noun, group in fits.items() if len(group) == 1],
-            [f"the {noun} {t.place}" for noun, group in fits.items() if [u.place for u in group].count(t.place) == 1],
+            [f"the {noun} {t.place}" for noun, group in fits.items() if t in only(group, "place")],
             [f"the {most} {noun}" for noun, group in fits.items() for most in extremes(t, group)],
-            [f"the {noun} {side} the {u.name}" for u, way, side in near
-             for noun, group in fits.items() if beyond(u, way, group) is t]]
+            [f"the {noun} {side} the {u.name}" for u in only(things, "name") for way, _, side in RELATIONS
+             if beyond(u, way, [t]) for noun, group in fits.items() if beyond(u, way, group) is t]]
 
 
 def box_rows(pictures, rng, task):
@@ -413,7 +410,7 @@ def box_rows(pictures, rng, task):
 
 def all_regions(p, rng, texts, times=1):
     """All things that can be told apart, in any order, with texts(thing, its referring expressions by kind, rng)."""
-    told = [(t, referring_expressions(t, p.things)) for t in p.things * times]
+    told = [(t, referring_expressions(t, p.things)) for t in p.things] * times
     rows = [{"bbox": box(t), "expressions": found} for t, said in told if any(said) and (found := texts(t, said, rng))]
     return rows and {"img_path": p.name, "regions": rng.sample(rows, len(rows))}
 
@@ -464,8 +461,8 @@ def drawing(rng):
     way, _, side = rng.choice(RELATIONS)
     if len(things) == 1:
         way = rng.choice((-1, 0, 1)), rng.choice((-1, 0, 1))    # to any of the nine places
-    for t, sign in zip(things, (1, -1)):                        # the second opposite to the first
-        t.x, t.y = (SIDE / 2 + 31 * sign * w + rng.uniform(-2, 2) for w in way)
+    for t, far in zip(things, (31, -31)):                       # the second opposite to the first
+        t.x, t.y = SIDE / 2 + far * way[0] + rng.uniform(-2, 2), SIDE / 2 + far * way[1] + rng.uniform(-2, 2)
     first, *other = [a(noun.format(**vars(t))) for t in things]
     where = f"{rng.choice((side, side.removeprefix('on the ')))} {other[0]}" if other else things[0].place
     return things, f"{first.capitalize()} {where}."
@@ -479,19 +476,23 @@ def drawn(things):
     return f"{names[0].capitalize()} {where}."
 
 
+def words(names, i):                    # the colours (0) or shapes (1) of names, sorted
+    return sorted(name.split()[i] for name in names)
+
+
 def judge(kind, caption, made):
     """Whether a picture, the frames of a clip or samples (at RATE) are as a caption says: {what: right}."""
-    names = re.findall("|".join(NAMES), caption)
+    told = re.findall("|".join(NAMES), caption)
     if kind == "audio":
         count, pitch = listen(made)
         return {"count": NUMBERS[count:count + 1] == caption.lower().split()[:1], "pitch": f"{pitch} beep" in caption}
     if kind == "video":
         thing, way = watch(made)
-        return {"way": str(way) in re.split(r"\W", caption), "thing": bool(thing) and thing.name in names}
-    seen = sorted(look(made), key=lambda t: [*names, t.name].index(t.name))     # in the caption's order, others last
-    return {"shapes": sorted(t.shape for t in seen) == sorted(name.split()[1] for name in names),
-            "colours": sorted(t.colour for t in seen) == sorted(name.split()[0] for name in names),
-            "things": [t.name for t in seen] == names, "places": len(seen) == len(names) and placed(seen, caption)}
+        return {"way": str(way) in re.split(r"\W", caption), "thing": bool(thing) and thing.name in told}
+    seen = sorted(look(made), key=lambda t: [*told, t.name].index(t.name))      # in the caption's order, others last
+    names = [t.name for t in seen]
+    return {"shapes": words(names, 1) == words(told, 1), "colours": words(names, 0) == words(told, 0),
+            "things": names == told, "places": len(seen) == len(told) and placed(seen, caption)}
 
 
 def placed(things, caption):            # whether one thing is at the place told, or the first of two beyond the other
@@ -514,23 +515,21 @@ def dialogue(p, rng, chain):
 
     def here(text, thing):
         return f"{text} <{getattr(thing, key)}:{[round(v) for v in box(thing)]}>"
-
-    def question(ask, thing):
-        return ask.format("[it]") if chain else here(ask.format(f"the {thing.name}"), thing)
     known = only(p.things, key)
     links = [(t, side, u) for t in known for way, _, side in RELATIONS if (u := beyond(t, way, p.things)) in known]
-    if chain and not links:
-        links = [(t, "", t) for t in known[:1]]                 # all rounds about one thing
+    links = links or [(t, "", t) for t in known[:1] if chain]   # else all rounds are about one thing
     if not links:
         return None
-    t, side, u = rng.choice(links)
-    step = (f"What is {side} {{}}?", t, f"{a(getattr(u, key)).capitalize()} is {side} it.", u)
-    asked = [("How big is {}?", u, f"It is {u.size}.", u), ("What colour is {}?", u, f"It is {u.colour}.", u)]
+    last, side, found = rng.choice(links)
+    asked = [("How big is {}?", f"It is {found.size}."), ("What colour is {}?", f"It is {found.colour}.")]
     if chain:
         asked = rng.sample(asked, 2)
-    texts = [f"Where is the {getattr(t, key)}?", here(f"The {getattr(t, key)} is {t.place}.", t)]
-    for ask, about, answer, found in ([step, *asked] if side else asked)[:2]:
-        texts += [question(ask, about), here(answer, found)]
+    if side:
+        asked.insert(0, (f"What is {side} {{}}?", f"{a(getattr(found, key)).capitalize()} is {side} it."))
+    texts = [f"Where is the {getattr(last, key)}?", here(f"The {getattr(last, key)} is {last.place}.", last)]
+    for ask, answer in asked[:2]:
+        texts += [ask.format("[it]") if chain else here(ask.format(f"the {last.name}"), last), here(answer, found)]
+        last = found
     return {"image": p.name, "image_wh": [SIDE, SIDE], "conversation": turns(*texts)}
 
 
@@ -559,7 +558,7 @@ def wish(m, rng):
 
 
 def talks(of, rng):                     # as many as there are drawings; none where a kind of media is missing
-    return [talk(drawing, of, rng) for drawing in of["drawing"]] if all(of.values()) else []
+    return [talk(drawing, of, rng) for drawing in of["drawing"] if all(of.values())]
 
 
 def talk(drawing, of, rng):
@@ -573,11 +572,11 @@ def talk(drawing, of, rng):
     for m in rng.sample([drawing, *made], rng.randint(1, 2)):
         row |= wish(m, rng)
         parts.append([turn["value"] for turn in row.pop("conversations")])
+    first = parts[0]                    # about the picture, if one is shown
     rng.shuffle(parts)
     if picture in shown and (pointing := dialogue(picture, rng, chain=True)):
-        seen = next(i for i, part in enumerate(parts) if part[0].startswith("<image>"))
         texts = [turn["value"].replace("[it]", "it") for turn in pointing["conversation"]]
-        parts.insert(rng.randint(seen + 1, len(parts)), texts)
+        parts.insert(rng.randint(parts.index(first) + 1, len(parts)), texts)
     return row | {"conversations": turns(*sum(parts, []))}
 
 
@@ -670,10 +669,10 @@ def single_question(m, rng):            # LLaVA record of one question, with its
     return {"kind": f"{m.kind} {question[0]}", m.kind: m.name, "conversations": turns(*asked(m.kind, [question]))}
 
 
-def conversations(media, rng, mixed=0.15):              # every medium in one record, some two or three to a record
+def conversations(media, rng):          # every medium in one record, some two or three to a record
     media, out = rng.sample(media, len(media)), []
     while media:
-        n = rng.choice([2, 3]) if rng.random() < mixed else 1
+        n = rng.choice([2, 3]) if rng.random() < 0.15 else 1
         out.append(conversation(media[-n:], rng))
         del media[-n:]
     return out
@@ -729,7 +728,7 @@ def write_tokenizer(records, out, vocab_size):
     pointing = [json.loads(line)["expression"] for line in open(out / "REC_train.jsonl")]
     texts = sorted({turn["value"] for record in records for turn in record["conversations"]})
     spoken = [re.sub(" *<.*?>", "", turn["value"]) for row in dialogues for turn in row["conversation"]] + pointing
-    spoken += [text for texts in (*WISHES.values(), REPLIES, PROMPTS["REC"], PROMPTS["REG"]) for text in texts] * 20
+    spoken += sum(WISHES.values(), [*REPLIES, *PROMPTS["REC"], *PROMPTS["REG"]]) * 20
     texts += random.Random(0).sample(sorted(spoken), min(len(spoken), len(texts) // 2))
     texts += ["USER: ASSISTANT:"] * (len(texts) // 5)           # the roles stand in every conversation, in no record
     sentencepiece.SentencePieceTrainer.train(
@@ -749,9 +748,10 @@ def write_world(out, counts, split, seed):              # all media, so many of 
     with get_context("spawn").Pool(CORES) as pool:              # a fork of one that decodes video may never wake up
         drawing = pool.imap(write_medium, jobs, chunksize=64)
         media = list(tqdm(drawing, total=len(jobs), desc="drawing", unit="file", disable=None))
-        of = {kind: [m for m in media if m.name.startswith(folder)] for kind, (folder, *_) in MEDIA.items()}
+        made = iter(media)                                      # in the order of the jobs
+        of = {kind: [*islice(made, n)] for kind, n in counts.items()}
         jobs = [(name, of.get(kind, of), out, split, seed) for name, (kind, _) in FILES.items()]      # all: every kind
-        shares = [job for i in range(CORES) for job in jobs[i::CORES]]      # a core gets the media once, and its share
+        shares = sum((jobs[i::CORES] for i in range(CORES)), [])            # a core gets the media once, and its share
         writing = pool.imap(write_annotations, shares, chunksize=-(-len(jobs) // CORES))
         list(tqdm(writing, total=len(jobs), desc="writing", unit="file", disable=None))
     return media
@@ -768,18 +768,17 @@ def main(argv=None):
     p.add_argument("--vocab-size", type=int, default=700, help="of the tokenizer, default %(default)s")
     args = p.parse_args(argv)
     ours = all((args.out / folder).is_dir() for folder, *_ in MEDIA.values())
-    if args.out.is_file() or args.out.is_dir() and any(args.out.iterdir()) and not ours:
+    if args.out.is_file() or any(args.out.glob("*")) and not ours:
         p.error(f"--out: {args.out} holds other things")
     counts = {"image": args.pictures, "video": args.clips, "audio": args.sounds, "drawing": args.pictures // 2}
-    split, seed = "train", 0
+    split, seed = "train", args.seed or 0
     if args.questions:
-        n, split, seed = args.questions // 4, "test", 1
+        n, split, seed = args.questions // 4, "test", 1 if args.seed is None else args.seed
         counts = {"image": 2 * n, "video": n, "audio": n, "drawing": 2 * n}
-    seed = seed if args.seed is None else args.seed
     media = [m for m in write_world(args.out, counts, split, seed) if m.questions]          # none about drawings
     rng = random.Random(seed)
     if args.questions:
-        return (args.out / "questions.json").write_text(listed(single_question(m, rng) for m in media))
+        return (args.out / "questions.json").write_text(listed(each(single_question)(media, rng)))
     records = conversations(media, rng)
     (args.out / "conversations.json").write_text(listed(records))
     (args.out / "captions.json").write_text(listed(each(pair)(media, rng)))

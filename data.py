@@ -68,14 +68,14 @@ class Tokenizer:
     # rule (NExT-Chat) takes that prefix off again and thereby turns some words into <unk>.
     CONTROL = {"<unk>": 0, "<s>": 1, "</s>": 2}
 
-    def __init__(self, path, added=None, legacy=True, bos=1):
+    def __init__(self, path, added=(), legacy=True, bos=1):
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such file; a tokenizer.model is needed")
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{path}: not a sentencepiece model ({str(error).splitlines()[0]})") from None
-        self.path, self.added, self.legacy, self.bos = path, dict(added or {}), legacy, bos
+        self.added, self.legacy, self.bos = dict(added), legacy, bos
         self.special = {**self.CONTROL, **self.added}
         self.names = {id: name for name, id in self.special.items()}
         longest = sorted(self.special, key=len, reverse=True)   # first, so that none hides another that begins with it
@@ -93,11 +93,11 @@ class Tokenizer:
 
     def encode_pieces(self, pieces, bos=True):
         """-> ids, learn flags, slots [(medium, position of its first token)]."""
-        ids, learn, slots = ([self.bos], [False], []) if bos else ([], [], [])
-        for run, special in self.runs(pieces):
-            new, flags = self.encode_run(run, first=len(ids) == bos)                        # nothing yet but <s>
-            ids, learn = ids + new, learn + flags
-            if special.text and special.medium is not None:
+        ids, learn, slots = [self.bos] * bos, [False] * bos, []
+        for text, flags, special in self.runs(pieces):
+            new, learned = self.encode_run(text, flags, first=len(ids) == bos)              # nothing yet but <s>
+            ids, learn = ids + new, learn + learned
+            if special.medium is not None:
                 slots.append((special.medium, len(ids)))
             if special.text:                                    # CUT is no token
                 ids += [self.special[special.text]] * special.count
@@ -105,27 +105,26 @@ class Tokenizer:
         return ids, learn, slots
 
     def runs(self, pieces):
-        """Yields text pieces that touch, white space at added tokens cut, and the special piece that ends them."""
-        left, run = CUT, []
+        """Yields texts that touch as one, white space at added tokens cut, a learn flag for each of its characters, and
+        the special piece that ends it."""
+        left, text, flags = CUT, "", []
         for piece in [*pieces, CUT]:
-            if not piece.special:
-                run.append(piece if self.legacy else piece._replace(text=piece.text.replace("▁", " ")))
-                continue
-            if left.text in self.added:
-                run = strip_run(run, str.lstrip, 1)
-            if piece.text in self.added:
-                run = strip_run(run, str.rstrip, -1)
-            yield run, piece
-            left, run = piece, []
+            if piece.special:
+                start = len(text) - len(text.lstrip()) if left.text in self.added else 0
+                end = len(text.rstrip()) if piece.text in self.added else len(text)
+                yield text[start:end], flags[start:end], piece
+                left, text, flags = piece, "", []
+            else:
+                text += piece.text if self.legacy else piece.text.replace("▁", " ")
+                flags += [piece.learn] * len(piece.text)
 
-    def encode_run(self, run, first):
-        """Ids and learn flags of joined texts."""
-        text = "".join(p.text for p in run)
-        flags = [p.learn for p in run for _ in p.text.replace("▁", " ").encode()]          # one per byte
+    def encode_run(self, text, flags, first):
+        """Ids of a text, and whether each is learned: if its last character is."""
+        text.encode()                                           # half a surrogate pair is a ValueError, as promised
         tokens = self.sp.encode(text, out_type=str)
-        ids = [self.sp.piece_to_id(token) for token in tokens]
-        # A token is learned if its last byte is. "▁" is a blank, <0x0A> one byte, the dummy prefix no byte of the text.
-        widths = [1 if self.sp.is_byte(id) else len(token.replace("▁", " ").encode()) for id, token in zip(ids, tokens)]
+        ids = self.sp.piece_to_id(tokens)
+        # Of a character in bytes, <0xC3> <0xA9>, the first counts. The dummy prefix is no character of the text.
+        widths = [token[3] not in "89AB" if self.sp.is_byte(id) else len(token) for id, token in zip(ids, tokens)]
         learn = [flags[max(end - 2, 0)] for end in accumulate(widths)]
         if tokens and not (self.legacy or first or text[0] == " "):
             bare = tokens[0].removeprefix("▁")                  # parity: slow tokenizer with legacy=False
@@ -135,25 +134,15 @@ class Tokenizer:
                 del ids[0], learn[0]
         return ids, learn
 
-    def decode(self, ids, skip_special=True):
+    def decode(self, ids):
         """Text of ids: ordinary runs by sentencepiece, added tokens by name, joined with single spaces; not 0, 1, 2."""
-        parts, hidden = [], self.CONTROL.values() if skip_special else ()
+        parts = []
         for special, run in groupby(ids, lambda id: id in self.names):
             if special:
-                parts += [self.names[id] for id in run if id not in hidden]
+                parts += [self.names[id] for id in run if id not in self.CONTROL.values()]
             else:
                 parts.append(self.sp.decode([id for id in run if id < len(self.sp)]))       # a model may have spare rows
         return " ".join(parts)
-
-
-def strip_run(run, strip, end):
-    """Take white space off one end (1 left, -1 right) of joined texts."""
-    run = run[::end]
-    while run and not strip(run[0].text):
-        run.pop(0)
-    if run:
-        run[0] = run[0]._replace(text=strip(run[0].text))
-    return run[::end]
 
 
 class TextStream:
@@ -190,7 +179,7 @@ def byte_symbols():
     """Printable stand-in for each byte, in the order of CLIP's vocabulary (GPT-2's trick: merges are lines of text)."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = sorted({*range(256)}.difference(plain))            # blanks and control characters
-    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
+    return dict(zip(plain + others, map(chr, [*plain, *range(256, 256 + len(others))])))
 
 
 def kind_of(c):
@@ -208,23 +197,22 @@ def split_words(text, first, words):
         match = first.match(text, at) or words.match(kinds, at)
         if match:
             yield text[at:match.end()]
-        at = match.end() if match else at + 1
+            at = match.end()
+        else:
+            at += 1
 
 
 def read_merges(path, n=None):
-    """Pairs of symbols, best first, of a merges.txt or a .gz of one. The first line is a title."""
+    """{pair of symbols: rank}, best first, of a merges.txt or a .gz of one. The first line is a title."""
     open_text = gzip.open if str(path).endswith(".gz") else open
     with open_text(path, "rt", encoding="utf-8") as f:
-        return [tuple(line.split()) for line in f.read().split("\n")[1:n] if line]
+        return {tuple(line.split()): i for i, line in enumerate(filter(None, f.read().split("\n")[1:n]))}
 
 
 def merge(parts, rank):
     """Merge neighbouring symbols of a word, best ranked pair first."""
-    while len(parts) > 1:
-        best = min(zip(parts, parts[1:]), key=lambda pair: rank.get(pair, math.inf))
-        if best not in rank:
-            break
-        merged = parts[:1]
+    while known := [pair for pair in zip(parts, parts[1:]) if pair in rank]:
+        best, merged = min(known, key=rank.get), parts[:1]
         for part in parts[1:]:
             if (merged[-1], part) == best:
                 merged[-1] += part
@@ -240,16 +228,16 @@ class CLIPTokenizer:
     WORDS = re.compile(r"L+|N|O+")      # of kinds of characters: runs of letters, single digits, runs of anything else
 
     def __init__(self, path, pad=""):
-        merges = read_merges(path, 48895)                       # OpenAI's file has more lines than its vocabulary uses
-        symbols = list(byte_symbols().values())
-        vocab = symbols + [s + "</w>" for s in symbols] + ["".join(m) for m in merges]
+        self.rank = read_merges(path, 48895)                    # OpenAI's file has more lines than its vocabulary uses
+        symbols = [*byte_symbols().values()]
+        vocab = [*symbols, *(s + "</w>" for s in symbols), *map("".join, self.rank)]
         self.ids = {symbol: i for i, symbol in enumerate(vocab)}
-        self.rank = {merge: i for i, merge in enumerate(merges)}
         self.start, self.end = len(vocab), len(vocab) + 1
         self.special = {"<|startoftext|>": self.start, "<|endoftext|>": self.end}
-        self.pad, self.fill = pad, (self.special | self.ids)[pad] if pad else 0
         names = "|".join(map(re.escape, self.special))
         self.first = re.compile(names + "|'s|'t|'re|'ve|'m|'ll|'d")
+        self.pad, self.fill = pad, (self.ids | self.special).get(pad, 0)
+        self.special[pad] = self.fill
 
     def words(self, text):
         return split_words(re.sub(r"\s+", " ", text.strip()).lower(), self.first, self.WORDS)
@@ -262,9 +250,8 @@ class CLIPTokenizer:
         return [self.ids[part] for part in merge(parts, self.rank)]
 
     def encode(self, text):
-        pieces = text.split(self.pad) if self.pad else [html.unescape(html.unescape(text))]
-        ids = [[i for word in self.words(piece) for i in self.word_ids(word)] for piece in pieces]
-        return sum(([self.fill] + more for more in ids[1:]), ids[0])
+        parts = re.split(f"({re.escape(self.pad)})", text) if self.pad else [html.unescape(html.unescape(text))]
+        return [i for part in parts for word in self.words(part) for i in self.word_ids(word)]
 
     def __call__(self, text, length=77, keep_end=True):
         """(length,) int64: start, text, end, padding."""
@@ -280,7 +267,7 @@ class RobertaTokenizer:
 
     def __init__(self, folder):
         self.ids = json.loads((Path(folder) / "vocab.json").read_bytes())
-        self.rank = {merge: i for i, merge in enumerate(read_merges(Path(folder) / "merges.txt"))}
+        self.rank = read_merges(Path(folder) / "merges.txt")
 
     def encode(self, text):
         words = ([byte_symbols()[b] for b in word.encode()] for word in split_words(text, self.FIRST, self.WORDS))

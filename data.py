@@ -477,11 +477,9 @@ def read_image(path):
 
 def moved(x, shift, flip):
     """A picture (3, H, W) shifted right and down by pixels, black where nothing comes in, then mirrored."""
-    (dx, dy), (H, W) = shift, x.shape[1:]
-    if dx or dy:
-        still, x = x, normalise(torch.zeros_like(x))            # black is not zero once the mean is taken off
-        x[:, max(dy, 0):H + min(dy, 0), max(dx, 0):W + min(dx, 0)] = \
-            still[:, max(-dy, 0):H - max(dy, 0), max(-dx, 0):W - max(dx, 0)]
+    dx, dy = shift
+    x = F.pad(x, (dx, -dx, dy, -dy), value=math.nan)            # a negative pad crops
+    x = torch.where(x.isnan(), normalise(torch.zeros(3, 1, 1)), x)          # black is not zero once the mean is taken off
     return x.flip(-1) if flip else x
 
 
@@ -535,19 +533,21 @@ def stretched_tensor(image, spec=MediaSpec()):
     return normalise(channels_first(stretch(np.array(image.convert("RGB")), spec.image_size)) / 255)
 
 
+def map_tensor(image, spec):
+    """PIL picture of one channel -> (1, size, size) as it is."""
+    return torch.from_numpy(np.array(resize_crop(image, spec.clip_size or spec.image_size, crop_round=True)))[None]
+
+
 def thermal_tensor(image, spec=MediaSpec()):
     """PIL picture -> (1, size, size) grey in 0..1, not normalised."""
-    pixels = np.array(resize_crop(image.convert("L"), spec.clip_size or spec.image_size, crop_round=True))
-    return torch.from_numpy(pixels)[None].float() / 255
+    return map_tensor(image.convert("L"), spec).float() / 255
 
 
-def depth_tensor(metres, focal_baseline=None, spec=MediaSpec()):
-    """Depth map (H, W) in metres -> (1, size, size) normalised disparity; focal length in pixels x baseline in m."""
+def depth_tensor(metres, spec=MediaSpec()):
+    """Depth map (H, W) in metres -> (1, size, size) normalised disparity for a focal length x baseline of 1."""
     # The recipe is not in ImageBind's code: it follows its issue threads and Omnivore's demo (specs/imagebind 6, open).
-    disparity = (focal_baseline or 1.0) / torch.as_tensor(metres, dtype=torch.float32).clamp(0.01, 50)
-    image = Image.fromarray((disparity.clamp(max=75) / 75).numpy())
-    pixels = np.array(resize_crop(image, spec.clip_size or spec.image_size, crop_round=True))
-    return (torch.from_numpy(pixels)[None] - 0.0418) / 0.0295
+    disparity = 1 / torch.as_tensor(metres, dtype=torch.float32).clamp(0.01, 50)
+    return (map_tensor(Image.fromarray((disparity.clamp(max=75) / 75).numpy()), spec) - 0.0418) / 0.0295
 
 
 def imu_tensor(samples, steps=2000):
@@ -632,7 +632,7 @@ def sam_mask(mask, size):
 def clip_starts(duration, n, spec):
     """Start times of n clips: whole fractions, so that frame numbers round as in the originals."""
     spare = max(Fraction(duration) - Fraction(spec.clip_seconds), Fraction(0))
-    return [i * spare / (max(n - 1, 1) if spec.span_end else n) for i in range(n)]
+    return [i * spare / max(n - spec.span_end, 1) for i in range(n)]
 
 
 def clip_frames(n_frames, fps, spec):
@@ -647,25 +647,30 @@ def clip_frames(n_frames, fps, spec):
 
 def spatial_crops(x, size, n):
     """n crops of (3, F, H, W), its shorter side `size`, along the longer (3: ends and middle; 1: the middle)."""
-    spare = [side - size for side in x.shape[-2:]]              # 0 for the shorter
+    H, W = x.shape[-2:]
     for share in (0, 0.5, 1) if n == 3 else (0.5,):
-        top, left = (math.ceil(share * pixels) for pixels in spare)
+        top, left = math.ceil(share * (H - size)), math.ceil(share * (W - size))            # one of them 0
         yield x[..., top:top + size, left:left + size]
+
+
+def clip_tensor(frames, size):
+    """uint8 arrays (H, W, 3) -> (3, F, h, w), the shorter side `size`. Raises MediaError."""
+    x = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).float() / 255                # (3, F, H, W)
+    H, W = x.shape[-2:]
+    short = min(H, W)
+    if size * size * max(H, W) / short > MAX_PIXELS / 10:       # of each frame
+        raise MediaError(f"a clip of {W}x{H} is too long and thin")
+    target = math.floor(H / short * size), math.floor(W / short * size)
+    return normalise(F.interpolate(x, target, mode="bilinear", align_corners=False))
 
 
 def video_tensor(frames, n_frames, fps, spec=MediaSpec()):
     """Frames -> (clips * crops, 3, F, size, size), clip-major. frames: [numbers] -> uint8 arrays (H, W, 3)."""
-    clips, size = clip_frames(n_frames, fps, spec), spec.clip_size or spec.image_size
-    wanted = sorted({i for clip in clips for i in clip})
+    clips, size, out = clip_frames(n_frames, fps, spec), spec.clip_size or spec.image_size, []
+    wanted = sorted({*chain(*clips)})
     decoded = dict(zip(wanted, frames(wanted)))                 # clips may overlap
-    out = []
     for clip in clips:
-        x = torch.from_numpy(np.stack([decoded[i] for i in clip])).permute(3, 0, 1, 2).float() / 255    # (3, F, H, W)
-        if size * size * max(x.shape[-2:]) / min(x.shape[-2:]) > MAX_PIXELS / 10:           # of each frame
-            raise MediaError(f"a clip of {x.shape[-1]}x{x.shape[-2]} is too long and thin")
-        target = [math.floor(side / min(x.shape[-2:]) * size) for side in x.shape[-2:]]
-        x = normalise(F.interpolate(x, target, mode="bilinear", align_corners=False))
-        out += spatial_crops(x, size, spec.video_crops)
+        out += spatial_crops(clip_tensor([decoded[i] for i in clip], size), size, spec.video_crops)
     return torch.stack(out)
 
 
@@ -771,8 +776,8 @@ def decode_audio(path):
     container, stream = open_media(path, "audio")
     from av import AudioResampler                               # below open_media, which says if PyAV is missing
     floats = AudioResampler(format="fltp").resample             # channel by channel; of any size, sign and layout
-    frames = [part for frame in chain(container.decode(stream), [None]) for part in floats(frame)]
-    return torch.from_numpy(np.concatenate([frame.to_ndarray() for frame in frames], 1)), stream.rate
+    parts = [part.to_ndarray() for frame in chain(container.decode(stream), [None]) for part in floats(frame)]
+    return torch.from_numpy(np.concatenate(parts, 1)), stream.rate
 
 
 def pcm(data, width, channels):
@@ -819,8 +824,7 @@ def mel_banks(bins, rate, n_fft=512, low=20.0):
 def fbank(x, bins, rate):
     """Kaldi log-mel energies (frames, bins) of a mono signal: 25 ms frames every 10 ms, Hann window, no dither."""
     size, shift = rate // 40, rate // 100
-    if len(x) < size:
-        x = F.pad(x, (0, size - len(x)))                        # the original fails on clips under 25 ms
+    x = F.pad(x, (0, max(size - len(x), 0)))                    # the original fails on clips under 25 ms
     frames = x.unfold(0, size, shift)                                                       # (frames, size)
     frames = frames - frames.mean(1, keepdim=True)
     frames = frames - 0.97 * torch.cat([frames[:, :1], frames[:, :-1]], dim=1)              # pre-emphasis
@@ -879,7 +883,7 @@ def read_media(path, kind, spec=MediaSpec()):
     values = np.load(check_file(path), allow_pickle=False)
     if values.ndim != 2 or np.isnan(values).any() or kind == "imu" and len(values) != 6:
         raise MediaError(f"depth in metres (H, W) or motion (6, n), no NaN, is expected; this is {values.shape}")
-    return depth_tensor(values, spec=spec) if kind == "depth" else imu_tensor(values)
+    return depth_tensor(values, spec) if kind == "depth" else imu_tensor(values)
 
 
 # ---- Samples
@@ -908,6 +912,10 @@ class Box:
     kind: str = "box"                   # region: read from the picture there, not from its coordinates (ChatterBox);
                                         # find: what a question asks for, a target of the question's last token
     path = "a box"                      # what messages call it
+
+    @property
+    def writer(self):
+        return {"box": "at", "find": "vg"}[self.kind]
 
 
 @dataclass(eq=False)
@@ -996,9 +1004,9 @@ def check_box(box, width=math.inf, height=math.inf):
     if not is_box(box):
         raise DataError(f"box {box!r:.80}: four finite numbers x1, y1, x2, y2 are expected")
     x1, y1, x2, y2 = map(float, box)
-    if x2 < x1 or y2 < y1:
+    if min(x2 - x1, y2 - y1) < 0:
         raise DataError(f"box {box}: its right or lower edge comes first")
-    if min(x1, y1) < -1 or x2 > width + 1 or y2 > height + 1:
+    if min(x1, y1, width - x2, height - y2) < -1:
         raise DataError(f"box {box}: outside its picture of {width}x{height}")
     return x1, y1, x2, y2
 
@@ -1008,7 +1016,9 @@ BOX_REFERENCE = re.compile(r"\[\s*((?:0|[1-9]\d*)(?:\s*,\s*(?:0|[1-9]\d*))*)\s*,
 
 def box_references(text):
     """"Compare [0] and [1, 2]" -> ["Compare ", [0], " and ", [1, 2], ""]: box numbers between stretches of text."""
-    return [[int(n) for n in part.split(",")] if i % 2 else part for i, part in enumerate(BOX_REFERENCE.split(text))]
+    parts = BOX_REFERENCE.split(text)                           # text, numbers, text, numbers, text
+    parts[1::2] = [list(map(int, numbers.split(","))) for numbers in parts[1::2]]
+    return parts
 
 
 # ---- Render: turns -> token ids, labels, slots, targets
@@ -1038,17 +1048,20 @@ def pieces_of(part, tok, system, n_token, learn):
 
 def media_in_front(content, template):
     """A turn with its media moved to its front (ChatBind's sep_image_conv_front)."""
-    media, words = ([part for part in content if isinstance(part, Medium) == moves] for moves in (True, False))
+    media = parts_of([content], Medium)
+    if not media:
+        return content
+    words = [part for part in content if part not in media]
     if all(isinstance(part, str) for part in words):
         words = ["".join(words).strip()]
-    return [*media, template.front, *words] if media else content
+    return [*media, template.front, *words]
 
 
 def conversation_pieces(turns, tok, system, template, n_token):
     """Pieces of a conversation, one list per turn, the system text first. An answer that is None is left open."""
     out, cut = [tok.parse(template.system)], [CUT] * template.apart
     system = replace(system, frame=template.frame or system.frame)
-    opening = [[text] for pair in template.first for text in pair]
+    opening = [[text] for text in chain(*template.first)]
     for i, content in enumerate(opening + turns):
         before, after = template.bot if i % 2 else template.user
         said = [piece for part in content or () for piece in pieces_of(part, tok, system, n_token, learn=i % 2 == 1)]
@@ -1081,7 +1094,7 @@ def drift_labels(ids, turns, tok):
 def until_role_text(turns, template):
     """parity: labels are found by the assistant's role, so they end before the round in which a speaker says it."""
     for i in range(1, len(turns), 2):
-        spoken = "".join(piece.text for turn in turns[i:i + 2] for piece in turn)
+        spoken = "".join(piece.text for piece in chain(*turns[i:i + 2]))
         if spoken.count(" " + template.bot[0]) != 1:
             return turns[:i] + [[piece._replace(learn=False) for piece in turn] for turn in turns[i:]]
     return turns
@@ -1091,14 +1104,15 @@ def render(turns, tok, system, template, n_token, train=False):
     """Turns of user, assistant, user ... -> Rendered; a last one of None asks for an answer. n_token: kind -> placeholders
     per medium. Labels are the answers and what ends them; all IGNORE unless train."""
     pieces = conversation_pieces(turns, tok, system, template, n_token)
-    if train and template.role_once:
+    if template.role_once:
         pieces = until_role_text(pieces, template)
-    end = tok.parse(template.end if train else "", learn=True)
-    ids, learn, places = tok.encode_pieces(chain(*pieces, end))
-    if train and template.drift:
+    ids, learn, places = tok.encode_pieces(chain(*pieces, tok.parse(template.end * train, learn=True)))
+    if not train:
+        labels = [IGNORE] * len(ids)
+    elif template.drift:
         labels = drift_labels(ids, pieces, tok)
     else:
-        labels = [id if flag and train else IGNORE for id, flag in zip(ids, learn)]
+        labels = [id if learned else IGNORE for id, learned in zip(ids, learn)]
     return Rendered(ids, labels, *slots_and_targets(places, labels, system, train))
 
 
@@ -1123,18 +1137,24 @@ def truncate(r, length, protected):
     excess = len(r.ids) - length
     if excess <= 0:
         return r
-    loose = [i for i, id in enumerate(r.ids) if id not in protected]
-    kept = sorted({*range(len(r.ids))}.difference(loose[-excess:]))
-    place = {old: new for new, old in enumerate(kept)}
-    slots = [(part, place[at]) for part, at in r.slots]
-    targets = [(part, [place[i] for i in at] if isinstance(part, Signal) else place[at]) for part, at in r.targets]
-    return Rendered([r.ids[i] for i in kept], [r.labels[i] for i in kept], slots, targets)
+    loose = np.flatnonzero(~np.isin(r.ids, [*protected]))
+    kept = np.delete(np.arange(len(r.ids)), loose[-excess:])
+    ids, labels = (np.array(row)[kept].tolist() for row in (r.ids, r.labels))
+    # Where a part that stays was, there it is now, less what went before it; a Signal has several places.
+    slots, targets = ([(part, np.searchsorted(kept, at).tolist()) for part, at in parts] for parts in (r.slots, r.targets))
+    return Rendered(ids, labels, slots, targets)
+
+
+def cells(place, columns):
+    """(2, n) rows and columns in a batch of n columns of a sample at a place."""
+    row, first = place
+    return torch.stack([torch.full_like(columns, row), first + columns])
 
 
 def stack_media(rendered, lengths, places, n_token):
     """-> media and slots of a Batch, see collate. Raises ValueError for a medium whose tokens are cut off."""
     media, slots, image_of = defaultdict(list), defaultdict(list), []
-    for r, n, (row, at) in zip(rendered, lengths, places):
+    for r, n, place in zip(rendered, lengths, places):
         picture = len(media["image"])   # of this sample, wherever in a packed row it lies
         for medium, start in r.slots:
             columns = torch.arange(start, start + n_token(medium.kind))
@@ -1143,7 +1163,7 @@ def stack_media(rendered, lengths, places, n_token):
             if medium.kind == "region":
                 image_of.append(picture)                        # boxes lie in one picture, see load_media
             media[medium.kind].append(medium.tensor)
-            slots[medium.kind].append(torch.stack([torch.full_like(columns, row), at + columns]))
+            slots[medium.kind].append(cells(place, columns))
     media, slots = {k: torch.stack(v) for k, v in media.items() if v}, {k: torch.cat(v, 1) for k, v in slots.items()}
     if "region" in media:
         media["region"] = {"boxes": media["region"], "image": media["image"], "image_of": torch.tensor(image_of)}
@@ -1161,38 +1181,43 @@ def stack_targets(rendered, lengths, places, given):
 
 def asked(rendered, lengths, places):
     """-> {writer: [(slots (2, n) of the tokens that ask, Box or Signal, its picture)]}, nothing that is cut off."""
-    found = {"at": [], "vg": []}                                # these first: losses are summed in this order
-    for r, n, (row, start) in zip(rendered, lengths, places):
+    found = defaultdict(list, at=[], vg=[])                     # these first: losses are summed in this order
+    for r, n, place in zip(rendered, lengths, places):
         picture = next((medium for medium, _ in r.slots if medium.kind == "image"), None)
         for part, at in r.targets:
             columns = torch.tensor(at).view(-1)                 # one token asks for a box, several for a Signal
             if columns[-1] < n:
-                slots = torch.stack([torch.full_like(columns, row), start + columns])
-                writer = part.writer if isinstance(part, Signal) else {"box": "at", "find": "vg"}[part.kind]
-                found.setdefault(writer, []).append((slots, part, picture))
+                found[part.writer].append((cells(place, columns), part, picture))
     return {writer: rows for writer, rows in found.items() if rows}
 
 
+def stacked(parts, name):
+    """A field of some parts, (m, ...)."""
+    return torch.stack([getattr(part, name) for part in parts])
+
+
 def box_targets(boxes, pictures, given):
-    out = {"boxes": torch.stack([box.tensor for box in boxes]), "given": given}             # (m, 4), (R, 4)
+    out = {"boxes": stacked(boxes, "tensor"), "given": given}                               # (m, 4), (R, 4)
     if all(box.sam_mask is not None for box in boxes):
-        out["masks"] = torch.stack([box.sam_mask for box in boxes])                         # (m, 1, S, S)
-        out["image"] = torch.stack([picture.sam for picture in pictures])                   # (m, 3, S, S)
+        out |= {"masks": stacked(boxes, "sam_mask"), "image": stacked(pictures, "sam")}     # (m, 1 or 3, S, S)
     return out
 
 
 def find_targets(boxes, pictures):
-    corners = torch.stack([box.tensor for box in boxes]).view(-1, 2, 2)                     # (m, 2, 2)
-    return {"image": torch.stack([picture.det for picture in pictures]),                    # (m, 3, S, S)
+    corners = stacked(boxes, "tensor").view(-1, 2, 2)                                       # (m, 2, 2)
+    return {"image": stacked(pictures, "det"),                                              # (m, 3, S, S)
             "boxes_cxcywh": torch.cat([corners.mean(1), corners[:, 1] - corners[:, 0]], 1)}
 
 
 def signal_targets(signals, pictures):
-    return {"embeds": torch.stack([signal.embeds for signal in signals]).float()}           # (m, ...)
+    return {"embeds": stacked(signals, "embeds").float()}       # (m, ...)
 
 
 def pack_rows(lengths, width):
-    """Samples to rows of `width` tokens or of the longest's -> [(row, first column)] of each, how full each row is."""
+    """Samples to rows of `width` tokens or of the longest's -> [(row, first column)] of each, how full each row is.
+    width 0: a row for each."""
+    if not width:
+        return [(i, 0) for i in range(len(lengths))], lengths
     places, rows, width = [None] * len(lengths), [], max(width, *lengths)                   # the longest first
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         row = next((row for row, full in enumerate(rows) if full + lengths[i] <= width), len(rows))
@@ -1201,6 +1226,17 @@ def pack_rows(lengths, width):
         places[i] = row, rows[row]
         rows[row] += lengths[i]
     return places, rows
+
+
+def fill_rows(rendered, lengths, places, shape, pad):
+    """-> ids, labels, segments of a Batch."""
+    ids, labels = torch.full(shape, pad), torch.full(shape, IGNORE)                         # (B, T) each
+    segments = torch.zeros(shape, dtype=torch.int32)
+    for r, n, (row, at) in zip(rendered, lengths, places):
+        here = row, slice(at, at + n)
+        ids[here], labels[here], segments[here] = torch.tensor(r.ids[:n]), torch.tensor(r.labels[:n]), segments[row].max() + 1
+        labels[row, at] = IGNORE                                # nothing comes before it to predict it from
+    return ids, labels, segments
 
 
 def collate(rendered, n_token, pad=0, max_len=2048, mask_pad=False, pack=0, mock=None):
@@ -1215,14 +1251,9 @@ def collate(rendered, n_token, pad=0, max_len=2048, mask_pad=False, pack=0, mock
     if mock:
         rendered = [*rendered, mock._replace(labels=[IGNORE] * len(mock.ids))]
     lengths = [min(len(r.ids), max_len) for r in rendered]
-    places, rows = pack_rows(lengths, pack) if pack else ([(i, 0) for i in range(len(lengths))], lengths)
+    places, rows = pack_rows(lengths, pack)
     width = max(rows) + (-max(rows) % 64 if pack else 0)        # few sizes: kernels are made for each on some machines
-    ids, labels = (torch.full((len(rows), width), value) for value in (pad, IGNORE))        # (B, T) each
-    segments = torch.zeros_like(ids, dtype=torch.int32)
-    for r, n, (row, at) in zip(rendered, lengths, places):
-        here = row, slice(at, at + n)
-        ids[here], labels[here], segments[here] = torch.tensor(r.ids[:n]), torch.tensor(r.labels[:n]), segments[row].max() + 1
-        labels[row, at] = IGNORE                                # nothing comes before it to predict it from
+    ids, labels, segments = fill_rows(rendered, lengths, places, (len(rows), width), pad)
     media, slots = stack_media(rendered, lengths, places, n_token)
     targets = stack_targets(rendered, lengths, places, media.get("box"))
     if mock and "at" in targets:
@@ -1248,15 +1279,16 @@ class Unfit(DataError):
     """A sound record that holds nothing for this format: no box to find, say. Another one takes its place."""
 
 
-OUTSIDE = re.compile(r"[/~]|[A-Za-z]:|.*[\\\0]", re.S)         # absolute, a drive, a backslash, a NUL
+# no name, absolute, a drive; holding a backslash, a NUL; a way up
+OUTSIDE = re.compile(r"\Z|[/~]|[A-Za-z]:|.*[\\\0]|(.*/)?\.\.(/|\Z)", re.S)
 
 
 def safe_join(root, name):
     """root / name for a relative name that stays inside. Links inside the root are followed (people link COCO)."""
-    if not isinstance(name, str) or not name or ".." in name.split("/") or OUTSIDE.match(name):
+    if not isinstance(name, str) or OUTSIDE.match(name):
         raise DataError(f"{name!r}: media are named by relative paths inside their folder")
     path = Path(root) / name
-    if path.parent.name in ("train2014", "val2014") and re.fullmatch(r"\d{12}", path.stem) and not path.exists():
+    if re.fullmatch(r"(train|val)2014/\d{12}", f"{path.parent.name}/{path.stem}") and not path.exists():
         return path.with_name(f"COCO_{path.parent.name}_{path.name}")       # LLaVA's files give COCO's number alone
     return path
 

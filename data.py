@@ -105,8 +105,7 @@ class Tokenizer:
         return ids, learn, slots
 
     def runs(self, pieces):
-        """Yields texts that touch as one, white space at added tokens cut, a learn flag for each of its characters, and
-        the special piece that ends it."""
+        """Yields text up to a special piece, a learn flag per character, that piece; white space at added tokens goes."""
         left, text, flags = CUT, "", []
         for piece in [*pieces, CUT]:
             if piece.special:
@@ -197,9 +196,7 @@ def split_words(text, first, words):
         match = first.match(text, at) or words.match(kinds, at)
         if match:
             yield text[at:match.end()]
-            at = match.end()
-        else:
-            at += 1
+        at = match.end() if match else at + 1
 
 
 def read_merges(path, n=None):
@@ -236,8 +233,7 @@ class CLIPTokenizer:
         self.special = {"<|startoftext|>": self.start, "<|endoftext|>": self.end}
         names = "|".join(map(re.escape, self.special))
         self.first = re.compile(names + "|'s|'t|'re|'ve|'m|'ll|'d")
-        self.pad, self.fill = pad, (self.ids | self.special).get(pad, 0)
-        self.special[pad] = self.fill
+        self.pad, self.special[pad] = pad, (self.ids | self.special).get(pad, 0)
 
     def words(self, text):
         return split_words(re.sub(r"\s+", " ", text.strip()).lower(), self.first, self.WORDS)
@@ -257,7 +253,7 @@ class CLIPTokenizer:
         """(length,) int64: start, text, end, padding."""
         room = length - 2 if keep_end else None                 # parity: ChatBind, NExT-GPT: long texts lose their end
         ids = [self.start, *self.encode(text)[:room], self.end][:length]
-        return torch.tensor(ids + [self.fill] * (length - len(ids)))
+        return torch.tensor(ids + [self.special[self.pad]] * (length - len(ids)))
 
 
 class RobertaTokenizer:
@@ -272,10 +268,6 @@ class RobertaTokenizer:
     def encode(self, text):
         words = ([byte_symbols()[b] for b in word.encode()] for word in split_words(text, self.FIRST, self.WORDS))
         return [self.ids.get(part, self.ids["<unk>"]) for word in words for part in merge(word, self.rank)]
-
-    def __call__(self, text, length=512):
-        ids = [self.ids["<s>"], *self.encode(text)[:length - 2], self.ids["</s>"]]
-        return torch.tensor(ids + [self.ids["<pad>"]] * (length - len(ids)))
 
 
 # ---- Systems and templates
@@ -507,7 +499,6 @@ def channels_first(pixels):
 
 def image_tensor(image, spec=MediaSpec()):
     """PIL picture -> (3, size, size) float32."""
-    image = image.convert("RGB")
     if spec.square:
         image = Geometry(*image.size).pad(image)
     pixels = np.array(resize_crop(image, spec.image_size, spec.crop_round))                 # (size, size, 3)
@@ -530,7 +521,7 @@ def stretch(pixels, size):
 
 def stretched_tensor(image, spec=MediaSpec()):
     """PIL picture -> (3, size, size) float32, nothing cropped."""
-    return normalise(channels_first(stretch(np.array(image.convert("RGB")), spec.image_size)) / 255)
+    return normalise(channels_first(stretch(np.array(image), spec.image_size)) / 255)
 
 
 def map_tensor(image, spec):
@@ -612,13 +603,13 @@ def centre(x, size):
 
 def sam_tensor(image, spec):
     """PIL picture -> (3, S, S), what SAM's image encoder reads."""
-    pixels = channels_first(sam_resize(image.convert("RGB"), spec.sam_size))                # (3, h, w), one of them S
+    pixels = channels_first(sam_resize(image, spec.sam_size))                               # (3, h, w), one of them S
     return centre(normalise(pixels, SAM_MEAN, SAM_STD), spec.sam_size)
 
 
 def det_tensor(image, spec):
     """PIL picture -> (3, S, S), stretched, what ChatterBox's locator reads."""
-    pixels = np.array(image.convert("RGB").resize((spec.det_size,) * 2, Image.BILINEAR))    # (S, S, 3)
+    pixels = np.array(image.resize((spec.det_size,) * 2, Image.BILINEAR))                   # (S, S, 3)
     return normalise(channels_first(pixels), SAM_MEAN, SAM_STD)
 
 
@@ -681,8 +672,7 @@ def read_animation(path):
     n, ms = getattr(image, "n_frames", 1), image.info.get("duration", 100) or 100
 
     def frames(numbers):
-        wanted = set(numbers)
-        return [np.array(frame.convert("RGB")) for i, frame in enumerate(ImageSequence.Iterator(image)) if i in wanted]
+        return [np.array(frame.convert("RGB")) for i, frame in enumerate(ImageSequence.Iterator(image)) if i in numbers]
     return frames, n, 1000 / ms
 
 
@@ -696,12 +686,12 @@ def open_media(path, kind):
     except ImportError:
         raise MediaError(f"{path}: reading it needs PyAV; install it with: pip install av") from None
     container = av.open(open(check_file(path), "rb"), options={"format_whitelist": DEMUXERS})
-    stream = next((s for s in container.streams if s.type == kind), None)
-    if stream is None:
+    streams = getattr(container.streams, kind)
+    if not streams:
         raise MediaError(f"{path}: has no {kind}")
     if container.duration and container.duration / 1e6 > MAX_SECONDS:
         raise MediaError(f"{path}: longer than {MAX_SECONDS // 60} minutes")
-    return container, stream
+    return container, streams[0]
 
 
 def guarded(read):
@@ -978,8 +968,8 @@ def load_media(turns, spec):
 
 
 def parts_of(turns, kind):
-    """The parts of some class in a conversation, whose last turn may be None."""
-    return [part for turn in turns for part in turn or () if isinstance(part, kind)]
+    """The parts of some class in a conversation."""
+    return [part for turn in turns for part in turn if isinstance(part, kind)]
 
 
 def place_boxes(boxes, geometry, spec):
@@ -1036,14 +1026,18 @@ def pieces_of(part, tok, system, n_token, learn):
         if place not in tok.special:
             raise ValueError(f"this model has no token {place} for media to stand at; it is one to train from")
         return [*tok.parse(before), Piece(place, True, count=n_token(part.kind), medium=part), *tok.parse(after)]
-    if not isinstance(part, Box):
-        raise DataError(f"{part!r:.40} where text is expected")
-    if part.kind == "find" and not system.find:
+    if isinstance(part, Box):
+        return box_pieces(part, system, learn)
+    raise DataError(f"{part!r:.40} where text is expected")
+
+
+def box_pieces(box, system, learn):
+    if box.kind == "find" and not system.find:
         raise DataError("this system has no token that asks for a box to be found")
     if not system.box:
         raise ValueError("this system has no tokens for boxes; leave the boxes out of the turn")
-    *signal, reader = [system.find] if part.kind == "find" else system.box
-    return [*(Piece(token, True, learn) for token in signal), Piece(reader, True, medium=part)]             # given
+    *signal, reader = [system.find] if box.kind == "find" else system.box
+    return [*(Piece(token, True, learn) for token in signal), Piece(reader, True, medium=box)]              # given
 
 
 def media_in_front(content, template):
@@ -1059,36 +1053,36 @@ def media_in_front(content, template):
 
 def conversation_pieces(turns, tok, system, template, n_token):
     """Pieces of a conversation, one list per turn, the system text first. An answer that is None is left open."""
-    out, cut = [tok.parse(template.system)], [CUT] * template.apart
-    system = replace(system, frame=template.frame or system.frame)
-    opening = [[text] for text in chain(*template.first)]
-    for i, content in enumerate(opening + turns):
-        before, after = template.bot if i % 2 else template.user
+    out, system = [tok.parse(template.system)], replace(system, frame=template.frame or system.frame)
+    for i, content in enumerate([[text] for text in chain(*template.first)] + turns):
         said = [piece for part in content or () for piece in pieces_of(part, tok, system, n_token, learn=i % 2 == 1)]
         if content is None:
-            out.append(tok.parse(before.rstrip(" ")))
+            out.append(tok.parse(template.bot[0].rstrip(" ")))
         elif i % 2:
-            role = before if template.apart else before.rstrip(" ")                         # its blank is learned
-            blank = Piece(before[len(role):], learn=True)
-            out.append([*tok.parse(role), *cut, blank, *said, *tok.parse(after, learn=True), *cut])
+            out.append(answer_pieces(said, tok, template))
         else:
             opens = i == 0 and isinstance(next(iter(content), None), str)                   # the talk begins with text
-            out.append([*tok.parse(before), *cut * opens, *said, *tok.parse(after)])
+            before, after = map(tok.parse, template.user)
+            out.append([*before, *[CUT] * (template.apart and opens), *said, *after])
     return out
+
+
+def answer_pieces(said, tok, template):
+    """What was said, with what stands before and after it. The blank behind the assistant's role is learned."""
+    before, after = template.bot
+    role, cut = before if template.apart else before.rstrip(" "), [CUT] * template.apart
+    return [*tok.parse(role), *cut, Piece(before[len(role):], learn=True), *said, *tok.parse(after, learn=True), *cut]
 
 
 def drift_labels(ids, turns, tok):
     """parity: ChatBind v0. Spans are counted on turns encoded alone, each with its own start token and word prefix, so
     they drift by about one token a turn, and two tokens of every user turn are learned."""
-    labels, at = list(ids), 0
-    for i, pieces in enumerate(turns):
-        n = len(tok.encode(pieces))
-        if i == 0:
-            labels[:n] = [IGNORE] * n
-        elif i % 2:
-            labels[at + 2:at + n] = [IGNORE] * len(labels[at + 2:at + n])
-        at += n
-    return labels
+    ends = np.cumsum([len(tok.encode(pieces)) for pieces in turns]).tolist()
+    labels = np.array(ids)
+    labels[:ends[0]] = IGNORE
+    for start, end in zip(ends[::2], ends[1::2]):
+        labels[start + 2:end] = IGNORE                          # of the user
+    return labels.tolist()
 
 
 def until_role_text(turns, template):
@@ -1134,27 +1128,19 @@ def slots_and_targets(places, labels, system, train):
 
 def truncate(r, length, protected):
     """At most `length` ids of a Rendered: the last go, save those in `protected`: media and boxes stay whole."""
-    excess = len(r.ids) - length
-    if excess <= 0:
+    if len(r.ids) <= length:
         return r
     loose = np.flatnonzero(~np.isin(r.ids, [*protected]))
-    kept = np.delete(np.arange(len(r.ids)), loose[-excess:])
+    kept = np.delete(np.arange(len(r.ids)), loose[length - len(r.ids):])
     ids, labels = (np.array(row)[kept].tolist() for row in (r.ids, r.labels))
-    # Where a part that stays was, there it is now, less what went before it; a Signal has several places.
     slots, targets = ([(part, np.searchsorted(kept, at).tolist()) for part, at in parts] for parts in (r.slots, r.targets))
     return Rendered(ids, labels, slots, targets)
-
-
-def cells(place, columns):
-    """(2, n) rows and columns in a batch of n columns of a sample at a place."""
-    row, first = place
-    return torch.stack([torch.full_like(columns, row), first + columns])
 
 
 def stack_media(rendered, lengths, places, n_token):
     """-> media and slots of a Batch, see collate. Raises ValueError for a medium whose tokens are cut off."""
     media, slots, image_of = defaultdict(list), defaultdict(list), []
-    for r, n, place in zip(rendered, lengths, places):
+    for r, n, (row, at) in zip(rendered, lengths, places):
         picture = len(media["image"])   # of this sample, wherever in a packed row it lies
         for medium, start in r.slots:
             columns = torch.arange(start, start + n_token(medium.kind))
@@ -1163,7 +1149,7 @@ def stack_media(rendered, lengths, places, n_token):
             if medium.kind == "region":
                 image_of.append(picture)                        # boxes lie in one picture, see load_media
             media[medium.kind].append(medium.tensor)
-            slots[medium.kind].append(cells(place, columns))
+            slots[medium.kind].append(torch.stack([torch.full_like(columns, row), at + columns]))
     media, slots = {k: torch.stack(v) for k, v in media.items() if v}, {k: torch.cat(v, 1) for k, v in slots.items()}
     if "region" in media:
         media["region"] = {"boxes": media["region"], "image": media["image"], "image_of": torch.tensor(image_of)}
@@ -1182,12 +1168,13 @@ def stack_targets(rendered, lengths, places, given):
 def asked(rendered, lengths, places):
     """-> {writer: [(slots (2, n) of the tokens that ask, Box or Signal, its picture)]}, nothing that is cut off."""
     found = defaultdict(list, at=[], vg=[])                     # these first: losses are summed in this order
-    for r, n, place in zip(rendered, lengths, places):
+    for r, n, (row, start) in zip(rendered, lengths, places):
         picture = next((medium for medium, _ in r.slots if medium.kind == "image"), None)
         for part, at in r.targets:
             columns = torch.tensor(at).view(-1)                 # one token asks for a box, several for a Signal
             if columns[-1] < n:
-                found[part.writer].append((cells(place, columns), part, picture))
+                slots = torch.stack([torch.full_like(columns, row), start + columns])
+                found[part.writer].append((slots, part, picture))
     return {writer: rows for writer, rows in found.items() if rows}
 
 
@@ -1214,18 +1201,15 @@ def signal_targets(signals, pictures):
 
 
 def pack_rows(lengths, width):
-    """Samples to rows of `width` tokens or of the longest's -> [(row, first column)] of each, how full each row is.
-    width 0: a row for each."""
-    if not width:
+    """Samples to rows of `width` tokens or of the longest's -> [(row, first column)] of each, how full each row is."""
+    if not width:                       # a row for each
         return [(i, 0) for i in range(len(lengths))], lengths
-    places, rows, width = [None] * len(lengths), [], max(width, *lengths)                   # the longest first
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((row for row, full in enumerate(rows) if full + lengths[i] <= width), len(rows))
-        if row == len(rows):
-            rows.append(0)
-        places[i] = row, rows[row]
+    places, rows, width = [None] * len(lengths), np.zeros(len(lengths), int), max(width, *lengths)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):            # the longest first
+        row = np.argmax(rows + lengths[i] <= width)             # the first with room
+        places[i] = int(row), int(rows[row])
         rows[row] += lengths[i]
-    return places, rows
+    return places, rows[rows > 0].tolist()
 
 
 def fill_rows(rendered, lengths, places, shape, pad):
@@ -1295,23 +1279,29 @@ def safe_join(root, name):
 
 def read_records(path, unpack=None):
     """The list in a .json file, after `unpack` of what it holds, or the lines of a .jsonl file. Raises DataError."""
-    path, rows, lines = Path(path), [], None
+    path = Path(path)
     if path.suffix == ".jsonl":
-        lines = path.open("rb")                                 # bytes: json knows UTF-8 and a mark before it
-    elif b"}\n{" in (whole := path.read_bytes()):               # POPE's lines lie in .json files
-        lines = whole.splitlines()
+        return read_lines(path, path.open("rb"))                # bytes: json knows UTF-8 and a mark before it
+    whole = path.read_bytes()
+    if b"}\n{" in whole:                                        # POPE's lines lie in .json files
+        return read_lines(path, whole.splitlines())
     try:
-        if lines:
-            for line in lines:
-                rows.append(json.loads(line))
-        else:
-            rows = json.loads(whole)
-            rows = unpack(rows) if unpack else rows
+        rows = json.loads(whole)
+        rows = unpack(rows) if unpack else rows
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        where = f"line {len(rows) + 1}: " if lines else ""
-        raise DataError(f"{path}: {where}{error}") from None
+        raise DataError(f"{path}: {error}") from None
     if not isinstance(rows, list):
         raise DataError(f"{path}: a list of records is expected, not {type(rows).__name__}")
+    return rows
+
+
+def read_lines(path, lines):
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: line {len(rows) + 1}: {error}") from None
     return rows
 
 
@@ -1342,12 +1332,7 @@ def llava_sample(record, root):
     for i, row in enumerate(rows):
         if from_user(row) != (i % 2 == 0):
             raise DataError(f"turn {i + 1}: user and assistant must alternate")
-        content = [row["value"]] if i % 2 else TAGS.split(row["value"])                     # text, tag, text, tag, text
-        for j in range(1, len(content), 2):
-            kind = content[j][1:-1]
-            if not queue[kind]:
-                raise DataError(f"turn {i + 1}: more {content[j]} tags than media")
-            content[j] = Medium(kind, str(safe_join(root, queue[kind].pop(0))))
+        content = [row["value"]] if i % 2 else at_tags(row["value"], queue, root, f"turn {i + 1}")
         turns.append(nonempty(content))
     for kind in KINDS:
         if queue[kind]:
@@ -1355,6 +1340,17 @@ def llava_sample(record, root):
     if len(turns) < 2:
         raise DataError("no question with an answer")
     return Sample(turns[:len(turns) // 2 * 2], str(record.get("id", "")), record)           # an open question goes
+
+
+def at_tags(text, queue, root, where):
+    """A text in parts, the next Medium of a kind for each of its tags. queue: kind -> names of files, which it takes."""
+    parts = TAGS.split(text)                                    # text, tag, text, tag, text
+    for j in range(1, len(parts), 2):
+        kind = parts[j][1:-1]
+        if not queue[kind]:
+            raise DataError(f"{where}: more <{kind}> tags than media")
+        parts[j] = Medium(kind, str(safe_join(root, queue[kind].pop(0))))
+    return parts
 
 
 def captioned(record):
@@ -1417,8 +1413,7 @@ class Prepared(torch.utils.data.Dataset):
     max_len: int = sys.maxsize          # ids of a sample; of a longer one the last go, but none of media and boxes
 
     def __post_init__(self):
-        names = (*self.tok.added, self.system.frame[1])
-        self.protected = {self.tok.special[name] for name in names if name in self.tok.special}
+        self.protected = {*self.tok.added.values(), self.tok.special.get(self.system.frame[1], -1)}         # -1: none
         every = ((s, i) for s, one in enumerate(self.sets) for i in range(len(one)))
         self.epoch, self.items = 0, self.where(0) if self.where else [*every]
         sizes = [one.sizes() for one in self.sets]
@@ -1428,12 +1423,6 @@ class Prepared(torch.utils.data.Dataset):
 
     def __len__(self):
         return len(self.items)
-
-    def items_of(self, epoch):
-        """(set, record) numbers of an epoch in their order. Only the last one's are kept: they may be millions."""
-        if self.where and epoch != self.epoch:
-            self.epoch, self.items = epoch, self.where(epoch)
-        return self.items
 
     def __getitem__(self, i):
         for j in range(i, i + len(self)):
@@ -1452,7 +1441,9 @@ class Prepared(torch.utils.data.Dataset):
         raise DataError(f"{self.sets[0].path}: no usable record in the whole data set {self.bad or ''}")
 
     def prepare(self, number, epoch):
-        s, i = self.items_of(epoch)[number]
+        if self.where and epoch != self.epoch:                  # only the last one's are kept: they may be millions
+            self.epoch, self.items = epoch, self.where(epoch)
+        s, i = self.items[number]
         self.sets[s].epoch = epoch      # what a set draws for a record, such as words to ask in, it draws anew in each
         sample = self.sets[s][i]
         with naming(self.sets[s].path, i, sample.meta):

@@ -105,7 +105,7 @@ class Tokenizer:
         return ids, learn, slots
 
     def runs(self, pieces):
-        """Yields text up to a special piece, a learn flag per character, that piece; white space at added tokens goes."""
+        """Yields text up to a special piece, learn flags of its characters, that piece. Blanks at added tokens go."""
         left, text, flags = CUT, "", []
         for piece in [*pieces, CUT]:
             if piece.special:
@@ -155,8 +155,8 @@ class TextStream:
         self.ids.append(id)
         self.text = self.tok.decode(self.ids)
         for stop in self.stop:
-            if stop in self.text:
-                self.text, self.done = self.text[:self.text.index(stop)], True
+            self.text, found, _ = self.text.partition(stop)
+            self.done |= bool(found)
         return self.show(len(self.text) if self.done else self.safe())
 
     def safe(self):
@@ -231,8 +231,7 @@ class CLIPTokenizer:
         self.ids = {symbol: i for i, symbol in enumerate(vocab)}
         self.start, self.end = len(vocab), len(vocab) + 1
         self.special = {"<|startoftext|>": self.start, "<|endoftext|>": self.end}
-        names = "|".join(map(re.escape, self.special))
-        self.first = re.compile(names + "|'s|'t|'re|'ve|'m|'ll|'d")
+        self.first = re.compile("|".join(map(re.escape, self.special)) + "|'s|'t|'re|'ve|'m|'ll|'d")
         self.pad, self.special[pad] = pad, (self.ids | self.special).get(pad, 0)
 
     def words(self, text):
@@ -471,7 +470,7 @@ def moved(x, shift, flip):
     """A picture (3, H, W) shifted right and down by pixels, black where nothing comes in, then mirrored."""
     dx, dy = shift
     x = F.pad(x, (dx, -dx, dy, -dy), value=math.nan)            # a negative pad crops
-    x = torch.where(x.isnan(), normalise(torch.zeros(3, 1, 1)), x)          # black is not zero once the mean is taken off
+    x = torch.where(x.isnan(), normalise(torch.zeros(3, 1, 1)), x)                          # black is not zero there
     return x.flip(-1) if flip else x
 
 
@@ -903,10 +902,6 @@ class Box:
                                         # find: what a question asks for, a target of the question's last token
     path = "a box"                      # what messages call it
 
-    @property
-    def writer(self):
-        return {"box": "at", "find": "vg"}[self.kind]
-
 
 @dataclass(eq=False)
 class Signal:
@@ -1053,25 +1048,21 @@ def media_in_front(content, template):
 
 def conversation_pieces(turns, tok, system, template, n_token):
     """Pieces of a conversation, one list per turn, the system text first. An answer that is None is left open."""
-    out, system = [tok.parse(template.system)], replace(system, frame=template.frame or system.frame)
+    out, cut = [tok.parse(template.system)], [CUT] * template.apart
+    system = replace(system, frame=template.frame or system.frame)
     for i, content in enumerate([[text] for text in chain(*template.first)] + turns):
+        before, after = template.bot if i % 2 else template.user
         said = [piece for part in content or () for piece in pieces_of(part, tok, system, n_token, learn=i % 2 == 1)]
         if content is None:
-            out.append(tok.parse(template.bot[0].rstrip(" ")))
+            out.append(tok.parse(before.rstrip(" ")))
         elif i % 2:
-            out.append(answer_pieces(said, tok, template))
+            role = before if template.apart else before.rstrip(" ")                         # its blank is learned
+            blank = Piece(before[len(role):], learn=True)
+            out.append([*tok.parse(role), *cut, blank, *said, *tok.parse(after, learn=True), *cut])
         else:
             opens = i == 0 and isinstance(next(iter(content), None), str)                   # the talk begins with text
-            before, after = map(tok.parse, template.user)
-            out.append([*before, *[CUT] * (template.apart and opens), *said, *after])
+            out.append([*tok.parse(before), *cut * opens, *said, *tok.parse(after)])
     return out
-
-
-def answer_pieces(said, tok, template):
-    """What was said, with what stands before and after it. The blank behind the assistant's role is learned."""
-    before, after = template.bot
-    role, cut = before if template.apart else before.rstrip(" "), [CUT] * template.apart
-    return [*tok.parse(role), *cut, Piece(before[len(role):], learn=True), *said, *tok.parse(after, learn=True), *cut]
 
 
 def drift_labels(ids, turns, tok):
@@ -1132,8 +1123,8 @@ def truncate(r, length, protected):
         return r
     loose = np.flatnonzero(~np.isin(r.ids, [*protected]))
     kept = np.delete(np.arange(len(r.ids)), loose[length - len(r.ids):])
-    ids, labels = (np.array(row)[kept].tolist() for row in (r.ids, r.labels))
-    slots, targets = ([(part, np.searchsorted(kept, at).tolist()) for part, at in parts] for parts in (r.slots, r.targets))
+    ids, labels = (np.array(row)[kept].tolist() for row in r[:2])
+    slots, targets = ([(part, np.searchsorted(kept, at).tolist()) for part, at in parts] for parts in r[2:])
     return Rendered(ids, labels, slots, targets)
 
 
@@ -1174,12 +1165,12 @@ def asked(rendered, lengths, places):
             columns = torch.tensor(at).view(-1)                 # one token asks for a box, several for a Signal
             if columns[-1] < n:
                 slots = torch.stack([torch.full_like(columns, row), start + columns])
-                found[part.writer].append((slots, part, picture))
+                writer = part.writer if isinstance(part, Signal) else {"box": "at", "find": "vg"}[part.kind]
+                found[writer].append((slots, part, picture))
     return {writer: rows for writer, rows in found.items() if rows}
 
 
-def stacked(parts, name):
-    """A field of some parts, (m, ...)."""
+def stacked(parts, name):               # a field of each, (m, ...)
     return torch.stack([getattr(part, name) for part in parts])
 
 
@@ -1263,8 +1254,7 @@ class Unfit(DataError):
     """A sound record that holds nothing for this format: no box to find, say. Another one takes its place."""
 
 
-# no name, absolute, a drive; holding a backslash, a NUL; a way up
-OUTSIDE = re.compile(r"\Z|[/~]|[A-Za-z]:|.*[\\\0]|(.*/)?\.\.(/|\Z)", re.S)
+OUTSIDE = re.compile(r"(?s)\Z|[/~]|[A-Za-z]:|.*[\\\0]|(.*/)?\.\.(/|\Z)")   # none, absolute, a drive, \, NUL, a way up
 
 
 def safe_join(root, name):
@@ -1343,7 +1333,7 @@ def llava_sample(record, root):
 
 
 def at_tags(text, queue, root, where):
-    """A text in parts, the next Medium of a kind for each of its tags. queue: kind -> names of files, which it takes."""
+    """A text in parts, the next Medium of a kind for each of its tags. queue: kind -> names of files, taken from it."""
     parts = TAGS.split(text)                                    # text, tag, text, tag, text
     for j in range(1, len(parts), 2):
         kind = parts[j][1:-1]

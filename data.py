@@ -119,7 +119,7 @@ class Tokenizer:
 
     def encode_run(self, text, flags, first):
         """Ids of a text, and whether each is learned: if its last character is."""
-        text.encode()                                           # half a surrogate pair is a ValueError, as promised
+        text.encode()                                           # refuses half a surrogate pair by a ValueError
         tokens = self.sp.encode(text, out_type=str)
         ids = self.sp.piece_to_id(tokens)
         # Of a character in bytes, <0xC3> <0xA9>, the first counts. The dummy prefix is no character of the text.
@@ -470,7 +470,7 @@ def moved(x, shift, flip):
     """A picture (3, H, W) shifted right and down by pixels, black where nothing comes in, then mirrored."""
     dx, dy = shift
     x = F.pad(x, (dx, -dx, dy, -dy), value=math.nan)            # a negative pad crops
-    x = torch.where(x.isnan(), normalise(torch.zeros(3, 1, 1)), x)                          # black is not zero there
+    x = torch.where(x.isnan(), normalise(torch.zeros(3, 1, 1)), x)                          # normalised, black is not zero
     return x.flip(-1) if flip else x
 
 
@@ -1026,7 +1026,7 @@ def pieces_of(part, tok, system, n_token, learn):
     raise DataError(f"{part!r:.40} where text is expected")
 
 
-def box_pieces(box, system, learn):
+def box_pieces(box, system, learn):     # the tokens that ask for it and at which it is read
     if box.kind == "find" and not system.find:
         raise DataError("this system has no token that asks for a box to be found")
     if not system.box:
@@ -1052,10 +1052,10 @@ def conversation_pieces(turns, tok, system, template, n_token):
     system = replace(system, frame=template.frame or system.frame)
     for i, content in enumerate([[text] for text in chain(*template.first)] + turns):
         before, after = template.bot if i % 2 else template.user
-        said = [piece for part in content or () for piece in pieces_of(part, tok, system, n_token, learn=i % 2 == 1)]
-        if content is None:
-            out.append(tok.parse(before.rstrip(" ")))
-        elif i % 2:
+        if content is None:             # the last one, yet to be said
+            return [*out, tok.parse(before.rstrip(" "))]
+        said = [piece for part in content for piece in pieces_of(part, tok, system, n_token, learn=i % 2 == 1)]
+        if i % 2:
             role = before if template.apart else before.rstrip(" ")                         # its blank is learned
             blank = Piece(before[len(role):], learn=True)
             out.append([*tok.parse(role), *cut, blank, *said, *tok.parse(after, learn=True), *cut])
@@ -1285,7 +1285,7 @@ def read_records(path, unpack=None):
     return rows
 
 
-def read_lines(path, lines):
+def read_lines(path, lines):            # of JSON
     rows = []
     for line in lines:
         try:
@@ -1431,7 +1431,7 @@ class Prepared(torch.utils.data.Dataset):
         raise DataError(f"{self.sets[0].path}: no usable record in the whole data set {self.bad or ''}")
 
     def prepare(self, number, epoch):
-        if self.where and epoch != self.epoch:                  # only the last one's are kept: they may be millions
+        if self.where and epoch != self.epoch:                  # those of one are kept: they may be millions
             self.epoch, self.items = epoch, self.where(epoch)
         s, i = self.items[number]
         self.sets[s].epoch = epoch      # what a set draws for a record, such as words to ask in, it draws anew in each

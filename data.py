@@ -470,7 +470,7 @@ def moved(x, shift, flip):
     """A picture (3, H, W) shifted right and down by pixels, black where nothing comes in, then mirrored."""
     dx, dy = shift
     x = F.pad(x, (dx, -dx, dy, -dy), value=math.nan)            # a negative pad crops
-    x = torch.where(x.isnan(), normalise(torch.zeros(3, 1, 1)), x)                          # normalised, black is not zero
+    x = torch.where(x.isnan(), normalise(torch.zeros(3, 1, 1)), x)          # normalised, black is not zero
     return x.flip(-1) if flip else x
 
 
@@ -1001,7 +1001,7 @@ BOX_REFERENCE = re.compile(r"\[\s*((?:0|[1-9]\d*)(?:\s*,\s*(?:0|[1-9]\d*))*)\s*,
 
 def box_references(text):
     """"Compare [0] and [1, 2]" -> ["Compare ", [0], " and ", [1, 2], ""]: box numbers between stretches of text."""
-    parts = BOX_REFERENCE.split(text)                           # text, numbers, text, numbers, text
+    parts = BOX_REFERENCE.split(text)
     parts[1::2] = [list(map(int, numbers.split(","))) for numbers in parts[1::2]]
     return parts
 
@@ -1193,7 +1193,7 @@ def signal_targets(signals, pictures):
 
 def pack_rows(lengths, width):
     """Samples to rows of `width` tokens or of the longest's -> [(row, first column)] of each, how full each row is."""
-    if not width:                       # a row for each
+    if not width:
         return [(i, 0) for i in range(len(lengths))], lengths
     places, rows, width = [None] * len(lengths), np.zeros(len(lengths), int), max(width, *lengths)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):            # the longest first
@@ -1285,7 +1285,7 @@ def read_records(path, unpack=None):
     return rows
 
 
-def read_lines(path, lines):            # of JSON
+def read_lines(path, lines):
     rows = []
     for line in lines:
         try:

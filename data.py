@@ -68,14 +68,14 @@ class Tokenizer:
     # rule (NExT-Chat) takes that prefix off again and thereby turns some words into <unk>.
     CONTROL = {"<unk>": 0, "<s>": 1, "</s>": 2}
 
-    def __init__(self, path, added=None, legacy=True, bos=1):
+    def __init__(self, path, added=(), legacy=True, bos=1):
         if not Path(path).is_file():
             raise ValueError(f"{path}: no such file; a tokenizer.model is needed")
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{path}: not a sentencepiece model ({str(error).splitlines()[0]})") from None
-        self.path, self.added, self.legacy, self.bos = path, dict(added or {}), legacy, bos
+        self.added, self.legacy, self.bos = dict(added), legacy, bos
         self.special = {**self.CONTROL, **self.added}
         self.names = {id: name for name, id in self.special.items()}
         longest = sorted(self.special, key=len, reverse=True)   # first, so that none hides another that begins with it
@@ -93,11 +93,11 @@ class Tokenizer:
 
     def encode_pieces(self, pieces, bos=True):
         """-> ids, learn flags, slots [(medium, position of its first token)]."""
-        ids, learn, slots = ([self.bos], [False], []) if bos else ([], [], [])
-        for run, special in self.runs(pieces):
-            new, flags = self.encode_run(run, first=len(ids) == bos)                        # nothing yet but <s>
-            ids, learn = ids + new, learn + flags
-            if special.text and special.medium is not None:
+        ids, learn, slots = [self.bos] * bos, [False] * bos, []
+        for text, flags, special in self.runs(pieces):
+            new, learned = self.encode_run(text, flags, first=len(ids) == bos)              # nothing yet but <s>
+            ids, learn = ids + new, learn + learned
+            if special.medium is not None:
                 slots.append((special.medium, len(ids)))
             if special.text:                                    # CUT is no token
                 ids += [self.special[special.text]] * special.count
@@ -105,27 +105,25 @@ class Tokenizer:
         return ids, learn, slots
 
     def runs(self, pieces):
-        """Yields text pieces that touch, white space at added tokens cut, and the special piece that ends them."""
-        left, run = CUT, []
+        """Yields text up to a special piece, learn flags of its characters, that piece. Blanks at added tokens go."""
+        left, text, flags = CUT, "", []
         for piece in [*pieces, CUT]:
-            if not piece.special:
-                run.append(piece if self.legacy else piece._replace(text=piece.text.replace("▁", " ")))
-                continue
-            if left.text in self.added:
-                run = strip_run(run, str.lstrip, 1)
-            if piece.text in self.added:
-                run = strip_run(run, str.rstrip, -1)
-            yield run, piece
-            left, run = piece, []
+            if piece.special:
+                start = len(text) - len(text.lstrip()) if left.text in self.added else 0
+                end = len(text.rstrip()) if piece.text in self.added else len(text)
+                yield text[start:end], flags[start:end], piece
+                left, text, flags = piece, "", []
+            else:
+                text += piece.text if self.legacy else piece.text.replace("▁", " ")
+                flags += [piece.learn] * len(piece.text)
 
-    def encode_run(self, run, first):
-        """Ids and learn flags of joined texts."""
-        text = "".join(p.text for p in run)
-        flags = [p.learn for p in run for _ in p.text.replace("▁", " ").encode()]          # one per byte
+    def encode_run(self, text, flags, first):
+        """Ids of a text, and whether each is learned: if its last character is."""
+        text.encode()                                           # refuses half a surrogate pair by a ValueError
         tokens = self.sp.encode(text, out_type=str)
-        ids = [self.sp.piece_to_id(token) for token in tokens]
-        # A token is learned if its last byte is. "▁" is a blank, <0x0A> one byte, the dummy prefix no byte of the text.
-        widths = [1 if self.sp.is_byte(id) else len(token.replace("▁", " ").encode()) for id, token in zip(ids, tokens)]
+        ids = self.sp.piece_to_id(tokens)
+        # Of a character in bytes, <0xC3> <0xA9>, the first counts. The dummy prefix is no character of the text.
+        widths = [token[3] not in "89AB" if self.sp.is_byte(id) else len(token) for id, token in zip(ids, tokens)]
         learn = [flags[max(end - 2, 0)] for end in accumulate(widths)]
         if tokens and not (self.legacy or first or text[0] == " "):
             bare = tokens[0].removeprefix("▁")                  # parity: slow tokenizer with legacy=False
@@ -135,25 +133,15 @@ class Tokenizer:
                 del ids[0], learn[0]
         return ids, learn
 
-    def decode(self, ids, skip_special=True):
+    def decode(self, ids):
         """Text of ids: ordinary runs by sentencepiece, added tokens by name, joined with single spaces; not 0, 1, 2."""
-        parts, hidden = [], self.CONTROL.values() if skip_special else ()
+        parts = []
         for special, run in groupby(ids, lambda id: id in self.names):
             if special:
-                parts += [self.names[id] for id in run if id not in hidden]
+                parts += [self.names[id] for id in run if id not in self.CONTROL.values()]
             else:
                 parts.append(self.sp.decode([id for id in run if id < len(self.sp)]))       # a model may have spare rows
         return " ".join(parts)
-
-
-def strip_run(run, strip, end):
-    """Take white space off one end (1 left, -1 right) of joined texts."""
-    run = run[::end]
-    while run and not strip(run[0].text):
-        run.pop(0)
-    if run:
-        run[0] = run[0]._replace(text=strip(run[0].text))
-    return run[::end]
 
 
 class TextStream:
@@ -167,8 +155,8 @@ class TextStream:
         self.ids.append(id)
         self.text = self.tok.decode(self.ids)
         for stop in self.stop:
-            if stop in self.text:
-                self.text, self.done = self.text[:self.text.index(stop)], True
+            self.text, found, _ = self.text.partition(stop)
+            self.done |= bool(found)
         return self.show(len(self.text) if self.done else self.safe())
 
     def safe(self):
@@ -190,7 +178,7 @@ def byte_symbols():
     """Printable stand-in for each byte, in the order of CLIP's vocabulary (GPT-2's trick: merges are lines of text)."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = sorted({*range(256)}.difference(plain))            # blanks and control characters
-    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
+    return dict(zip(plain + others, map(chr, [*plain, *range(256, 256 + len(others))])))
 
 
 def kind_of(c):
@@ -212,19 +200,16 @@ def split_words(text, first, words):
 
 
 def read_merges(path, n=None):
-    """Pairs of symbols, best first, of a merges.txt or a .gz of one. The first line is a title."""
+    """{pair of symbols: rank}, best first, of a merges.txt or a .gz of one. The first line is a title."""
     open_text = gzip.open if str(path).endswith(".gz") else open
     with open_text(path, "rt", encoding="utf-8") as f:
-        return [tuple(line.split()) for line in f.read().split("\n")[1:n] if line]
+        return {tuple(line.split()): i for i, line in enumerate(filter(None, f.read().split("\n")[1:n]))}
 
 
 def merge(parts, rank):
     """Merge neighbouring symbols of a word, best ranked pair first."""
-    while len(parts) > 1:
-        best = min(zip(parts, parts[1:]), key=lambda pair: rank.get(pair, math.inf))
-        if best not in rank:
-            break
-        merged = parts[:1]
+    while known := [pair for pair in zip(parts, parts[1:]) if pair in rank]:
+        best, merged = min(known, key=rank.get), parts[:1]
         for part in parts[1:]:
             if (merged[-1], part) == best:
                 merged[-1] += part
@@ -240,16 +225,14 @@ class CLIPTokenizer:
     WORDS = re.compile(r"L+|N|O+")      # of kinds of characters: runs of letters, single digits, runs of anything else
 
     def __init__(self, path, pad=""):
-        merges = read_merges(path, 48895)                       # OpenAI's file has more lines than its vocabulary uses
-        symbols = list(byte_symbols().values())
-        vocab = symbols + [s + "</w>" for s in symbols] + ["".join(m) for m in merges]
+        self.rank = read_merges(path, 48895)                    # OpenAI's file has more lines than its vocabulary uses
+        symbols = [*byte_symbols().values()]
+        vocab = [*symbols, *(s + "</w>" for s in symbols), *map("".join, self.rank)]
         self.ids = {symbol: i for i, symbol in enumerate(vocab)}
-        self.rank = {merge: i for i, merge in enumerate(merges)}
         self.start, self.end = len(vocab), len(vocab) + 1
         self.special = {"<|startoftext|>": self.start, "<|endoftext|>": self.end}
-        self.pad, self.fill = pad, (self.special | self.ids)[pad] if pad else 0
-        names = "|".join(map(re.escape, self.special))
-        self.first = re.compile(names + "|'s|'t|'re|'ve|'m|'ll|'d")
+        self.first = re.compile("|".join(map(re.escape, self.special)) + "|'s|'t|'re|'ve|'m|'ll|'d")
+        self.pad, self.special[pad] = pad, (self.ids | self.special).get(pad, 0)
 
     def words(self, text):
         return split_words(re.sub(r"\s+", " ", text.strip()).lower(), self.first, self.WORDS)
@@ -262,15 +245,14 @@ class CLIPTokenizer:
         return [self.ids[part] for part in merge(parts, self.rank)]
 
     def encode(self, text):
-        pieces = text.split(self.pad) if self.pad else [html.unescape(html.unescape(text))]
-        ids = [[i for word in self.words(piece) for i in self.word_ids(word)] for piece in pieces]
-        return sum(([self.fill] + more for more in ids[1:]), ids[0])
+        parts = re.split(f"({re.escape(self.pad)})", text) if self.pad else [html.unescape(html.unescape(text))]
+        return [i for part in parts for word in self.words(part) for i in self.word_ids(word)]
 
     def __call__(self, text, length=77, keep_end=True):
         """(length,) int64: start, text, end, padding."""
         room = length - 2 if keep_end else None                 # parity: ChatBind, NExT-GPT: long texts lose their end
         ids = [self.start, *self.encode(text)[:room], self.end][:length]
-        return torch.tensor(ids + [self.fill] * (length - len(ids)))
+        return torch.tensor(ids + [self.special[self.pad]] * (length - len(ids)))
 
 
 class RobertaTokenizer:
@@ -280,15 +262,11 @@ class RobertaTokenizer:
 
     def __init__(self, folder):
         self.ids = json.loads((Path(folder) / "vocab.json").read_bytes())
-        self.rank = {merge: i for i, merge in enumerate(read_merges(Path(folder) / "merges.txt"))}
+        self.rank = read_merges(Path(folder) / "merges.txt")
 
     def encode(self, text):
         words = ([byte_symbols()[b] for b in word.encode()] for word in split_words(text, self.FIRST, self.WORDS))
         return [self.ids.get(part, self.ids["<unk>"]) for word in words for part in merge(word, self.rank)]
-
-    def __call__(self, text, length=512):
-        ids = [self.ids["<s>"], *self.encode(text)[:length - 2], self.ids["</s>"]]
-        return torch.tensor(ids + [self.ids["<pad>"]] * (length - len(ids)))
 
 
 # ---- Systems and templates
@@ -490,11 +468,9 @@ def read_image(path):
 
 def moved(x, shift, flip):
     """A picture (3, H, W) shifted right and down by pixels, black where nothing comes in, then mirrored."""
-    (dx, dy), (H, W) = shift, x.shape[1:]
-    if dx or dy:
-        still, x = x, normalise(torch.zeros_like(x))            # black is not zero once the mean is taken off
-        x[:, max(dy, 0):H + min(dy, 0), max(dx, 0):W + min(dx, 0)] = \
-            still[:, max(-dy, 0):H - max(dy, 0), max(-dx, 0):W - max(dx, 0)]
+    dx, dy = shift
+    x = F.pad(x, (dx, -dx, dy, -dy), value=math.nan)            # a negative pad crops
+    x = torch.where(x.isnan(), normalise(torch.zeros(3, 1, 1)), x)          # normalised, black is not zero
     return x.flip(-1) if flip else x
 
 
@@ -522,7 +498,6 @@ def channels_first(pixels):
 
 def image_tensor(image, spec=MediaSpec()):
     """PIL picture -> (3, size, size) float32."""
-    image = image.convert("RGB")
     if spec.square:
         image = Geometry(*image.size).pad(image)
     pixels = np.array(resize_crop(image, spec.image_size, spec.crop_round))                 # (size, size, 3)
@@ -545,22 +520,24 @@ def stretch(pixels, size):
 
 def stretched_tensor(image, spec=MediaSpec()):
     """PIL picture -> (3, size, size) float32, nothing cropped."""
-    return normalise(channels_first(stretch(np.array(image.convert("RGB")), spec.image_size)) / 255)
+    return normalise(channels_first(stretch(np.array(image), spec.image_size)) / 255)
+
+
+def map_tensor(image, spec):
+    """PIL picture of one channel -> (1, size, size) as it is."""
+    return torch.from_numpy(np.array(resize_crop(image, spec.clip_size or spec.image_size, crop_round=True)))[None]
 
 
 def thermal_tensor(image, spec=MediaSpec()):
     """PIL picture -> (1, size, size) grey in 0..1, not normalised."""
-    pixels = np.array(resize_crop(image.convert("L"), spec.clip_size or spec.image_size, crop_round=True))
-    return torch.from_numpy(pixels)[None].float() / 255
+    return map_tensor(image.convert("L"), spec).float() / 255
 
 
-def depth_tensor(metres, focal_baseline=None, spec=MediaSpec()):
-    """Depth map (H, W) in metres -> (1, size, size) normalised disparity; focal length in pixels x baseline in m."""
+def depth_tensor(metres, spec=MediaSpec()):
+    """Depth map (H, W) in metres -> (1, size, size) normalised disparity for a focal length x baseline of 1."""
     # The recipe is not in ImageBind's code: it follows its issue threads and Omnivore's demo (specs/imagebind 6, open).
-    disparity = (focal_baseline or 1.0) / torch.as_tensor(metres, dtype=torch.float32).clamp(0.01, 50)
-    image = Image.fromarray((disparity.clamp(max=75) / 75).numpy())
-    pixels = np.array(resize_crop(image, spec.clip_size or spec.image_size, crop_round=True))
-    return (torch.from_numpy(pixels)[None] - 0.0418) / 0.0295
+    disparity = 1 / torch.as_tensor(metres, dtype=torch.float32).clamp(0.01, 50)
+    return (map_tensor(Image.fromarray((disparity.clamp(max=75) / 75).numpy()), spec) - 0.0418) / 0.0295
 
 
 def imu_tensor(samples, steps=2000):
@@ -625,13 +602,13 @@ def centre(x, size):
 
 def sam_tensor(image, spec):
     """PIL picture -> (3, S, S), what SAM's image encoder reads."""
-    pixels = channels_first(sam_resize(image.convert("RGB"), spec.sam_size))                # (3, h, w), one of them S
+    pixels = channels_first(sam_resize(image, spec.sam_size))                               # (3, h, w), one of them S
     return centre(normalise(pixels, SAM_MEAN, SAM_STD), spec.sam_size)
 
 
 def det_tensor(image, spec):
     """PIL picture -> (3, S, S), stretched, what ChatterBox's locator reads."""
-    pixels = np.array(image.convert("RGB").resize((spec.det_size,) * 2, Image.BILINEAR))    # (S, S, 3)
+    pixels = np.array(image.resize((spec.det_size,) * 2, Image.BILINEAR))                   # (S, S, 3)
     return normalise(channels_first(pixels), SAM_MEAN, SAM_STD)
 
 
@@ -645,7 +622,7 @@ def sam_mask(mask, size):
 def clip_starts(duration, n, spec):
     """Start times of n clips: whole fractions, so that frame numbers round as in the originals."""
     spare = max(Fraction(duration) - Fraction(spec.clip_seconds), Fraction(0))
-    return [i * spare / (max(n - 1, 1) if spec.span_end else n) for i in range(n)]
+    return [i * spare / max(n - spec.span_end, 1) for i in range(n)]
 
 
 def clip_frames(n_frames, fps, spec):
@@ -660,25 +637,30 @@ def clip_frames(n_frames, fps, spec):
 
 def spatial_crops(x, size, n):
     """n crops of (3, F, H, W), its shorter side `size`, along the longer (3: ends and middle; 1: the middle)."""
-    spare = [side - size for side in x.shape[-2:]]              # 0 for the shorter
+    H, W = x.shape[-2:]
     for share in (0, 0.5, 1) if n == 3 else (0.5,):
-        top, left = (math.ceil(share * pixels) for pixels in spare)
+        top, left = math.ceil(share * (H - size)), math.ceil(share * (W - size))            # one of them 0
         yield x[..., top:top + size, left:left + size]
+
+
+def clip_tensor(frames, size):
+    """uint8 arrays (H, W, 3) -> (3, F, h, w), the shorter side `size`. Raises MediaError."""
+    x = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).float() / 255                # (3, F, H, W)
+    H, W = x.shape[-2:]
+    short = min(H, W)
+    if size * size * max(H, W) / short > MAX_PIXELS / 10:       # of each frame
+        raise MediaError(f"a clip of {W}x{H} is too long and thin")
+    target = math.floor(H / short * size), math.floor(W / short * size)
+    return normalise(F.interpolate(x, target, mode="bilinear", align_corners=False))
 
 
 def video_tensor(frames, n_frames, fps, spec=MediaSpec()):
     """Frames -> (clips * crops, 3, F, size, size), clip-major. frames: [numbers] -> uint8 arrays (H, W, 3)."""
-    clips, size = clip_frames(n_frames, fps, spec), spec.clip_size or spec.image_size
-    wanted = sorted({i for clip in clips for i in clip})
+    clips, size, out = clip_frames(n_frames, fps, spec), spec.clip_size or spec.image_size, []
+    wanted = sorted({*chain(*clips)})
     decoded = dict(zip(wanted, frames(wanted)))                 # clips may overlap
-    out = []
     for clip in clips:
-        x = torch.from_numpy(np.stack([decoded[i] for i in clip])).permute(3, 0, 1, 2).float() / 255    # (3, F, H, W)
-        if size * size * max(x.shape[-2:]) / min(x.shape[-2:]) > MAX_PIXELS / 10:           # of each frame
-            raise MediaError(f"a clip of {x.shape[-1]}x{x.shape[-2]} is too long and thin")
-        target = [math.floor(side / min(x.shape[-2:]) * size) for side in x.shape[-2:]]
-        x = normalise(F.interpolate(x, target, mode="bilinear", align_corners=False))
-        out += spatial_crops(x, size, spec.video_crops)
+        out += spatial_crops(clip_tensor([decoded[i] for i in clip], size), size, spec.video_crops)
     return torch.stack(out)
 
 
@@ -689,8 +671,7 @@ def read_animation(path):
     n, ms = getattr(image, "n_frames", 1), image.info.get("duration", 100) or 100
 
     def frames(numbers):
-        wanted = set(numbers)
-        return [np.array(frame.convert("RGB")) for i, frame in enumerate(ImageSequence.Iterator(image)) if i in wanted]
+        return [np.array(frame.convert("RGB")) for i, frame in enumerate(ImageSequence.Iterator(image)) if i in numbers]
     return frames, n, 1000 / ms
 
 
@@ -704,12 +685,12 @@ def open_media(path, kind):
     except ImportError:
         raise MediaError(f"{path}: reading it needs PyAV; install it with: pip install av") from None
     container = av.open(open(check_file(path), "rb"), options={"format_whitelist": DEMUXERS})
-    stream = next((s for s in container.streams if s.type == kind), None)
-    if stream is None:
+    streams = getattr(container.streams, kind)
+    if not streams:
         raise MediaError(f"{path}: has no {kind}")
     if container.duration and container.duration / 1e6 > MAX_SECONDS:
         raise MediaError(f"{path}: longer than {MAX_SECONDS // 60} minutes")
-    return container, stream
+    return container, streams[0]
 
 
 def guarded(read):
@@ -784,8 +765,8 @@ def decode_audio(path):
     container, stream = open_media(path, "audio")
     from av import AudioResampler                               # below open_media, which says if PyAV is missing
     floats = AudioResampler(format="fltp").resample             # channel by channel; of any size, sign and layout
-    frames = [part for frame in chain(container.decode(stream), [None]) for part in floats(frame)]
-    return torch.from_numpy(np.concatenate([frame.to_ndarray() for frame in frames], 1)), stream.rate
+    parts = [part.to_ndarray() for frame in chain(container.decode(stream), [None]) for part in floats(frame)]
+    return torch.from_numpy(np.concatenate(parts, 1)), stream.rate
 
 
 def pcm(data, width, channels):
@@ -832,8 +813,7 @@ def mel_banks(bins, rate, n_fft=512, low=20.0):
 def fbank(x, bins, rate):
     """Kaldi log-mel energies (frames, bins) of a mono signal: 25 ms frames every 10 ms, Hann window, no dither."""
     size, shift = rate // 40, rate // 100
-    if len(x) < size:
-        x = F.pad(x, (0, size - len(x)))                        # the original fails on clips under 25 ms
+    x = F.pad(x, (0, max(size - len(x), 0)))                    # the original fails on clips under 25 ms
     frames = x.unfold(0, size, shift)                                                       # (frames, size)
     frames = frames - frames.mean(1, keepdim=True)
     frames = frames - 0.97 * torch.cat([frames[:, :1], frames[:, :-1]], dim=1)              # pre-emphasis
@@ -892,7 +872,7 @@ def read_media(path, kind, spec=MediaSpec()):
     values = np.load(check_file(path), allow_pickle=False)
     if values.ndim != 2 or np.isnan(values).any() or kind == "imu" and len(values) != 6:
         raise MediaError(f"depth in metres (H, W) or motion (6, n), no NaN, is expected; this is {values.shape}")
-    return depth_tensor(values, spec=spec) if kind == "depth" else imu_tensor(values)
+    return depth_tensor(values, spec) if kind == "depth" else imu_tensor(values)
 
 
 # ---- Samples
@@ -983,8 +963,8 @@ def load_media(turns, spec):
 
 
 def parts_of(turns, kind):
-    """The parts of some class in a conversation, whose last turn may be None."""
-    return [part for turn in turns for part in turn or () if isinstance(part, kind)]
+    """The parts of some class in a conversation."""
+    return [part for turn in turns for part in turn if isinstance(part, kind)]
 
 
 def place_boxes(boxes, geometry, spec):
@@ -1009,9 +989,9 @@ def check_box(box, width=math.inf, height=math.inf):
     if not is_box(box):
         raise DataError(f"box {box!r:.80}: four finite numbers x1, y1, x2, y2 are expected")
     x1, y1, x2, y2 = map(float, box)
-    if x2 < x1 or y2 < y1:
+    if min(x2 - x1, y2 - y1) < 0:
         raise DataError(f"box {box}: its right or lower edge comes first")
-    if min(x1, y1) < -1 or x2 > width + 1 or y2 > height + 1:
+    if min(x1, y1, width - x2, height - y2) < -1:
         raise DataError(f"box {box}: outside its picture of {width}x{height}")
     return x1, y1, x2, y2
 
@@ -1021,7 +1001,9 @@ BOX_REFERENCE = re.compile(r"\[\s*((?:0|[1-9]\d*)(?:\s*,\s*(?:0|[1-9]\d*))*)\s*,
 
 def box_references(text):
     """"Compare [0] and [1, 2]" -> ["Compare ", [0], " and ", [1, 2], ""]: box numbers between stretches of text."""
-    return [[int(n) for n in part.split(",")] if i % 2 else part for i, part in enumerate(BOX_REFERENCE.split(text))]
+    parts = BOX_REFERENCE.split(text)
+    parts[1::2] = [list(map(int, numbers.split(","))) for numbers in parts[1::2]]
+    return parts
 
 
 # ---- Render: turns -> token ids, labels, slots, targets
@@ -1039,35 +1021,41 @@ def pieces_of(part, tok, system, n_token, learn):
         if place not in tok.special:
             raise ValueError(f"this model has no token {place} for media to stand at; it is one to train from")
         return [*tok.parse(before), Piece(place, True, count=n_token(part.kind), medium=part), *tok.parse(after)]
-    if not isinstance(part, Box):
-        raise DataError(f"{part!r:.40} where text is expected")
-    if part.kind == "find" and not system.find:
+    if isinstance(part, Box):
+        return box_pieces(part, system, learn)
+    raise DataError(f"{part!r:.40} where text is expected")
+
+
+def box_pieces(box, system, learn):     # the tokens that ask for it and at which it is read
+    if box.kind == "find" and not system.find:
         raise DataError("this system has no token that asks for a box to be found")
     if not system.box:
         raise ValueError("this system has no tokens for boxes; leave the boxes out of the turn")
-    *signal, reader = [system.find] if part.kind == "find" else system.box
-    return [*(Piece(token, True, learn) for token in signal), Piece(reader, True, medium=part)]             # given
+    *signal, reader = [system.find] if box.kind == "find" else system.box
+    return [*(Piece(token, True, learn) for token in signal), Piece(reader, True, medium=box)]              # given
 
 
 def media_in_front(content, template):
     """A turn with its media moved to its front (ChatBind's sep_image_conv_front)."""
-    media, words = ([part for part in content if isinstance(part, Medium) == moves] for moves in (True, False))
+    media = parts_of([content], Medium)
+    if not media:
+        return content
+    words = [part for part in content if part not in media]
     if all(isinstance(part, str) for part in words):
         words = ["".join(words).strip()]
-    return [*media, template.front, *words] if media else content
+    return [*media, template.front, *words]
 
 
 def conversation_pieces(turns, tok, system, template, n_token):
     """Pieces of a conversation, one list per turn, the system text first. An answer that is None is left open."""
     out, cut = [tok.parse(template.system)], [CUT] * template.apart
     system = replace(system, frame=template.frame or system.frame)
-    opening = [[text] for pair in template.first for text in pair]
-    for i, content in enumerate(opening + turns):
+    for i, content in enumerate([[text] for text in chain(*template.first)] + turns):
         before, after = template.bot if i % 2 else template.user
-        said = [piece for part in content or () for piece in pieces_of(part, tok, system, n_token, learn=i % 2 == 1)]
-        if content is None:
-            out.append(tok.parse(before.rstrip(" ")))
-        elif i % 2:
+        if content is None:             # the last one, yet to be said
+            return [*out, tok.parse(before.rstrip(" "))]
+        said = [piece for part in content for piece in pieces_of(part, tok, system, n_token, learn=i % 2 == 1)]
+        if i % 2:
             role = before if template.apart else before.rstrip(" ")                         # its blank is learned
             blank = Piece(before[len(role):], learn=True)
             out.append([*tok.parse(role), *cut, blank, *said, *tok.parse(after, learn=True), *cut])
@@ -1080,21 +1068,18 @@ def conversation_pieces(turns, tok, system, template, n_token):
 def drift_labels(ids, turns, tok):
     """parity: ChatBind v0. Spans are counted on turns encoded alone, each with its own start token and word prefix, so
     they drift by about one token a turn, and two tokens of every user turn are learned."""
-    labels, at = list(ids), 0
-    for i, pieces in enumerate(turns):
-        n = len(tok.encode(pieces))
-        if i == 0:
-            labels[:n] = [IGNORE] * n
-        elif i % 2:
-            labels[at + 2:at + n] = [IGNORE] * len(labels[at + 2:at + n])
-        at += n
-    return labels
+    ends = np.cumsum([len(tok.encode(pieces)) for pieces in turns]).tolist()
+    labels = np.array(ids)
+    labels[:ends[0]] = IGNORE
+    for start, end in zip(ends[::2], ends[1::2]):
+        labels[start + 2:end] = IGNORE                          # of the user
+    return labels.tolist()
 
 
 def until_role_text(turns, template):
     """parity: labels are found by the assistant's role, so they end before the round in which a speaker says it."""
     for i in range(1, len(turns), 2):
-        spoken = "".join(piece.text for turn in turns[i:i + 2] for piece in turn)
+        spoken = "".join(piece.text for piece in chain(*turns[i:i + 2]))
         if spoken.count(" " + template.bot[0]) != 1:
             return turns[:i] + [[piece._replace(learn=False) for piece in turn] for turn in turns[i:]]
     return turns
@@ -1104,14 +1089,15 @@ def render(turns, tok, system, template, n_token, train=False):
     """Turns of user, assistant, user ... -> Rendered; a last one of None asks for an answer. n_token: kind -> placeholders
     per medium. Labels are the answers and what ends them; all IGNORE unless train."""
     pieces = conversation_pieces(turns, tok, system, template, n_token)
-    if train and template.role_once:
+    if template.role_once:
         pieces = until_role_text(pieces, template)
-    end = tok.parse(template.end if train else "", learn=True)
-    ids, learn, places = tok.encode_pieces(chain(*pieces, end))
-    if train and template.drift:
+    ids, learn, places = tok.encode_pieces(chain(*pieces, tok.parse(template.end * train, learn=True)))
+    if not train:
+        labels = [IGNORE] * len(ids)
+    elif template.drift:
         labels = drift_labels(ids, pieces, tok)
     else:
-        labels = [id if flag and train else IGNORE for id, flag in zip(ids, learn)]
+        labels = [id if learned else IGNORE for id, learned in zip(ids, learn)]
     return Rendered(ids, labels, *slots_and_targets(places, labels, system, train))
 
 
@@ -1133,15 +1119,13 @@ def slots_and_targets(places, labels, system, train):
 
 def truncate(r, length, protected):
     """At most `length` ids of a Rendered: the last go, save those in `protected`: media and boxes stay whole."""
-    excess = len(r.ids) - length
-    if excess <= 0:
+    if len(r.ids) <= length:
         return r
-    loose = [i for i, id in enumerate(r.ids) if id not in protected]
-    kept = sorted({*range(len(r.ids))}.difference(loose[-excess:]))
-    place = {old: new for new, old in enumerate(kept)}
-    slots = [(part, place[at]) for part, at in r.slots]
-    targets = [(part, [place[i] for i in at] if isinstance(part, Signal) else place[at]) for part, at in r.targets]
-    return Rendered([r.ids[i] for i in kept], [r.labels[i] for i in kept], slots, targets)
+    loose = np.flatnonzero(~np.isin(r.ids, [*protected]))
+    kept = np.delete(np.arange(len(r.ids)), loose[length - len(r.ids):])
+    ids, labels = (np.array(row)[kept].tolist() for row in r[:2])
+    slots, targets = ([(part, np.searchsorted(kept, at).tolist()) for part, at in parts] for parts in r[2:])
+    return Rendered(ids, labels, slots, targets)
 
 
 def stack_media(rendered, lengths, places, n_token):
@@ -1174,7 +1158,7 @@ def stack_targets(rendered, lengths, places, given):
 
 def asked(rendered, lengths, places):
     """-> {writer: [(slots (2, n) of the tokens that ask, Box or Signal, its picture)]}, nothing that is cut off."""
-    found = {"at": [], "vg": []}                                # these first: losses are summed in this order
+    found = defaultdict(list, at=[], vg=[])                     # these first: losses are summed in this order
     for r, n, (row, start) in zip(rendered, lengths, places):
         picture = next((medium for medium, _ in r.slots if medium.kind == "image"), None)
         for part, at in r.targets:
@@ -1182,38 +1166,52 @@ def asked(rendered, lengths, places):
             if columns[-1] < n:
                 slots = torch.stack([torch.full_like(columns, row), start + columns])
                 writer = part.writer if isinstance(part, Signal) else {"box": "at", "find": "vg"}[part.kind]
-                found.setdefault(writer, []).append((slots, part, picture))
+                found[writer].append((slots, part, picture))
     return {writer: rows for writer, rows in found.items() if rows}
 
 
+def stacked(parts, name):               # a field of each, (m, ...)
+    return torch.stack([getattr(part, name) for part in parts])
+
+
 def box_targets(boxes, pictures, given):
-    out = {"boxes": torch.stack([box.tensor for box in boxes]), "given": given}             # (m, 4), (R, 4)
+    out = {"boxes": stacked(boxes, "tensor"), "given": given}                               # (m, 4), (R, 4)
     if all(box.sam_mask is not None for box in boxes):
-        out["masks"] = torch.stack([box.sam_mask for box in boxes])                         # (m, 1, S, S)
-        out["image"] = torch.stack([picture.sam for picture in pictures])                   # (m, 3, S, S)
+        out |= {"masks": stacked(boxes, "sam_mask"), "image": stacked(pictures, "sam")}     # (m, 1 or 3, S, S)
     return out
 
 
 def find_targets(boxes, pictures):
-    corners = torch.stack([box.tensor for box in boxes]).view(-1, 2, 2)                     # (m, 2, 2)
-    return {"image": torch.stack([picture.det for picture in pictures]),                    # (m, 3, S, S)
+    corners = stacked(boxes, "tensor").view(-1, 2, 2)                                       # (m, 2, 2)
+    return {"image": stacked(pictures, "det"),                                              # (m, 3, S, S)
             "boxes_cxcywh": torch.cat([corners.mean(1), corners[:, 1] - corners[:, 0]], 1)}
 
 
 def signal_targets(signals, pictures):
-    return {"embeds": torch.stack([signal.embeds for signal in signals]).float()}           # (m, ...)
+    return {"embeds": stacked(signals, "embeds").float()}       # (m, ...)
 
 
 def pack_rows(lengths, width):
     """Samples to rows of `width` tokens or of the longest's -> [(row, first column)] of each, how full each row is."""
-    places, rows, width = [None] * len(lengths), [], max(width, *lengths)                   # the longest first
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((row for row, full in enumerate(rows) if full + lengths[i] <= width), len(rows))
-        if row == len(rows):
-            rows.append(0)
-        places[i] = row, rows[row]
+    if not width:
+        return [(i, 0) for i in range(len(lengths))], lengths
+    places, rows, width = [None] * len(lengths), np.zeros(len(lengths), int), max(width, *lengths)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):            # the longest first
+        row = np.argmax(rows + lengths[i] <= width)             # the first with room
+        places[i] = int(row), int(rows[row])
         rows[row] += lengths[i]
-    return places, rows
+    return places, rows[rows > 0].tolist()
+
+
+def fill_rows(rendered, lengths, places, shape, pad):
+    """-> ids, labels, segments of a Batch."""
+    ids, labels = torch.full(shape, pad), torch.full(shape, IGNORE)                         # (B, T) each
+    segments = torch.zeros(shape, dtype=torch.int32)
+    for r, n, (row, at) in zip(rendered, lengths, places):
+        here = row, slice(at, at + n)
+        ids[here], labels[here], segments[here] = torch.tensor(r.ids[:n]), torch.tensor(r.labels[:n]), segments[row].max() + 1
+        labels[row, at] = IGNORE                                # nothing comes before it to predict it from
+    return ids, labels, segments
 
 
 def collate(rendered, n_token, pad=0, max_len=2048, mask_pad=False, pack=0, mock=None):
@@ -1228,14 +1226,9 @@ def collate(rendered, n_token, pad=0, max_len=2048, mask_pad=False, pack=0, mock
     if mock:
         rendered = [*rendered, mock._replace(labels=[IGNORE] * len(mock.ids))]
     lengths = [min(len(r.ids), max_len) for r in rendered]
-    places, rows = pack_rows(lengths, pack) if pack else ([(i, 0) for i in range(len(lengths))], lengths)
+    places, rows = pack_rows(lengths, pack)
     width = max(rows) + (-max(rows) % 64 if pack else 0)        # few sizes: kernels are made for each on some machines
-    ids, labels = (torch.full((len(rows), width), value) for value in (pad, IGNORE))        # (B, T) each
-    segments = torch.zeros_like(ids, dtype=torch.int32)
-    for r, n, (row, at) in zip(rendered, lengths, places):
-        here = row, slice(at, at + n)
-        ids[here], labels[here], segments[here] = torch.tensor(r.ids[:n]), torch.tensor(r.labels[:n]), segments[row].max() + 1
-        labels[row, at] = IGNORE                                # nothing comes before it to predict it from
+    ids, labels, segments = fill_rows(rendered, lengths, places, (len(rows), width), pad)
     media, slots = stack_media(rendered, lengths, places, n_token)
     targets = stack_targets(rendered, lengths, places, media.get("box"))
     if mock and "at" in targets:
@@ -1261,38 +1254,44 @@ class Unfit(DataError):
     """A sound record that holds nothing for this format: no box to find, say. Another one takes its place."""
 
 
-OUTSIDE = re.compile(r"[/~]|[A-Za-z]:|.*[\\\0]", re.S)         # absolute, a drive, a backslash, a NUL
+OUTSIDE = re.compile(r"(?s)\Z|[/~]|[A-Za-z]:|.*[\\\0]|(.*/)?\.\.(/|\Z)")   # none, absolute, a drive, \, NUL, a way up
 
 
 def safe_join(root, name):
     """root / name for a relative name that stays inside. Links inside the root are followed (people link COCO)."""
-    if not isinstance(name, str) or not name or ".." in name.split("/") or OUTSIDE.match(name):
+    if not isinstance(name, str) or OUTSIDE.match(name):
         raise DataError(f"{name!r}: media are named by relative paths inside their folder")
     path = Path(root) / name
-    if path.parent.name in ("train2014", "val2014") and re.fullmatch(r"\d{12}", path.stem) and not path.exists():
+    if re.fullmatch(r"(train|val)2014/\d{12}", f"{path.parent.name}/{path.stem}") and not path.exists():
         return path.with_name(f"COCO_{path.parent.name}_{path.name}")       # LLaVA's files give COCO's number alone
     return path
 
 
 def read_records(path, unpack=None):
     """The list in a .json file, after `unpack` of what it holds, or the lines of a .jsonl file. Raises DataError."""
-    path, rows, lines = Path(path), [], None
+    path = Path(path)
     if path.suffix == ".jsonl":
-        lines = path.open("rb")                                 # bytes: json knows UTF-8 and a mark before it
-    elif b"}\n{" in (whole := path.read_bytes()):               # POPE's lines lie in .json files
-        lines = whole.splitlines()
+        return read_lines(path, path.open("rb"))                # bytes: json knows UTF-8 and a mark before it
+    whole = path.read_bytes()
+    if b"}\n{" in whole:                                        # POPE's lines lie in .json files
+        return read_lines(path, whole.splitlines())
     try:
-        if lines:
-            for line in lines:
-                rows.append(json.loads(line))
-        else:
-            rows = json.loads(whole)
-            rows = unpack(rows) if unpack else rows
+        rows = json.loads(whole)
+        rows = unpack(rows) if unpack else rows
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        where = f"line {len(rows) + 1}: " if lines else ""
-        raise DataError(f"{path}: {where}{error}") from None
+        raise DataError(f"{path}: {error}") from None
     if not isinstance(rows, list):
         raise DataError(f"{path}: a list of records is expected, not {type(rows).__name__}")
+    return rows
+
+
+def read_lines(path, lines):
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: line {len(rows) + 1}: {error}") from None
     return rows
 
 
@@ -1323,12 +1322,7 @@ def llava_sample(record, root):
     for i, row in enumerate(rows):
         if from_user(row) != (i % 2 == 0):
             raise DataError(f"turn {i + 1}: user and assistant must alternate")
-        content = [row["value"]] if i % 2 else TAGS.split(row["value"])                     # text, tag, text, tag, text
-        for j in range(1, len(content), 2):
-            kind = content[j][1:-1]
-            if not queue[kind]:
-                raise DataError(f"turn {i + 1}: more {content[j]} tags than media")
-            content[j] = Medium(kind, str(safe_join(root, queue[kind].pop(0))))
+        content = [row["value"]] if i % 2 else at_tags(row["value"], queue, root, f"turn {i + 1}")
         turns.append(nonempty(content))
     for kind in KINDS:
         if queue[kind]:
@@ -1336,6 +1330,17 @@ def llava_sample(record, root):
     if len(turns) < 2:
         raise DataError("no question with an answer")
     return Sample(turns[:len(turns) // 2 * 2], str(record.get("id", "")), record)           # an open question goes
+
+
+def at_tags(text, queue, root, where):
+    """A text in parts, the next Medium of a kind for each of its tags. queue: kind -> names of files, taken from it."""
+    parts = TAGS.split(text)                                    # text, tag, text, tag, text
+    for j in range(1, len(parts), 2):
+        kind = parts[j][1:-1]
+        if not queue[kind]:
+            raise DataError(f"{where}: more <{kind}> tags than media")
+        parts[j] = Medium(kind, str(safe_join(root, queue[kind].pop(0))))
+    return parts
 
 
 def captioned(record):
@@ -1398,8 +1403,7 @@ class Prepared(torch.utils.data.Dataset):
     max_len: int = sys.maxsize          # ids of a sample; of a longer one the last go, but none of media and boxes
 
     def __post_init__(self):
-        names = (*self.tok.added, self.system.frame[1])
-        self.protected = {self.tok.special[name] for name in names if name in self.tok.special}
+        self.protected = {*self.tok.added.values(), self.tok.special.get(self.system.frame[1], -1)}         # -1: none
         every = ((s, i) for s, one in enumerate(self.sets) for i in range(len(one)))
         self.epoch, self.items = 0, self.where(0) if self.where else [*every]
         sizes = [one.sizes() for one in self.sets]
@@ -1409,12 +1413,6 @@ class Prepared(torch.utils.data.Dataset):
 
     def __len__(self):
         return len(self.items)
-
-    def items_of(self, epoch):
-        """(set, record) numbers of an epoch in their order. Only the last one's are kept: they may be millions."""
-        if self.where and epoch != self.epoch:
-            self.epoch, self.items = epoch, self.where(epoch)
-        return self.items
 
     def __getitem__(self, i):
         for j in range(i, i + len(self)):
@@ -1433,7 +1431,9 @@ class Prepared(torch.utils.data.Dataset):
         raise DataError(f"{self.sets[0].path}: no usable record in the whole data set {self.bad or ''}")
 
     def prepare(self, number, epoch):
-        s, i = self.items_of(epoch)[number]
+        if self.where and epoch != self.epoch:                  # those of one are kept: they may be millions
+            self.epoch, self.items = epoch, self.where(epoch)
+        s, i = self.items[number]
         self.sets[s].epoch = epoch      # what a set draws for a record, such as words to ask in, it draws anew in each
         sample = self.sets[s][i]
         with naming(self.sets[s].path, i, sample.meta):

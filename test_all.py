@@ -1103,7 +1103,8 @@ def test_golden_diffusion_tokenizers(tmp_path):
         length = meta["clip"]["model_max_length"]
         assert [tok(text, length).tolist() for text in meta["strings"]] == meta[name]["ids"]
     tok, length = data.RobertaTokenizer(put_merges(meta, "roberta", tmp_path)), meta["roberta"]["model_max_length"]
-    rows = torch.stack([tok(text, length) for text in meta["strings"]])
+    cfg = replace(paint.PAINTERS["audio"].text, max_len=length + 2, start=0, end=2, pad=1)
+    rows = paint.caption_ids(cfg, tok.encode, meta["strings"])
     assert rows.tolist() == meta["roberta"]["ids"] and (rows != 1).int().tolist() == meta["roberta"]["mask"]
 
 

@@ -13,6 +13,7 @@ Text typed by a user never becomes a special token. Text that is not ours loses 
 import argparse
 import atexit
 import base64
+import difflib
 import glob
 import io
 import json
@@ -927,7 +928,8 @@ class Chat:
         """Run a command by name and print what it returns. An unknown one is never said to the model."""
         name = ALIASES.get(name, name)
         if name not in COMMANDS:
-            raise ValueError(f"no command or file /{name:.80}; /help lists the commands")
+            near = [f"did you mean /{name}?" for name in difflib.get_close_matches(name, COMMANDS, 1)]
+            raise ValueError(f"no command or file /{name:.80}; {(near or ['/help lists the commands'])[0]}")
         run, usage, _ = COMMANDS[name]
         if usage.startswith("FILE") and not rest:
             raise ValueError(f"usage: /{name} {usage}")

@@ -324,8 +324,11 @@ TASKS = {                               # task -> (sample, what the model said) 
 
 def whole_lines(path):                  # what they hold, and the bytes they fill: a kill may have cut the last one
     raw = path.read_bytes()
-    size = raw.rfind(b"\n") + 1
-    return [json.loads(line) for line in raw[:size].splitlines()], size
+    size, rows = raw.rfind(b"\n") + 1, []
+    for i, line in enumerate(raw[:size].splitlines()):
+        with data.naming(path, i, line):
+            rows.append(json.loads(line))
+    return rows, size
 
 
 def read_rows(path, run):               # and the bytes they fill; ValueError if they are of another run

@@ -89,7 +89,7 @@ class QuantLinear(nn.Module):
             weight = (weight[:, ::2] << 4 | weight[:, 1::2]).to(torch.uint8)                # (N, K / 2), two in a byte
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale.view(torch.int16))      # bits of bfloat16, which .to(dtype) leaves alone
-        self.register_buffer("packed", None, persistent=False)      # in torch's own order, in place of weight
+        self.register_buffer("packed", None, persistent=False)      # as who multiplies wants it, in place of weight
 
     def values(self):
         """The integers of 4 bits, (N, K)."""
@@ -113,16 +113,17 @@ class QuantLinear(nn.Module):
     def multiply(self, x, library):
         """By quantize.c: (..., K) bfloat16 or float32 -> (..., N)."""
         N, K, bits, half = self.out_features, self.in_features, self.bits, x.dtype == torch.bfloat16
-        if (w := self.packed) is None:
-            w = self.pack()
-        scale, G, M, y = self.scale, K if bits == 8 else self.group, x.numel() // K, x.new_empty(*x.shape[:-1], N)
+        if self.packed is None:
+            self.pack()
+        G, M, x, y = K if bits == 8 else self.group, x.numel() // K, x.contiguous(), x.new_empty(*x.shape[:-1], N)
+        w, scale = self.packed.data_ptr(), self.scale.data_ptr()
         if M <= library.most:
-            library.multiply(bits, w.data_ptr(), scale.data_ptr(), x.contiguous().data_ptr(), y.data_ptr(), half, M, N, K, G)
+            library.multiply(bits, w, scale, x.data_ptr(), y.data_ptr(), half, M, N, K, G)
             return y
         room = x.new_empty(K * min(N, PART))
         for n in range(0, N, PART):
             part = room[:K * (N - n)].view(K, -1)                                           # W^T of some rows of W
-            at = w.data_ptr() + n * K * bits // 8, scale.data_ptr() + n * K // G * 4
+            at = w + n * K * bits // 8, scale + n * K // G * 4
             library.expand(bits, *at, part.data_ptr(), half, part.shape[1], K, G)
             y[..., n:n + PART] = x @ part
         return y
@@ -138,7 +139,6 @@ class QuantLinear(nn.Module):
             blocks, scale = pairs[..., 0, :] | pairs[..., 1, :] << 4, self.scale
         self.scale = scale.unflatten(1, (-1, 16)).permute(1, 0, 3, 2).contiguous()
         self.packed, self.weight = blocks.contiguous(), None
-        return self.packed
 
     def by_torch(self, x):
         """By torch's products, (..., K) -> (..., N); a prompt's many rows by expanded weights where it is slow."""

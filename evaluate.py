@@ -712,8 +712,9 @@ def main(argv=None):
     if argv[:1] == ["review"]:
         return main_review(argv[1:])
     args = parse_args(argv)
-    device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    (run_task if args.task else ask_all)(Asker(args.weights, M.find_device(device), args.dtype, args.template), args)
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else None          # torchrun's
+    asker = Asker(args.weights, M.find_device(args.device or own), args.dtype, args.template)
+    (run_task if args.task else ask_all)(asker, args)
 
 
 if __name__ == "__main__":

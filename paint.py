@@ -302,7 +302,7 @@ def embed(args):
     captions = wished(args.data, painter.cfg.kind)
     if not captions:
         raise ValueError(f"{args.data}: asks for nothing that {args.embed} paints")
-    painter.text.float().to("cuda" if torch.cuda.is_available() else "cpu")
+    painter.text.float().to(M.find_device())
     (args.data.parent / "embed").mkdir(exist_ok=True)
     pairs = list(captions.items())
     for i in tqdm(range(0, len(pairs), 64), desc="embedding", disable=None):

@@ -253,7 +253,7 @@ def valid(folder, kinds=MEASURES):
         state = json.loads((folder / "state.json").read_text())
         intact = state.pop("self") == hashlib.sha256(json.dumps(state).encode()).hexdigest()
         return intact and state == state | measured(folder, kinds)
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return False
 
 

@@ -5309,6 +5309,7 @@ def test_ranks_damaged_checkpoints_are_seen(mini, tmp_path):
         cases += [{name: raw[:r.randrange(len(raw))]}, {name: raw[:-1]}, {name: b""}, {name: None}, {name: raw + b"\0"}]
         cases += [{name: (other / name).read_bytes()}]
     cases += [{"model.safetensors": whole["optim.safetensors"], "optim.safetensors": whole["model.safetensors"]}]
+    cases += [{"state.json": odd} for odd in (b"[1]", b"null", b'{"self": 1}')]
     assert ranks.valid(good) and len(cases) >= 40
     for case in cases:
         for name, raw in (whole | case).items():
@@ -7532,7 +7533,11 @@ def test_web_faults_become_notes(web, tmp_path, chat_files):
     visit = visit_of(web, chat_session(), tmp_path)
     assert "not readable" in web.attach(visit, [chat_files[0], chat_files[3]])[2] and not visit.session.pending
     assert "at most" in web.attach(visit, [chat_files[0]] * 21)[2]
-    assert "nothing was said" in web.undo(visit)[2] and "a number from" in web.change("temperature")(visit, -1)[2]
+    assert "nothing was said" in web.undo(visit)[2]
+    for temperature, words in ((-1, "a number from"), (None, "a number from"), (0.5, "")):
+        *_, (_, _, note, text) = web.say(visit, "hello", False, temperature)
+        assert words in note and (text == "hello") == bool(words)
+    assert visit.session.settings["temperature"] == 0.5 and not web.clear(visit)[0]
     *_, (messages, _, note, text) = web.say(visit, "long " * 2000, False)
     assert "shorten it" in note and text.startswith("long") and messages == []
 

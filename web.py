@@ -217,18 +217,18 @@ def undo(visit):
 clear = guarded(lambda visit: visit.session.clear())
 
 
-def change(name):                       # one for each number under "settings"
-    return guarded(lambda visit, value: visit.session.set(name, value))
-
-
 def stop(visit):                        # it runs beside the answer, which looks for this
     visit.stopped = True
 
 
-def stream(visit, before, turn, ask):
-    """Show the answer that ask() yields while it comes, ten times a second; whoever stops it keeps what was said."""
-    visit.stopped, due = False, 0
+def stream(visit, before, turn, ask, numbers):
+    """Show the answer that ask() yields while it comes, ten times a second; whoever stops it keeps what was said.
+    numbers: those under "settings" as they stand."""
+    visit.stopped, due, session = False, 0, visit.session
     try:
+        for name, number in zip(session.settings, numbers):
+            if number != session.settings[name]:        # a seed that is set again would start again
+                session.set(name, number)
         with closing(ask()) as pieces:
             for piece in pieces:
                 turn.answer += piece
@@ -239,24 +239,24 @@ def stream(visit, before, turn, ask):
                     due = time.monotonic() + 0.1
             else:
                 visit.stopped = False                   # too late: all was said and drawn
-        visit.keep(visit.session.last())
-        yield show(visit, visit.session.last().fault or "stopped" * visit.stopped)
+        visit.keep(session.last())
+        yield show(visit, session.last().fault or "stopped" * visit.stopped)
     except data.FAULTS as error:
         yield show(visit, f"{error!s:.500}", text=turn.text)
 
 
-def say(visit, text, find):
+def say(visit, text, find, *numbers):
     session, turn = visit.session, chat.Turn(text, visit.session.pending)
     if not text.strip():
         yield show(visit, "a message needs words")
         return
     yield show(visit, "", [*session.turns, turn], "")                   # at once, before any media are encoded
-    yield from stream(visit, session.turns, turn, partial(session.say, text, find=find))
+    yield from stream(visit, session.turns, turn, partial(session.say, text, find=find), numbers)
 
 
-def retry(visit):
+def retry(visit, *numbers):
     *before, last = visit.session.turns or [chat.Turn("", [])]          # without any, Session.retry says so
-    yield from stream(visit, before, chat.Turn(last.text, last.media), visit.session.retry)
+    yield from stream(visit, before, chat.Turn(last.text, last.media), visit.session.retry, numbers)
 
 
 # ---- Examples
@@ -323,22 +323,21 @@ def build(session, folder):
                 note = gr.Textbox(label="note", interactive=False, elem_id="note")
                 find = gr.Checkbox(label="look for a box", visible="vg" in cfg.writes)
                 with gr.Accordion("settings", open=False):
-                    numbers = {name: gr.Number(session.settings[name], label=name, info=row[3])
-                               for name, row in chat.SETTINGS.items()}
+                    numbers = [gr.Number(value, label=name, info=chat.SETTINGS[name][3])
+                               for name, value in session.settings.items()]
         view, private = [talk, picture, note, text], dict(api_visibility="private", show_progress="hidden")
         one = dict(concurrency_id="model", concurrency_limit=1, **private)              # the model serves one at a time
         blocks.load(new_visit, None, visit, **private)
-        gr.on([text.submit, buttons["send"].click], say, [visit, text, find], view, **one)
+        gr.on([text.submit, buttons["send"].click], say, [visit, text, find, *numbers], view, **one)
+        buttons["retry"].click(retry, [visit, *numbers], view, **one)
         buttons["stop"].click(stop, visit, None, **private)             # beside the answer that it stops
-        for name, act in {"retry": retry, "undo": undo, "clear": clear}.items():
+        for name, act in {"undo": undo, "clear": clear}.items():
             buttons[name].click(act, visit, view, **one)
         talk.clear(clear, visit, view, **one)           # the bin that Gradio puts above it
         for name, button in abilities.items():
             button.click(partial(example, ability=name), visit, view, **one)
         files.upload(attach, [visit, files], view, **one).then(lambda: None, None, files, **private)    # empties the box
         picture.select(click, visit, view, **one)
-        for name, number in numbers.items():
-            number.change(change(name), [visit, number], view, **one)
     return blocks
 
 

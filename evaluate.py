@@ -380,8 +380,8 @@ MIN_SCORE = 0.3                                                 # of a box that 
 class Asker:
     """A model of a weights folder, with what it takes to ask it. Raises OSError or ValueError naming the fault."""
 
-    def __init__(self, folder, device="cpu", dtype="float32", template=""):
-        self.model = M.load(folder, device, getattr(torch, dtype))
+    def __init__(self, folder, device="cpu", dtype="float32", template="", quantize=""):
+        self.model = M.load(folder, device, getattr(torch, dtype), quantize)
         cfg, self.weight = self.model.cfg, self.model.llm.embed.weight          # weight: for its device and dtype
         self.system, self.spec = data.SYSTEMS[cfg.system], data.MediaSpec(**cfg.media)
         self.tok = data.tokenizer_of(folder / "tokenizer.model", cfg)
@@ -511,7 +511,7 @@ def identity(args):                     # what tells a run of a task from others
     made = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(args.weights.glob("*.safetensors"))]
     return {"task": args.task, "weights": str(args.weights), "file": digest, "templates": str(args.templates or ""),
             "template": args.template or "", "seed": args.seed, "dtype": args.dtype, "media": str(args.media or ""),
-            "made": hashlib.sha256(repr(made).encode()).hexdigest()}                        # weights may be replaced
+            "quantize": args.quantize, "made": hashlib.sha256(repr(made).encode()).hexdigest()}     # may be replaced
 
 
 def run_task(asker, args):              # this rank's share; prints and writes the figures once all is there
@@ -701,6 +701,7 @@ def parse_args(argv):
     p.add_argument("--device", help="default: the best there is, one for each rank")
     p.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32",
                    help="of the weights, default %(default)s; the others take less memory and time, and move boxes a little")
+    p.add_argument("--quantize", choices=("int8", "int4"), default="", help="keep the language model in 8 or 4 bits")
     args = p.parse_args(argv)
     if args.task and not args.out:
         p.error("--task needs --out FOLDER")
@@ -713,7 +714,7 @@ def main(argv=None):
         return main_review(argv[1:])
     args = parse_args(argv)
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else None          # torchrun's
-    asker = Asker(args.weights, M.find_device(args.device or own), args.dtype, args.template)
+    asker = Asker(args.weights, M.find_device(args.device or own), args.dtype, args.template, args.quantize)
     (run_task if args.task else ask_all)(asker, args)
 
 

@@ -120,6 +120,7 @@ static void tile(int bits, int R, const uint8_t *w, const uint16_t *scale, long 
             prefetch(w, 128 * bits);
             for (int i = 0; i < 8 && bits == 4; i++)
                 next(w + 64 * i, bits, bytes + 2 * i, bytes + 2 * i + 1);
+            __asm__ volatile("" ::: "memory");                  // older compilers do not know that a tile reads bytes
             _tile_loadd(2, bits == 8 ? (const void *)w : bytes, 64);
             _tile_loadd(3, high + k, K);
             _tile_loadd(4, low + k, K);

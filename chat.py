@@ -928,8 +928,9 @@ class Chat:
         """Run a command by name and print what it returns. An unknown one is never said to the model."""
         name = ALIASES.get(name, name)
         if name not in COMMANDS:
-            near = [f"did you mean /{name}?" for name in difflib.get_close_matches(name, COMMANDS, 1)]
-            raise ValueError(f"no command or file /{name:.80}; {(near or ['/help lists the commands'])[0]}")
+            near = difflib.get_close_matches(name, COMMANDS, 1)
+            hint = f"did you mean /{near[0]}?" if near else "/help lists the commands"
+            raise ValueError(f"no command or file /{name:.80}; {hint}")
         run, usage, _ = COMMANDS[name]
         if usage.startswith("FILE") and not rest:
             raise ValueError(f"usage: /{name} {usage}")

@@ -47,7 +47,7 @@ def to_int4(weight, group):
 
 @cache
 def compiled():
-    """quantize.c as a library, compiled for this very CPU in a third of a second; None where that cannot be."""
+    """quantize.c as a library, compiled for this very CPU in half a second; None where that cannot be."""
     compiler = os.environ.get("CC") or shutil.which("cc")
     if not compiler or not torch.cpu.get_capabilities().get("avx512_vnni"):
         return None
